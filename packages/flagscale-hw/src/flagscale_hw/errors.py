@@ -1,0 +1,43 @@
+"""What can go wrong, as data.
+
+- HwError                what every error of this package is; has an exit code
+  - InvalidPlan          a plan that cannot be run as written (exit 2)
+  - DetectError          a machine that cannot be described (exit 3)
+  - LaunchError          the run could not be started (exit 4)
+  - RunNotFound          no such run, or nothing of it is left (exit 3)
+"""
+
+__all__ = ["DetectError", "HwError", "InvalidPlan", "LaunchError", "RunNotFound"]
+
+
+class HwError(Exception):
+    """Root of this package's errors.
+
+    Attributes:
+        exit_code: what a command line exits with when this error ends it: 2 wrong input, 3 not found or not
+            ready, 4 the run itself failed.
+    """
+
+    exit_code = 4
+
+
+class InvalidPlan(HwError):
+    """The plan contradicts itself or the machine."""
+
+    exit_code = 2
+
+
+class DetectError(HwError):
+    """A machine cannot be described."""
+
+    exit_code = 3
+
+
+class LaunchError(HwError):
+    """The processes of a plan could not be started."""
+
+
+class RunNotFound(HwError):
+    """No run lives in that directory."""
+
+    exit_code = 3
