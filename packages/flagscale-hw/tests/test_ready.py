@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -93,7 +94,13 @@ def test_a_server_that_drips_cannot_hold_the_supervisor(keeper):
     dripping = threading.Event()
 
     def drip(listening: socket.socket) -> None:
-        connection, _ = listening.accept()
+        listening.settimeout(0.1)
+        connection = None
+        while connection is None and not dripping.is_set():
+            with contextlib.suppress(TimeoutError):
+                connection, _ = listening.accept()
+        if connection is None:
+            return
         with connection:
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
             while not dripping.wait(0.05):
