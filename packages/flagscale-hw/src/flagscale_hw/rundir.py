@@ -113,13 +113,14 @@ class RunDirectory:
 class Claim:
     """The right to put a run into a directory, given to one launcher at most.
 
-    Every step can be undone by `give_up` wherever it was interrupted: what is ours is read from the disk, where
-    the plan is a hard link to a file whose name only we know. Variables may not have been set yet.
+    Every step can be undone by `give_up` wherever it was interrupted: what is ours is read from the disk,
+    where the plan is a hard link to a file whose name only we know. Variables may not have been set yet.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
         self._is_new = not directory.path.exists()
+        self._has_created = False
         self._proof = directory.path / f".claim-{uuid.uuid4().hex}"
 
     def take(self, plan_text: str) -> bool:
@@ -134,13 +135,25 @@ class Claim:
             self._directory.plan.hardlink_to(self._proof)
         except FileExistsError:
             return False
+        except OSError:
+            return self._take_without_links(plan_text)
+        return True
+
+    def _take_without_links(self, plan_text: str) -> bool:
+        """Create the plan on a file system that has no hard links."""
+        try:
+            with self._directory.plan.open("x", encoding="utf-8") as file:
+                self._has_created = True
+                file.write(plan_text)
+        except FileExistsError:
+            return False
         return True
 
     @property
     def is_ours(self) -> bool:
         """Tell whether the directory's plan is the one that we have put there."""
         try:
-            return self._proof.samefile(self._directory.plan)
+            return self._has_created or self._proof.samefile(self._directory.plan)
         except OSError:
             return False
 
