@@ -197,10 +197,12 @@ def test_a_prober_that_was_killed_is_replaced(keeper, answering):
     keeper.until(lambda: run.status().processes[0].pid)
     process = run.status().processes[0].pid
     supervisor = keeper.pid_of(run, "supervisor")
-    helpers = [
-        pid for pid in keeper.carrying(str(run.dir)) if keeper.parent(pid) == supervisor and pid != process
-    ]
-    assert len(helpers) == 1
-    keeper.kill(helpers[0])
+
+    def helpers() -> list[int]:
+        found = keeper.carrying(str(run.dir))
+        return [pid for pid in found if keeper.parent(pid) == supervisor and pid != process]
+
+    keeper.until(lambda: len(helpers()) == 1)
+    keeper.kill(helpers()[0])
     answers["/x"] = (200, b"")
     assert run.wait_ready(keeper.patience_s).state == "ready"
