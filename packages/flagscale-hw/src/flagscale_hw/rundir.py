@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -167,7 +168,9 @@ class Claim:
         Args:
             others: files of the run that go too if the directory is ours.
         """
-        if self.is_ours:
+        if self.is_ours and self._is_new:
+            shutil.rmtree(self._directory.path, ignore_errors=True)
+        elif self.is_ours:
             for path in (*self._directory.files(), *others):
                 _remove(path)
             with contextlib.suppress(OSError):
