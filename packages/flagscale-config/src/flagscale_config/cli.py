@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flagscale_config.__about__ import __version__
-from flagscale_config.command import run
+from flagscale_config.command import parse, run
 
 __all__ = ["main"]
 
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dispatch(argv: list[str]) -> int:
-    options = _parser().parse_args(argv)
+    options = parse(_parser(), argv)
     code: int = options.function(options)
     return code
 

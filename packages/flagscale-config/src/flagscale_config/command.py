@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
-__all__ = ["run"]
+__all__ = ["parse", "run"]
 
 _INTERRUPTED = 130
 _BUG = 1
@@ -37,6 +38,20 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     except Exception as error:  # noqa: BLE001  the one place where a bug becomes a line and exit code 1
         return _failed(error, is_debug=is_debug)
     return code
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """Parse a command line whose overrides (`overrides`, a list argument) may stand anywhere among the options.
+
+    argparse itself understands them in one place only: `FILE --json a.b=c` would be an error.
+    """
+    options, rest = parser.parse_known_args(argv)
+    wrong = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _exit_code(error: SystemExit) -> int:

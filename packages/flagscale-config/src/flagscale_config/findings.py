@@ -14,12 +14,16 @@ Path = tuple[str | int, ...]
 
 
 class Findings:
-    """Problems and notes of one experiment, each with key and place."""
+    """Problems and notes of one experiment, each with key and place.
+
+    `option_paths` says where each Megatron option was set, `origins` where each dotted path comes from.
+    """
 
     def __init__(self, composed: Composed) -> None:
         self.composed = composed
         self.problems: list[Problem] = []
         self.notes: list[Problem] = list(composed.notes)
+        self.option_paths: dict[str, Path] = {}
         self.origins: dict[str, Origin] = {
             ".".join(map(str, path)): place for path, place in composed.places.items() if path
         }

@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any
 
-from flagscale_config.arithmetic import check_train
 from flagscale_config.compose import compose
 from flagscale_config.errors import ConfigError, Origin, Problem, show, sort_problems
 from flagscale_config.experiment import Experiment
@@ -95,13 +94,12 @@ def _read(data: Mapping[str, Any], findings: Findings, source: FilePath) -> Expe
             findings.error("config/unknown-key", (key,), f"unknown key{suggestion(key, None, (key,), sections=_TOP)}")
     section = _section(data.get("experiment"), findings)
     task = _task_type(data, section)
-    _refuse_other_tasks(data, task, findings)
-    train = read_train(data.get("train"), findings) if task == "train" and _has(data, task, findings) else None
+    _refuse_other_tasks(task, findings)
+    runner = section.runner if section is not None else None
+    train = read_train(data.get("train"), runner, findings) if task == "train" and _has(data, task, findings) else None
     serve = read_serve(data.get("serve"), findings) if task == "serve" and _has(data, task, findings) else ()
     if section is None:
         return None
-    if train is not None:
-        check_train(train, section.runner, findings)
     if findings.problems:
         return None
     experiment = Experiment(**_fields(section, source, findings), train=train, serve=serve)
@@ -145,7 +143,10 @@ def _task_type(data: Mapping[str, Any], section: ExperimentSection | None) -> st
     experiment = data.get("experiment")
     task = experiment.get("task") if isinstance(experiment, Mapping) else None
     kind = task.get("type") if isinstance(task, Mapping) else None
-    return kind if isinstance(kind, str) else None
+    if kind in _TASKS:
+        return str(kind)
+    present = [name for name in _TASKS if data.get(name) is not None]
+    return present[0] if len(present) == 1 else None
 
 
 def _has(data: Mapping[str, Any], task: str, findings: Findings) -> bool:
@@ -157,9 +158,8 @@ def _has(data: Mapping[str, Any], task: str, findings: Findings) -> bool:
     return False
 
 
-def _refuse_other_tasks(data: Mapping[str, Any], task: str | None, findings: Findings) -> None:
+def _refuse_other_tasks(task: str | None, findings: Findings) -> None:
     """Say clearly what this version cannot run."""
-    del data
     where = ("experiment", "task", "type")
     if task in {"inference", "compress", "rl"}:
         findings.error("config/unsupported", where, f"{task} tasks cannot be run by this version; train and serve can", task)

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
+from flagscale_config.arithmetic import check_train
 from flagscale_config.errors import show
 from flagscale_config.experiment import Parallelism, Train
 from flagscale_config.findings import Findings, Path
 from flagscale_config.options import Option, OptionTable, option_table, spelled
 from flagscale_config.resolve import MISSING
+from flagscale_config.runner import Runner
 from flagscale_config.suggest import suggestion
 
 __all__ = ["read_train"]
@@ -135,8 +137,11 @@ def _verbatim(value: Any, findings: Findings, path: Path) -> tuple[str, ...]:
     return tuple(words)
 
 
-def read_train(tree: Any, findings: Findings) -> Train | None:
-    """Return the training task of a file's `train` section; None when it is too broken to be one."""
+def read_train(tree: Any, runner: Runner | None, findings: Findings) -> Train | None:
+    """Return the training task of a file's `train` section; None when it is too broken to be one.
+
+    `runner` says how many processes there are; None when that section is broken.
+    """
     if not isinstance(tree, Mapping):
         findings.error("config/value", ("train",), f"must be a mapping of system, model and data ({show(tree)} given)")
         return None
@@ -153,12 +158,16 @@ def read_train(tree: Any, findings: Findings) -> Train | None:
         elif content is not None and content is not MISSING:
             findings.error("config/value", ("train", section), f"must be a mapping ({show(content)} given)")
     _remember(findings, reader)
-    return _build(reader, _verbatim(tree.get("extra_args"), findings, ("train", "extra_args")))
+    extra_args = _verbatim(tree.get("extra_args"), findings, ("train", "extra_args"))
+    if not reader.is_incomplete:
+        check_train(reader.options, runner, findings)
+    return _build(reader, extra_args)
 
 
 def _remember(findings: Findings, reader: _Reader) -> None:
     """Let options be looked up by name, whatever section they stood in."""
     for name, path in reader.places.items():
+        findings.option_paths[name] = path
         findings.origins[f"train.options.{name}"] = findings.composed.origin(path)
 
 

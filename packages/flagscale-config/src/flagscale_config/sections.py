@@ -15,6 +15,8 @@ from flagscale_config.suggest import suggestion
 
 __all__ = ["read_model"]
 
+_MAX_LISTED = 12
+
 _M = TypeVar("_M", bound=BaseModel)
 
 
@@ -74,7 +76,9 @@ def _report(item: Any, path: Path, model: type[BaseModel], findings: Findings) -
     if kind == "extra_forbidden":
         allowed = sorted(_fields_at(model, item["loc"][:-1]))
         hint = suggestion(str(path[-1]), None, path, sections=allowed)
-        findings.error("config/unknown-key", path, f"unknown key{hint or '; allowed: ' + ', '.join(allowed)}", item["input"])
+        if not hint and len(allowed) <= _MAX_LISTED:
+            hint = f"; allowed: {', '.join(allowed)}"
+        findings.error("config/unknown-key", path, f"unknown key{hint}", item["input"])
     elif kind == "missing":
         findings.error("config/required", path[:-1], f"{path[-1]} is required")
     else:
