@@ -21,7 +21,9 @@ def _check(options: argparse.Namespace) -> int:
     problems = check(options.file, options.overrides)
     errors = [problem for problem in problems if problem.severity == "error"]
     if options.json:
-        print(json.dumps({"ok": not errors, "problems": [problem.to_dict() for problem in problems]}, indent=2))
+        print(
+            json.dumps({"ok": not errors, "problems": [problem.to_dict() for problem in problems]}, indent=2)
+        )
         return 2 if errors else 0
     for problem in problems:
         stream = sys.stderr if problem.severity == "error" else sys.stdout
@@ -57,7 +59,7 @@ _TASK_KEYS = ("train", "serve")
 
 
 def _path_in_file(key: str) -> str:
-    """Return where a field of the experiment stands in the file: `runner.nnodes` is `experiment.runner.nnodes`."""
+    """Return where a field of the experiment stands in the file, as `experiment.runner.nnodes`."""
     head, _, rest = key.partition(".")
     if key.startswith(("train.micro_batch_size", "train.global_batch_size", "train.train_iters")):
         return f"train.options.{rest}"
@@ -129,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--all", action="store_true", help="print defaults too")
     schema = verbs.add_parser("schema", help="print a JSON Schema", description="Print a JSON Schema.")
     schema.add_argument("kind", choices=["experiment"], help="what to describe")
-    schema.add_argument("--check", metavar="PATH", help="compare with this file instead; exit code 2 when it differs")
+    schema.add_argument(
+        "--check", metavar="PATH", help="compare with this file instead; exit code 2 when it differs"
+    )
     schema.set_defaults(function=_schema)
     listed = verbs.add_parser("recipes", help="list installed recipes", description="List installed recipes.")
     listed.add_argument("--json", action="store_true", help="print JSON")

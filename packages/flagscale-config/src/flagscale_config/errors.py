@@ -58,8 +58,15 @@ class Problem:
     def to_dict(self) -> dict[str, Any]:
         """Return the problem as JSON can hold it."""
         origin = self.origin or Origin()
-        place = {"file": origin.file, "line": origin.line, "column": origin.column, "override": origin.override}
-        given = self.given if isinstance(self.given, (str, int, float, bool, type(None))) else repr(self.given)
+        place = {
+            "file": origin.file,
+            "line": origin.line,
+            "column": origin.column,
+            "override": origin.override,
+        }
+        given = (
+            self.given if isinstance(self.given, (str, int, float, bool, type(None))) else repr(self.given)
+        )
         return {
             "code": self.code,
             "severity": self.severity,

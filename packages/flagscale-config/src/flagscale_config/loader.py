@@ -24,7 +24,11 @@ __all__ = ["check", "load"]
 
 _TASKS = ("train", "serve", "inference", "compress", "rl")
 _TOP = ("experiment", "action", "hydra", "defaults", "device_type_specific", "node_specific", *_TASKS)
-_ENV_SECTIONS = {"device_type_specific": "device_type_envs", "node_specific": "node_envs", "nodes_envs": "node_envs"}
+_ENV_SECTIONS = {
+    "device_type_specific": "device_type_envs",
+    "node_specific": "node_envs",
+    "nodes_envs": "node_envs",
+}
 
 
 def load(source: str | PathLike[str], overrides: Sequence[str] = ()) -> Experiment:
@@ -91,21 +95,27 @@ def _read(data: Mapping[str, Any], findings: Findings, source: FilePath) -> Expe
     """Read the whole composed file; None when something needed for an `Experiment` is missing."""
     for key in data:
         if key not in _TOP:
-            findings.error("config/unknown-key", (key,), f"unknown key{suggestion(key, None, (key,), sections=_TOP)}")
+            findings.error(
+                "config/unknown-key", (key,), f"unknown key{suggestion(key, None, (key,), sections=_TOP)}"
+            )
     section = _section(data.get("experiment"), findings)
     task = _task_type(data, section)
     _refuse_other_tasks(task, findings)
     runner = section.runner if section is not None else None
-    train = read_train(data.get("train"), runner, findings) if task == "train" and _has(data, task, findings) else None
+    train = (
+        read_train(data.get("train"), runner, findings)
+        if task == "train" and _has(data, task, findings)
+        else None
+    )
     serve = read_serve(data.get("serve"), findings) if task == "serve" and _has(data, task, findings) else ()
     if section is None:
         return None
     if findings.problems:
         return None
-    experiment = Experiment(**_fields(section, source, findings), train=train, serve=serve)
-    experiment._origins = findings.origins
-    experiment._notes = sort_problems(findings.notes)
-    return experiment
+    fields = _fields(section, source, findings)
+    if findings.problems:
+        return None
+    return Experiment.located(findings.origins, findings.notes, **fields, train=train, serve=serve)
 
 
 def _section(tree: Any, findings: Findings) -> ExperimentSection | None:
@@ -120,9 +130,14 @@ def _section(tree: Any, findings: Findings) -> ExperimentSection | None:
     if isinstance(runner, Mapping):
         content["runner"] = _runner(runner, findings)
     if isinstance(content.get("deploy"), Mapping):
-        findings.note("config/moved", ("experiment", "deploy"), "moved to experiment.runner.deploy; write it there")
+        findings.note(
+            "config/moved", ("experiment", "deploy"), "moved to experiment.runner.deploy; write it there"
+        )
         moved = content.pop("deploy")
-        content["runner"] = {**content.get("runner", {}), "deploy": {**content.get("runner", {}).get("deploy", {}), **moved}}
+        content["runner"] = {
+            **content.get("runner", {}),
+            "deploy": {**content.get("runner", {}).get("deploy", {}), **moved},
+        }
     return read_model(ExperimentSection, content, ("experiment",), findings)
 
 
@@ -162,7 +177,12 @@ def _refuse_other_tasks(task: str | None, findings: Findings) -> None:
     """Say clearly what this version cannot run."""
     where = ("experiment", "task", "type")
     if task in {"inference", "compress", "rl"}:
-        findings.error("config/unsupported", where, f"{task} tasks cannot be run by this version; train and serve can", task)
+        findings.error(
+            "config/unsupported",
+            where,
+            f"{task} tasks cannot be run by this version; train and serve can",
+            task,
+        )
 
 
 def _fields(section: ExperimentSection, source: FilePath, findings: Findings) -> dict[str, Any]:
@@ -171,7 +191,9 @@ def _fields(section: ExperimentSection, source: FilePath, findings: Findings) ->
     exp_dir = section.exp_dir if "exp_dir" in section.model_fields_set else f"outputs/{section.exp_name}"
     if section.task.entrypoint is not None:
         message = "is not used: the engine is started by the runner itself"
-        findings.note("config/no-effect", ("experiment", "task", "entrypoint"), message, section.task.entrypoint)
+        findings.note(
+            "config/no-effect", ("experiment", "task", "entrypoint"), message, section.task.entrypoint
+        )
     return {
         "name": section.exp_name,
         "exp_dir": str(cwd / exp_dir),
@@ -198,7 +220,9 @@ def _environments(tree: Mapping[str, Any], findings: Findings) -> dict[str, Any]
             found["envs"].update(_variable(key, value, path, findings))
             continue
         if not isinstance(value, Mapping):
-            findings.error("config/value", path, f"must be a mapping of names to variables ({show(value)} given)")
+            findings.error(
+                "config/value", path, f"must be a mapping of names to variables ({show(value)} given)"
+            )
             continue
         for name, variables in value.items():
             target = found[_ENV_SECTIONS[key]].setdefault(name, {})

@@ -11,8 +11,14 @@ __all__ = ["MASK", "is_secret", "masked"]
 MASK = "***"
 
 # Whole words at the end of a key, so that `max_tokens`, `tokenizer` and `pad_token` stay readable.
-_SECRET = re.compile(r"(^|[_-])(api_?keys?|access_?keys?|secret(_?keys?)?|passw(or)?d|passphrase|credentials?|private_?key)$", re.IGNORECASE)
-_TOKEN = re.compile(r"(^|[_-])(hf|hub|auth|access|api|bearer|github|gitlab|wandb|refresh|session|secret)[_-]?token$|^token$|_TOKEN$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|[_-])(api_?keys?|access_?keys?|secret(_?keys?)?|passw(or)?d|passphrase|credentials?|private_?key)$",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(
+    r"(^|[_-])(hf|hub|auth|access|api|bearer|github|gitlab|wandb|refresh|session|secret)[_-]?token$|^token$|_TOKEN$",
+    re.IGNORECASE,
+)
 
 
 def is_secret(key: str) -> bool:

@@ -31,8 +31,9 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 def recipes() -> Mapping[str, Path]:
     """Return every installed recipe by name (`qwen3/0_6b`), with the path of its experiment file.
 
-    Packages offer recipes by the entry-point group `flagscale.recipes`, whose value names a package folder that holds
-    `<model>/conf/<name>.yaml`. When two packages offer the same name, the one whose entry point sorts first is taken.
+    Packages offer recipes by the entry-point group `flagscale.recipes`, whose value names a package folder
+    that holds `<model>/conf/<name>.yaml`. When two packages offer the same name, the one whose entry point
+    sorts first is taken.
     """
     found: dict[str, Path] = {}
     points = importlib.metadata.entry_points(group=_GROUP)
