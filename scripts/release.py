@@ -3,8 +3,8 @@
     nox -s release -- flagscale-hw minor            # a rehearsal on a copy; the tree stays as it is
     nox -s release -- flagscale-hw minor --write    # the same in the tree, then commit and tag (never pushes)
 
-The tag is `<package>-v<version>`. A package whose new version another package's pin would refuse is not released: the
-pin and its line are named instead.
+The tag is `<package>-v<version>`. A package whose new version another package's pin would refuse is not
+released: the pin and its file are named instead.
 """
 
 from __future__ import annotations
@@ -64,20 +64,20 @@ def release(package: str, part: str, *, write: bool) -> None:
         if not write:
             work = Path(name) / package
             shutil.copytree(folder, work)
-        before = run("hatch", "version", cwd=work)
+        before = run("hatchling", "version", cwd=work)
         if write and run("git", "status", "--porcelain", cwd=ROOT):
             raise SystemExit("release: the tree has uncommitted changes: commit or stash them first")
         preview = Path(name) / "preview"
         shutil.copytree(folder, preview)
-        run("hatch", "version", part, cwd=preview)
-        after = run("hatch", "version", cwd=preview)
+        run("hatchling", "version", part, cwd=preview)
+        after = run("hatchling", "version", cwd=preview)
         if refused := refusing_pins(package, after):
             raise SystemExit(
                 f"release: {package} {after} is refused by:\n  "
                 + "\n  ".join(refused)
                 + "\nchange these pins first"
             )
-        run("hatch", "version", part, cwd=work)
+        run("hatchling", "version", part, cwd=work)
         tag = f"{package}-v{after}"
         say(f"{package}: {before} -> {after}, tag {tag}\n")
         say(run("towncrier", "build", "--draft", "--version", after, cwd=work) + "\n")
@@ -89,9 +89,8 @@ def release(package: str, part: str, *, write: bool) -> None:
             run("git", "add", "--all", str(folder), cwd=ROOT)
             run("git", "commit", "--quiet", "-m", f"Release {package} {after}", cwd=ROOT)
             run("git", "tag", tag, cwd=ROOT)
-            say(
-                f"\ncommitted and tagged {tag}; publish with: git push origin HEAD {tag} && twine upload dist/{tag}/*"
-            )
+            say(f"\ncommitted and tagged {tag}; to publish:")
+            say(f"  git push origin HEAD {tag}\n  twine upload dist/{tag}/*")
         else:
             say("\nnothing was changed: add --write to release")
 
