@@ -52,7 +52,7 @@ class Demo:
         """Turn a command of ours into argv, and show it as a user would type it."""
         name, *rest = map(str, words)
         print(f"\n$ {shlex.join([name, *rest])}", flush=True)
-        return [str(SCRIPTS / name), *rest]
+        return [shutil.which(name, path=f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}") or name, *rest]
 
     def run(self, *words: object, quiet: bool = False) -> str:
         """Run one command to its end.
@@ -141,8 +141,7 @@ class Demo:
         finally:
             launcher.kill()
             launcher.wait()
-        print(
-            f"\n--- the launcher was killed (SIGKILL) at step {target}; waiting until nothing of it is left ---"
+        print(f"\n--- launcher killed (SIGKILL) at step {target}; waiting until nothing is left ---") at step {target}; waiting until nothing of it is left ---"
         )
         wait_until_gone(self.train)
         self.run("flagscale-train", "status", self.train / "runs" / "latest")

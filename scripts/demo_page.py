@@ -38,7 +38,7 @@ def page(demo: Demo, *, wall_s: float) -> str:
         f" throughput  {rate:,.0f} tokens/s (median step)",
         f" resume      killed at step {facts['killed_at']}, resumed from {facts['resumed_from']}:",
         f"             {facts['twice']} steps trained twice, loss and gradient norm differ by 0",
-        f" logits      Megatron against transformers, fp32: max |difference| {facts['logits_difference']:.2e}",
+        f" logits      Megatron against transformers, fp32: max |diff| {facts['logits_difference']:.2e}",
         f"             (rms of the logits: {facts['logits_rms']:.2f})",
         " answer      equal to transformers.generate, greedy; no process left after stop:",
         *(f"   | {line}" for line in (demo_prompt() + facts["answer"]).splitlines()),
