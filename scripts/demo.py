@@ -141,7 +141,7 @@ class Demo:
         finally:
             launcher.kill()
             launcher.wait()
-        print(f"\n--- launcher killed (SIGKILL) at step {target}; waiting until nothing is left ---") at step {target}; waiting until nothing of it is left ---"
+        print(f"\n--- launcher killed (SIGKILL) at step {target}; waiting until nothing is left ---")
         )
         wait_until_gone(self.train)
         self.run("flagscale-train", "status", self.train / "runs" / "latest")
