@@ -108,9 +108,13 @@ class Plan:
         seen: set[str] = set()
         for process in self.processes:
             if not _NAME.fullmatch(process.name):
-                raise InvalidPlan(f"plan {self.name}: process name {process.name!r}: use a-z, 0-9, `_`, `.`, `-`")
+                raise InvalidPlan(
+                    f"plan {self.name}: process name {process.name!r}: use a-z, 0-9, `_`, `.`, `-`"
+                )
             if process.name in seen:
-                raise InvalidPlan(f"plan {self.name}: two processes are called {process.name!r}: names must differ")
+                raise InvalidPlan(
+                    f"plan {self.name}: two processes are called {process.name!r}: names must differ"
+                )
             seen.add(process.name)
             self._check_placeholders(process)
         for file in self.files:
@@ -122,7 +126,9 @@ class Plan:
             for match in PLACEHOLDER.finditer(text):
                 port = match.group(1)
                 if port and port not in self.ports:
-                    raise InvalidPlan(f"plan {self.name}: {process.name}: port {port!r} is not among {sorted(self.ports)}")
+                    raise InvalidPlan(
+                        f"plan {self.name}: {process.name}: port {port!r} is not among {sorted(self.ports)}"
+                    )
 
     def to_json(self, *, masked: bool = True) -> str:
         """Render as deterministic JSON, with the values of `secrets` as `***` unless `masked` is false."""
