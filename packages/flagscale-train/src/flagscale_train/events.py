@@ -4,7 +4,7 @@ One line per event, each an object with `event` (its kind) and `time` (unix seco
 
 - `start`: versions, layout, parameters, tokens_per_step, train_iters, iteration (0 or where it resumes)
 - `notice`: text
-- `step`: iteration, loss, grad_norm, learning_rate, step_time_s, tokens_per_s, tflops_per_device, mfu, memory_bytes
+- `step`: iteration, loss, grad_norm, learning_rate, step_time_s, tokens_per_second, tflops_per_device, mfu, memory_bytes
 - `eval`: iteration, split (`validation` or `test`), loss
 - `checkpoint`: iteration, path, verified, save_time_s
 - `error`: rank, type, text (the first one written is the first cause)
@@ -178,7 +178,7 @@ class Progress:
         return {
             "iteration": self.iteration,
             "train_iters": self.train_iters,
-            **{key: step.get(key) for key in ("loss", "grad_norm", "learning_rate", "tokens_per_s", "step_time_s")},
+            **{key: step.get(key) for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "step_time_s")},
             **{key: step.get(key) for key in ("tflops_per_device", "mfu", "memory_bytes")},
             "remaining_s": self.remaining_s,
             "validation": dict(self.validation) if self.validation else None,

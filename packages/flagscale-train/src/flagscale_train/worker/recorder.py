@@ -114,7 +114,7 @@ class Recorder:
             learning_rate=self._learning_rate,
             **({"skipped": True} if skipped else {}),
             step_time_s=step_time_s,
-            tokens_per_s=batch_size * args.seq_length / step_time_s,
+            tokens_per_second=batch_size * args.seq_length / step_time_s,
             tflops_per_device=flops / 1e12,
             mfu=flops / self._peak_flops if self._peak_flops else None,
             memory_bytes=int(torch.cuda.max_memory_allocated()),
