@@ -1,8 +1,9 @@
 """The files of a `torch_dist` checkpoint as megatron-core 0.19 writes it, planned before any data is read.
 
 Layers are stacked, one chunk per layer; names are those of Transformer Engine's layers, which the plain-torch
-layers of uniform models share. Each module that has state of its own in some layer flavour gets its `_extra_state`
-object: with Megatron's default strictness a missing one stops the load, a superfluous one is ignored.
+layers of uniform models share. Each module that has state of its own in some layer flavour gets its
+`_extra_state` object: with Megatron's default strictness a missing one stops the load, a superfluous one is
+ignored.
 """
 
 from __future__ import annotations

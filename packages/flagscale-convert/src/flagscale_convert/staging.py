@@ -1,8 +1,8 @@
 """The destination while it is being made: staged in a folder of its own, journalled, put in place at the end.
 
-Nothing outside `.flagscale-convert/` exists until every byte is on disk; then files move into place, those that
-make a directory loadable last. A conversion that is cut off at any moment leaves either nothing that loads or the whole,
-and the same command finishes it.
+Nothing outside `.flagscale-convert/` exists until every byte is on disk; then files move into place, those
+that make a directory loadable last. A conversion that is cut off at any moment leaves either nothing that
+loads or the whole, and the same command finishes it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def write_failure(path: Path, error: OSError) -> WriteFailed:
     """Say what stopped a write and what to do."""
     reason = _FULL.get(error.errno or 0, error.strerror or str(error))
     return WriteFailed(
-        f"{path}: writing failed ({reason}): what is whole was kept: make room, then run the same command again to"
+        f"{path}: writing failed ({reason}): what is whole was kept: make room, then run the same command"
+        " again to"
         " finish"
     )
 
@@ -74,7 +75,8 @@ class Staging:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise DestinationRefused(
-                    f"{self._plan.destination}: another conversion is writing to it: wait for it or choose another place"
+                    f"{self._plan.destination}: another conversion is writing to it: wait for it or choose"
+                    " another place"
                 ) from error
             self._read_journal()
             self._check_room()
@@ -108,11 +110,13 @@ class Staging:
         entries = [entry.name for entry in destination.iterdir() if entry.name != STAGING]
         if any(name.startswith("iter_") for name in entries):
             raise DestinationRefused(
-                f"{self._plan.destination}: holds checkpoints of a training run ({sorted(entries)[0]}): choose another"
+                f"{self._plan.destination}: holds checkpoints of a training run ({sorted(entries)[0]}):"
+                " choose another"
             )
         if entries and not self._overwrite and not (destination / STAGING).exists():
             raise DestinationRefused(
-                f"{self._plan.destination}: is not empty ({', '.join(sorted(entries)[:3])}): choose another directory, or"
+                f"{self._plan.destination}: is not empty ({', '.join(sorted(entries)[:3])}): choose another"
+                " directory, or"
                 " pass --overwrite to replace the checkpoint in it"
             )
 
@@ -130,7 +134,8 @@ class Staging:
             self._done = {str(name): int(size) for name, size in done.items()}
         elif done and not self._overwrite:
             raise DestinationRefused(
-                f"{self._plan.destination}: holds the unfinished conversion of another source or with other options:"
+                f"{self._plan.destination}: holds the unfinished conversion of another source or with other"
+                " options:"
                 " run that one again to finish it, or pass --overwrite to discard it"
             )
         else:
@@ -144,7 +149,8 @@ class Staging:
         if needed > free:
             self._forget_if_unused()
             raise WriteFailed(
-                f"{self._plan.destination}: {format_bytes(needed)} are needed, {format_bytes(free)} are free: make room or"
+                f"{self._plan.destination}: {format_bytes(needed)} are needed, {format_bytes(free)} are free:"
+                " make room or"
                 " choose another disk; nothing was written"
             )
 
@@ -180,7 +186,7 @@ class Staging:
     def _clear_old(self) -> None:
         """Remove the checkpoint being replaced, first what makes it loadable."""
         destination = self._plan.destination
-        for name in reversed(self._plan.texts):
+        for name in reversed(tuple(self._plan.texts)):
             (destination / name).unlink(missing_ok=True)
         written = {file.path for file in self._plan.files}
         if self._plan.to == "hf":

@@ -1,8 +1,8 @@
 """One `torch.save` archive inside a bigger file: find the raw bytes of its tensor, or write such an archive.
 
 Every entry of a `.distcp` file is a complete, uncompressed zip of `data.pkl` (how to rebuild the tensor) and
-`data/0` (its bytes). Reading needs the position of the second; writing needs a frame of known length around bytes
-that come later. Neither needs torch.
+`data/0` (its bytes). Reading needs the position of the second; writing needs a frame of known length around
+bytes that come later. Neither needs torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import os
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +134,7 @@ def find_tensor(descriptor: int, offset: int, length: int, info: TensorInfo, *, 
 
 
 def _tensor_arguments(record: Any, where: str) -> tuple[str, int, tuple[int, ...], tuple[int, ...]]:
-    """Take apart the pickled call of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)`."""
+    """Take apart the pickled `_rebuild_tensor_v2(storage, offset, size, stride, ...)`."""
     if (
         isinstance(record, unpickle.Record)
         and record.path == "torch._utils._rebuild_parameter"
@@ -219,7 +220,7 @@ class TensorFrame:
         ]
         head, directory = b"", b""
         for name, data in members:
-            local, central = _headers(name, len(data), zipfile.crc32(data), len(head))
+            local, central = _headers(name, len(data), zlib.crc32(data), len(head))
             head += local + data
             directory += central
         local, central = _headers("archive/data/0", self.size_bytes, crc, len(head))
