@@ -1,0 +1,111 @@
+"""Follow a starting service on a terminal: what it is doing, when it is ready, why it failed.
+
+What does not live here: arguments and exit codes (`cli.py`).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import flagscale_hw as hw
+from flagscale_serve.progress import Phases
+from flagscale_serve.runs import ServiceStatus
+
+__all__ = ["StartLog", "ready_text"]
+
+_POLL_S = 0.1
+_SILENCE_S = 15.0
+
+
+class StartLog:
+    """The start of one run, told line by line."""
+
+    def __init__(
+        self, run: hw.Run, engines: Mapping[str, str], say: Callable[[str], None], *, verbose: bool
+    ) -> None:
+        """Begin to read.
+
+        Args:
+            run: a run that was just launched.
+            engines: instance name -> engine.
+            say: takes one line for people.
+            verbose: tell every line of the engines' logs already while they start.
+        """
+        self._run = run
+        self._say = say
+        self._verbose = verbose
+        self._phases = {name: Phases(engine) for name, engine in engines.items()}
+        self._lines: queue.SimpleQueue[hw.LogLine] = queue.SimpleQueue()
+        self._began = self._told = time.monotonic()
+        self._reader = threading.Thread(target=self._read, name="log reader", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._run.logs(follow=True):
+            self._lines.put(line)
+
+    def until_ready(self) -> hw.RunStatus:
+        """Tell the phases until the service is ready or over."""
+        for name in self._phases:
+            self._tell(name)
+        while (now := self._run.status()).state in ("starting", "running"):
+            self._drain(self._start_line)
+            self._break_silence()
+            time.sleep(_POLL_S)
+        self._drain(self._start_line)
+        return now
+
+    def until_over(self) -> hw.RunStatus:
+        """Pass the engines' logs on until the run is over."""
+        while not (now := self._run.status()).is_over:
+            self._drain(self._plain_line)
+            time.sleep(_POLL_S)
+        self._reader.join(timeout=2.0)
+        self._drain(self._plain_line)
+        return now
+
+    def _drain(self, tell: Callable[[hw.LogLine], None]) -> None:
+        while not self._lines.empty():
+            tell(self._lines.get())
+
+    def _start_line(self, line: hw.LogLine) -> None:
+        if self._verbose:
+            self._plain_line(line)
+        if self._phases[line.process].read(line.text):
+            self._tell(line.process)
+
+    def _plain_line(self, line: hw.LogLine) -> None:
+        self._say(f"{line.process}: {line.text}" if len(self._phases) > 1 else line.text)
+
+    def _tell(self, name: str) -> None:
+        self._told = time.monotonic()
+        who = f"{name}: " if len(self._phases) > 1 else ""
+        self._say(f"[{self._told - self._began:6.1f} s] {who}{self._phases[name].current}")
+
+    def _break_silence(self) -> None:
+        """Show that it is alive when no phase has changed for a while."""
+        if time.monotonic() - self._told < _SILENCE_S:
+            return
+        self._told = time.monotonic()
+        for name, phases in self._phases.items():
+            last = f"; its last words: {phases.last_line[:120]}" if phases.last_line else ""
+            self._say(f"[{self._told - self._began:6.1f} s] {name}: still {phases.current}{last}")
+
+
+def ready_text(status: ServiceStatus, seconds: float) -> str:
+    """Say that a service is ready, where it is, and what to try."""
+    lines = []
+    for one in status.instances:
+        lines.append(f"ready after {seconds:.1f} s: {one.url}  model {one.model}")
+        if one.has_chat_template:
+            path, asked = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
+        else:
+            path, asked = "completions", '"prompt": "Hello"'
+        lines += [
+            f"try: curl {one.url}/{path} -H 'Content-Type: application/json' \\",
+            f'       -d \'{{"model": "{one.model}", {asked}, "max_tokens": 32}}\'',
+        ]
+    return "\n".join(lines)
