@@ -279,9 +279,9 @@ def find_run(target: str | None, overrides: Sequence[str] = (), *, alive: bool =
     """Find the run that a target means.
 
     Args:
-        target: run directory, run id, serve file, recipe or model directory; None means the only service
-            alive. overrides: Hydra overrides of the file. alive: with no target, do not fall back on the
-            latest one that has ended.
+        target: run directory, run id, serve file, recipe or model directory; None: the only one alive.
+        overrides: Hydra overrides of the file.
+        alive: with no target, do not fall back on the latest one that has ended.
 
     Raises:
         NotServing: there is none, or several could be meant.

@@ -315,7 +315,8 @@ def _refuse_unsupported(experiment: Experiment, where: str) -> None:
     ]
     for key, value, what in asked:
         if value:
-            raise InvalidService(f"{where}: experiment.{key}: {_plain(value)}: not supported by this version:
+            given = dict(value) if isinstance(value, Mapping) else value
+            raise InvalidService(f"{where}: experiment.{key}: {given!r}: not supported by this version:
             {what}")
     for index, item in enumerate(experiment.serve):
         if item.module or item.depends:
@@ -324,6 +325,3 @@ def _refuse_unsupported(experiment: Experiment, where: str) -> None:
                 "application: not supported by this version: serve each model by itself"
             )
 
-
-def _plain(value: Any) -> str:
-    return repr(dict(value) if isinstance(value, Mapping) else value)
