@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
 import shutil
@@ -53,7 +52,7 @@ class Demo:
         """Turn a command of ours into argv, and show it as a user would type it."""
         name, *rest = map(str, words)
         print(f"\n$ {shlex.join([name, *rest])}", flush=True)
-        return [str(SCRIPTS / name), *rest]
+        return [shutil.which(name, path=f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}") or name, *rest]
 
     def run(self, *words: object, quiet: bool = False) -> str:
         """Run one command to its end.
@@ -62,7 +61,9 @@ class Demo:
             DemoError: it exited with anything but 0.
         """
         argv = self.command(*words)
-        done = subprocess.run(argv, env=self.env, text=True, stdout=subprocess.PIPE if quiet else None, check=False)
+        done = subprocess.run(
+            argv, env=self.env, text=True, stdout=subprocess.PIPE if quiet else None, check=False
+        )
         if done.returncode:
             raise DemoError(f"{words[0]} {words[1]} exited with {done.returncode}")
         return done.stdout or ""
@@ -97,6 +98,7 @@ class Demo:
             self.run("flagscale-train", "data", "tokenize", corpus, *wanted)
 
     def training_words(self) -> list[object]:
+        """Return the experiment and its overrides, as every training command takes them."""
         return [
             RECIPE,
             f"experiment.exp_dir={self.train}",
@@ -139,7 +141,7 @@ class Demo:
         finally:
             launcher.kill()
             launcher.wait()
-        print(f"\n--- the launcher was killed (SIGKILL) at step {target}; waiting until nothing of it is left ---")
+        print(f"\n--- launcher killed (SIGKILL) at step {target}; waiting until nothing is left ---")
         wait_until_gone(self.train)
         self.run("flagscale-train", "status", self.train / "runs" / "latest")
         return {event["iteration"]: event for event in self.steps_of_all_runs()}
@@ -148,7 +150,9 @@ class Demo:
         """Write the Hugging Face checkpoint and verify it bit by bit."""
         checkpoints = self.train / "checkpoints"
         if not self.hf.exists():
-            self.run("flagscale-convert", "run", checkpoints, self.hf, "--to", "hf", "--tokenizer", self.tokenizer)
+            self.run(
+                "flagscale-convert", "run", checkpoints, self.hf, "--to", "hf", "--tokenizer", self.tokenizer
+            )
         self.run("flagscale-convert", "verify", checkpoints, self.hf)
 
     def compare_logits(self) -> None:
@@ -178,7 +182,9 @@ class Demo:
         self.facts["parameters"] = sum(p.numel() for p in model.parameters())
         ids = tokenizer(PROMPT, return_tensors="pt")
         answer = model.generate(**ids, max_new_tokens=48, do_sample=False)
-        self.facts["expected"] = tokenizer.decode(answer[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        self.facts["expected"] = tokenizer.decode(
+            answer[0, ids["input_ids"].shape[1] :], skip_special_tokens=True
+        )
 
     def serve_and_ask(self) -> None:
         """Serve the converted model, ask it over HTTP, compare with transformers.generate, stop it."""
@@ -198,12 +204,15 @@ class Demo:
             self.run("flagscale-serve", "stop", run_dir)
         wait_until_gone(run_dir)
         if answer != self.facts["expected"]:
-            raise DemoError(f"the server said {answer!r}, transformers.generate said {self.facts['expected']!r}")
+            raise DemoError(
+                f"the server said {answer!r}, transformers.generate said {self.facts['expected']!r}"
+            )
         self.facts |= {"answer": answer, "url": url}
 
     # --- reading what the training wrote ----------------------------------------------------------------
 
     def event_files(self) -> list[Path]:
+        """Return the event files of all runs, oldest first."""
         return sorted((self.train / "runs").glob("[0-9]*/events.jsonl"))
 
     def steps_of_all_runs(self) -> list[dict[str, Any]]:
@@ -212,6 +221,7 @@ class Demo:
         return [latest[iteration] for iteration in sorted(latest)]
 
     def finished(self) -> bool:
+        """Tell whether the last step was trained."""
         steps = self.steps_of_all_runs()
         return bool(steps) and steps[-1]["iteration"] >= self.steps
 
@@ -244,8 +254,10 @@ def survivors(folder: Path) -> list[str]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes()
-            if int(process.name) != os.getpid() and (mark in words or mark in (process / "environ").read_bytes()):
-                found.append(f"{process.name} {words.replace(b'\0', b' ').decode(errors='replace')[:100]}")
+            if int(process.name) != os.getpid() and (
+                mark in words or mark in (process / "environ").read_bytes()
+            ):
+                found.append(f"{process.name} {words.replace(bytes(1), b' ').decode(errors='replace')[:100]}")
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
     return found
@@ -278,7 +290,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     demo, started = Demo(root, given.steps), time.monotonic()
     try:
-        for step in (demo.prepare, demo.train_and_resume, demo.convert, demo.compare_logits, demo.serve_and_ask):
+        for step in (
+            demo.prepare,
+            demo.train_and_resume,
+            demo.convert,
+            demo.compare_logits,
+            demo.serve_and_ask,
+        ):
             step()
     except DemoError as error:
         print(f"\ndemo: {error}", file=sys.stderr)

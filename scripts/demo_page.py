@@ -33,13 +33,13 @@ def page(demo: Demo, *, wall_s: float) -> str:
         "=" * WIDTH,
         terminal_curve(steps, held_out),
         f" model       Qwen3 architecture, {facts['parameters']:,} parameters, vocabulary {vocabulary:,}",
-        f" loss        {steps[0]['loss']:.3f} at step 1 (ln {vocabulary} = {math.log(vocabulary):.3f})"
-        f" -> held out {last:.3f} at step {max(held_out)}",
+        f" loss        {steps[0]['loss']:.3f} at step 1 (ln {vocabulary} = {math.log(vocabulary):.3f})",
+        f"             {last:.3f} held out, at step {max(held_out)}",
         f" throughput  {rate:,.0f} tokens/s (median step)",
-        f" resume      killed at step {facts['killed_at']}, resumed from {facts['resumed_from']}: "
-        f"{facts['twice']} steps trained twice, loss and gradient norm differ by 0",
-        f" logits      Megatron against transformers, fp32: max |difference| {facts['logits_difference']:.2e}"
-        f" (rms of logits {facts['logits_rms']:.2f})",
+        f" resume      killed at step {facts['killed_at']}, resumed from {facts['resumed_from']}:",
+        f"             {facts['twice']} steps trained twice, loss and gradient norm differ by 0",
+        f" logits      Megatron against transformers, fp32: max |diff| {facts['logits_difference']:.2e}",
+        f"             (rms of the logits: {facts['logits_rms']:.2f})",
         " answer      equal to transformers.generate, greedy; no process left after stop:",
         *(f"   | {line}" for line in (demo_prompt() + facts["answer"]).splitlines()),
         " files",
@@ -112,7 +112,11 @@ def files(demo: Demo, picture: Path) -> list[str]:
 
 def size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    return (
+        sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+        if path.is_dir()
+        else path.stat().st_size
+    )
 
 
 def next_commands(demo: Demo) -> list[str]:

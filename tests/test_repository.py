@@ -23,7 +23,9 @@ def test_pins_between_our_packages_accept_the_versions_in_the_tree(package: str)
     for text in project["dependencies"]:
         requirement = Requirement(text)
         if requirement.name.startswith("flagscale-"):
-            about = ROOT / f"packages/{requirement.name}/src/{requirement.name.replace('-', '_')}/__about__.py"
+            about = (
+                ROOT / f"packages/{requirement.name}/src/{requirement.name.replace('-', '_')}/__about__.py"
+            )
             version = re.search(r'__version__ = "(.+)"', about.read_text())[1]
             assert requirement.specifier.contains(version), text
 
@@ -37,7 +39,9 @@ def test_readme_shows_the_two_commands_that_ci_runs(name: str) -> None:
     assert start + "tests" in (ROOT / ".ci/run").read_text()
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("packages/*/README.md")), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("packages/*/README.md")), ids=str
+)
 def test_links_in_documents_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), target
