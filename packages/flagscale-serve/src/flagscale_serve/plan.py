@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flagscale_hw import Machine, Plan, Probe, Process, StopPolicy, runtime
+from flagscale_hw import Machine, Plan, Probe, Process, StopPolicy, env, runtime
 from flagscale_serve.engines import Context, Rendered, default_engine, engine_named
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.service import Instance, Service, absolute, of_experiment
@@ -107,20 +107,18 @@ def _assign_devices(instances: Sequence[Instance], machine: Machine) -> dict[str
                     "on this machine: remove it to serve on the CPU"
                 )
         return {name: {} for name in wanted}
-    total = sum(wanted.values())
-    if total > len(machine.devices):
+    total, free = sum(wanted.values()), machine.visible
+    if total > len(free):
         asked = ", ".join(f"{name} {count}" for name, count in wanted.items())
         raise InvalidService(
-            f"devices: {total} asked for ({asked}): this machine has {len(machine.devices)} "
-            f"({machine.chip}): lower tensor_parallel_size, or serve fewer instances"
+            f"devices: {total} asked for ({asked}): this process may use {len(free)} ({machine.chip}): lower "
+            "tensor_parallel_size, or serve fewer instances"
         )
-    variable = runtime(machine.chip).visible_devices_variable
-    if len(instances) == 1 or variable is None:
+    if len(instances) == 1:
         return {name: {} for name in wanted}
-    free = [str(device.index) for device in machine.devices]
     assigned: dict[str, dict[str, str]] = {}
     for name, count in wanted.items():
-        assigned[name] = {variable: ",".join(free[:count])}
+        assigned[name] = env(free[:count])
         free = free[count:]
     return assigned
 

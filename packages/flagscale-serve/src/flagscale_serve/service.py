@@ -316,12 +316,12 @@ def _refuse_unsupported(experiment: Experiment, where: str) -> None:
     for key, value, what in asked:
         if value:
             given = dict(value) if isinstance(value, Mapping) else value
-            raise InvalidService(f"{where}: experiment.{key}: {given!r}: not supported by this version:
-            {what}")
+            raise InvalidService(
+                f"{where}: experiment.{key}: {given!r}: not supported by this version: {what}"
+            )
     for index, item in enumerate(experiment.serve):
         if item.module or item.depends:
             raise InvalidService(
                 f"{where}: serve[{index}]: an item with module or depends is part of a composed "
                 "application: not supported by this version: serve each model by itself"
             )
-
