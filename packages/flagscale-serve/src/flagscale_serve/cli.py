@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_command(argv: list[str]) -> int:
-    arguments = _parser().parse_args(argv)
+    from flagscale_config import command
+
+    arguments = command.parse(_parser(), argv)
     verb: Callable[[argparse.Namespace], int] = arguments.verb
     return verb(arguments)
 

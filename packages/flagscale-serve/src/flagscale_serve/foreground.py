@@ -5,13 +5,11 @@ What does not live here: arguments and exit codes (`cli.py`).
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Mapping
 
 import flagscale_hw as hw
-from flagscale_serve.progress import Phases
+from flagscale_serve.progress import Phases, Tail
 from flagscale_serve.runs import ServiceStatus
 
 __all__ = ["StartLog", "ready_text"]
@@ -38,20 +36,14 @@ class StartLog:
         self._say = say
         self._verbose = verbose
         self._phases = {name: Phases(engine) for name, engine in engines.items()}
-        self._lines: queue.SimpleQueue[hw.LogLine] = queue.SimpleQueue()
+        self._tails = {name: Tail(run.dir / "logs" / f"{name}.log") for name in engines}
         self._began = self._told = time.monotonic()
-        self._reader = threading.Thread(target=self._read, name="log reader", daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self._run.logs(follow=True):
-            self._lines.put(line)
 
     def until_ready(self) -> hw.RunStatus:
         """Tell the phases until the service is ready or over."""
         for name in self._phases:
             self._tell(name)
-        while (now := self._run.status()).state in ("starting", "running"):
+        while not ((now := self._run.status()).is_over or now.state == "ready"):
             self._drain(self._start_line)
             self._break_silence()
             time.sleep(_POLL_S)
@@ -63,22 +55,22 @@ class StartLog:
         while not (now := self._run.status()).is_over:
             self._drain(self._plain_line)
             time.sleep(_POLL_S)
-        self._reader.join(timeout=2.0)
-        self._drain(self._plain_line)
+        self._drain(self._plain_line, is_over=True)
         return now
 
-    def _drain(self, tell: Callable[[hw.LogLine], None]) -> None:
-        while not self._lines.empty():
-            tell(self._lines.get())
+    def _drain(self, tell: Callable[[str, str], None], *, is_over: bool = False) -> None:
+        for name, tail in self._tails.items():
+            for line in tail.lines(is_over=is_over):
+                tell(name, line)
 
-    def _start_line(self, line: hw.LogLine) -> None:
+    def _start_line(self, name: str, line: str) -> None:
         if self._verbose:
-            self._plain_line(line)
-        if self._phases[line.process].read(line.text):
-            self._tell(line.process)
+            self._plain_line(name, line)
+        if self._phases[name].read(line):
+            self._tell(name)
 
-    def _plain_line(self, line: hw.LogLine) -> None:
-        self._say(f"{line.process}: {line.text}" if len(self._phases) > 1 else line.text)
+    def _plain_line(self, name: str, line: str) -> None:
+        self._say(f"{name}: {line}" if len(self._tails) > 1 else line)
 
     def _tell(self, name: str) -> None:
         self._told = time.monotonic()

@@ -191,7 +191,7 @@ def wait_ready(run: hw.Run) -> ServiceStatus:
     Raises:
         RunFailed: the run is over.
     """
-    while (now := run.status()).state in ("starting", "running"):
+    while not ((now := run.status()).is_over or now.state == "ready"):
         time.sleep(_POLL_S)
     if now.state != "ready":
         raise RunFailed(f"{run.dir}: {now.state}: {now.reason or 'it was stopped'}: see {run.dir / 'logs'}")
