@@ -11,15 +11,16 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from flagscale_config import Experiment
+from typing import TYPE_CHECKING, Any
 
 from flagscale_train.checkpoints import choose
 from flagscale_train.data.encode import facts_file
 from flagscale_train.data.indexed import files_of
 from flagscale_train.data.vocabulary import Vocabulary
 from flagscale_train.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from flagscale_config import Experiment
 
 __all__ = ["OPTIONAL", "Findings", "examine"]
 

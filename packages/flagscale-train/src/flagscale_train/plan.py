@@ -11,9 +11,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flagscale_config import Experiment, Train, render_megatron
 from flagscale_hw import Machine, Plan, Process, StopPolicy, peak, runtime
 from flagscale_hw import env as device_env
 
@@ -21,6 +20,9 @@ from flagscale_train.chips import conflicts, defaults
 from flagscale_train.errors import InvalidInput
 from flagscale_train.events import FILE_NAME
 from flagscale_train.findings import Findings
+
+if TYPE_CHECKING:
+    from flagscale_config import Experiment, Train
 
 __all__ = ["Layout", "checkpoint_dir", "lay_out", "options_for", "plan", "process_for"]
 
@@ -212,6 +214,8 @@ def _vocabulary(given: Mapping[str, Any], findings: Findings, problems: list[str
 def _torchrun(
     python: str, num_processes: int, module: str, options: Mapping[str, Any], extra: tuple[str, ...]
 ) -> tuple[str, ...]:
+    from flagscale_config import render_megatron
+
     launcher = ("--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}", "--max-restarts=0")
     return (python, "-m", "torch.distributed.run", *launcher, "-m", module, *render_megatron(options), *extra)
 
