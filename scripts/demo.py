@@ -141,8 +141,7 @@ class Demo:
         finally:
             launcher.kill()
             launcher.wait()
-        print(f"\n--- launcher killed (SIGKILL) at step {target}; waiting until nothing is left ---") at step {target}; waiting until nothing of it is left ---"
-        )
+        print(f"\n--- launcher killed (SIGKILL) at step {target}; waiting until nothing is left ---")
         wait_until_gone(self.train)
         self.run("flagscale-train", "status", self.train / "runs" / "latest")
         return {event["iteration"]: event for event in self.steps_of_all_runs()}

@@ -1,27 +1,36 @@
 """The plan: everything a launch needs, decided, as frozen data.
 
-A plan is made by a pure function and started by `flagscale_hw.launch`; nothing is decided between the two. What
-only the host can know (a free port, the run directory) stands in it as a placeholder: `{port:NAME}`, `{run_dir}`
-and, in port values only, nothing else. The supervisor replaces placeholders in argv, env values, cwd, files and probe
+A plan is made by a pure function and started by `flagscale_hw.launch`; nothing is decided between the two.
+What only the host can know (a free port, the run directory) stands in it as a placeholder: `{port:NAME}`
+and `{run_dir}`. The supervisor replaces placeholders in argv, env values, cwd, texts of files and probe
 URLs; every other brace is left alone, so JSON may stand in an argument.
 
-What does not live here: starting, watching and stopping (`launch.py`, `supervisor.py`).
+What does not live here: starting, watching and stopping (`runs.py`, `supervisor.py`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from flagscale_hw.errors import InvalidPlan
 
-__all__ = ["PLACEHOLDER", "File", "Plan", "Probe", "Process", "StopPolicy"]
+__all__ = ["PLACEHOLDER", "File", "Plan", "Probe", "Process", "StopPolicy", "render_json"]
 
 PLACEHOLDER = re.compile(r"\{(?:port:([a-z0-9_-]+)|(run_dir))\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+_NAME_LIMIT = 100
+_PORT_NAME = re.compile(r"[a-z0-9_-]+")
+_OWN_FILES = frozenset(
+    {"plan.json", "manifest.json", "state.json", "supervisor.json", "supervisor.log", "stop.json", "logs"}
+)
+_MASKED_INSIDE = 6
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +61,9 @@ class File:
 class Probe:
     """How to know that a run is ready: one HTTP request that must answer with a certain JSON value.
 
-    A status of 200 alone proves nothing (servers answer `/health` before they can generate), so `expect` names a
-    path in the JSON body, such as `usage.completion_tokens` or `choices.0.text`, that must exist and be neither
-    null, 0 nor empty.
+    A status of 200 alone proves nothing (servers answer `/health` before they can generate), so `expect`
+    names a path in the JSON body, such as `usage.completion_tokens` or `choices.0.text`, that must exist
+    and be neither null, 0 nor empty.
     """
 
     url: str
@@ -80,8 +89,8 @@ class Plan:
     """What will run. Same experiment and same machines give the same plan, byte for byte.
 
     Raises:
-        InvalidPlan: two processes share a name, a placeholder names a port that is not leased, a file would be
-            written outside the run directory, or there is nothing to run.
+        InvalidPlan: two processes share a name, a placeholder names a port that is not leased, a file would
+            be written outside the run directory, or anything else in it could not be done as written.
     """
 
     kind: str
@@ -96,9 +105,10 @@ class Plan:
     """All must pass for the run to be `ready`; a plan without probes is `running` until it ends."""
     stop: StopPolicy = StopPolicy()
     max_restarts: int = 0
+    """How often the whole run is started again after a process failed or did not become ready."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Plain JSON kept for readers (the resolved experiment with secrets masked, parallel layout, versions, chips);
-    the launcher copies it to the manifest and never looks inside."""
+    """Plain JSON kept for readers (the resolved experiment with secrets masked, parallel layout, versions,
+    chips); the launcher copies it to the manifest and never looks inside."""
     secrets: tuple[str, ...] = ()
     """Names of environment variables whose values are masked wherever the plan is shown or recorded."""
 
@@ -107,36 +117,75 @@ class Plan:
             raise InvalidPlan(f"plan {self.name}: no process to run: at least one is needed")
         seen: set[str] = set()
         for process in self.processes:
-            if not _NAME.fullmatch(process.name):
-                raise InvalidPlan(
-                    f"plan {self.name}: process name {process.name!r}: use a-z, 0-9, `_`, `.`, `-`"
-                )
             if process.name in seen:
                 raise InvalidPlan(
                     f"plan {self.name}: two processes are called {process.name!r}: names must differ"
                 )
             seen.add(process.name)
-            self._check_placeholders(process)
-        for file in self.files:
-            if file.path.startswith("/") or ".." in file.path.split("/"):
-                raise InvalidPlan(f"plan {self.name}: file {file.path!r} lies outside the run directory")
+        for problem in self._problems():
+            raise InvalidPlan(f"plan {self.name}: {problem}")
 
-    def _check_placeholders(self, process: Process) -> None:
-        for text in (*process.argv, *process.env.values(), process.cwd):
+    def _problems(self) -> Iterator[str]:
+        for process in self.processes:
+            yield from _problems_of_process(process)
+        for file in self.files:
+            yield from _problems_of_file(file)
+        if len({file.path for file in self.files}) < len(self.files):
+            yield "two files have the same path: paths must differ"
+        for probe in self.probes:
+            yield from _problems_of_probe(probe)
+        yield from self._problems_of_ports()
+        if self.stop.signal not in signal.Signals.__members__:
+            yield f"stop signal {self.stop.signal!r}: give a name such as SIGTERM"
+        if not 0 <= self.stop.grace_s < math.inf:
+            yield f"stop grace_s {self.stop.grace_s}: give seconds, 0 or more"
+        if self.max_restarts < 0:
+            yield f"max_restarts {self.max_restarts}: give 0 or more"
+
+    def _problems_of_ports(self) -> Iterator[str]:
+        for name, number in self.ports.items():
+            if not _PORT_NAME.fullmatch(name):
+                yield f"port name {name!r}: use a-z, 0-9, `_`, `-`"
+            if number is not None and not 0 < number < 65536:
+                yield f"port {name!r} ({number}): give 1 to 65535, or None for any free one"
+        wanted = [number for number in self.ports.values() if number is not None]
+        for number in sorted({number for number in wanted if wanted.count(number) > 1}):
+            names = ", ".join(sorted(name for name, value in self.ports.items() if value == number))
+            yield f"port {number} is wanted twice ({names}): ports must differ"
+        for place, text in self._texts():
             for match in PLACEHOLDER.finditer(text):
-                port = match.group(1)
-                if port and port not in self.ports:
-                    raise InvalidPlan(
-                        f"plan {self.name}: {process.name}: port {port!r} is not among {sorted(self.ports)}"
-                    )
+                if match[1] and match[1] not in self.ports:
+                    yield f"{place}: port {match[1]!r} is not among {sorted(self.ports)}"
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        """Yield every text in which placeholders are replaced, with its place."""
+        for process in self.processes:
+            for text in (*process.argv, *process.env.values(), process.cwd):
+                yield process.name, text
+        for file in self.files:
+            yield f"file {file.path!r}", file.text
+        for probe in self.probes:
+            yield "probe", probe.url
 
     def to_json(self, *, masked: bool = True) -> str:
-        """Render as deterministic JSON, with the values of `secrets` as `***` unless `masked` is false."""
+        """Render as deterministic JSON.
+
+        Args:
+            masked: show the values of `secrets` as `***`, also where such a value stands in an argument, a
+                file or a header. Without it the text is what `from_json` reads.
+        """
         data = asdict(self)
         if masked:
+            values = [
+                process.env[name]
+                for process in self.processes
+                for name in self.secrets
+                if name in process.env
+            ]
+            data = _mask(data, sorted(values, key=len, reverse=True))
             for process in data["processes"]:
                 process["env"] = {k: "***" if k in self.secrets else v for k, v in process["env"].items()}
-        return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return render_json(data)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -159,3 +208,64 @@ class Plan:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidPlan(f"not a plan: {error}") from error
+
+
+def render_json(data: Any) -> str:
+    """Render plain data as the same text every time, readable, and always valid UTF-8.
+
+    Bytes that are not UTF-8, which arguments and environments may hold, are escaped.
+    """
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False)
+    if _SURROGATE.search(text):
+        text = json.dumps(data, indent=2, sort_keys=True)
+    return text + "\n"
+
+
+def _problems_of_process(process: Process) -> Iterator[str]:
+    if not _NAME.fullmatch(process.name) or len(process.name) > _NAME_LIMIT:
+        yield f"process name {process.name!r}: use a-z, 0-9, `_`, `.`, `-`, at most {_NAME_LIMIT} characters"
+    if not process.argv or not process.argv[0]:
+        yield f"{process.name}: argv is empty: its first word names the program"
+    if any("\0" in text for text in (*process.argv, *process.env, *process.env.values(), process.cwd)):
+        yield f"{process.name}: a NUL character stands in argv, env or cwd: programs cannot be given one"
+    for variable in process.env:
+        if not variable or "=" in variable:
+            yield f"{process.name}: environment variable {variable!r}: a name is not empty and has no `=`"
+
+
+def _problems_of_file(file: File) -> Iterator[str]:
+    parts = file.path.split("/")
+    if file.path.startswith("/") or ".." in parts:
+        yield f"file {file.path!r} lies outside the run directory"
+    elif "\0" in file.path or any(part in {"", "."} for part in parts):
+        yield f"file {file.path!r}: give a relative path of plain names"
+    elif parts[0].startswith(".") or parts[0] in _OWN_FILES:
+        yield f"file {file.path!r}: the launcher keeps its own file there: choose another name"
+
+
+def _problems_of_probe(probe: Probe) -> Iterator[str]:
+    if not probe.url.startswith(("http://", "https://")):
+        yield f"probe {probe.url!r}: give a URL that starts with http:// or https://"
+    for name, value, least in (
+        ("interval_s", probe.interval_s, 0.01),
+        ("request_timeout_s", probe.request_timeout_s, 0.01),
+        ("timeout_s", probe.timeout_s, 0.0),
+    ):
+        if not least <= value < math.inf:
+            yield f"probe {probe.url!r}: {name} {value}: give seconds, {least:g} or more"
+
+
+def _mask(data: Any, values: list[str]) -> Any:
+    """Replace secret values in every text; short ones only where they are the whole text."""
+    if isinstance(data, str):
+        for value in values:
+            if data == value:
+                return "***"
+            if len(value) >= _MASKED_INSIDE:
+                data = data.replace(value, "***")
+        return data
+    if isinstance(data, Mapping):
+        return {key: _mask(value, values) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_mask(value, values) for value in data]
+    return data

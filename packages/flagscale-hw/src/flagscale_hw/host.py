@@ -1,0 +1,138 @@
+"""A view of one host for probes: files below a root, and commands that cannot hang the caller.
+
+Every probe looks through this view and nowhere else, so a directory tree with a few stub tools is a machine
+too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Answer", "Host"]
+
+_TOOL_FOLDERS = (
+    "/usr/bin",
+    "/usr/local/bin",
+    "/usr/local/nvidia/bin",
+    "/usr/lib/wsl/lib",
+    "/bin",
+    "/opt/bin",
+)
+_OUTPUT_LIMIT = 4 << 20
+_KILL_WAIT_S = 0.2
+_START = (
+    "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_module(sys.argv[2], run_name='__main__')"
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said."""
+
+    output: str
+    errors: str
+    exit_code: int | None
+    """None: it was killed because it took too long."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """This host, or a recorded or invented one below another root."""
+
+    root: Path = Path("/")
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    @property
+    def is_real(self) -> bool:
+        """Tell whether this is the machine we run on, with its libraries and its kernel."""
+        return self.root == Path("/")
+
+    def path(self, absolute: str) -> Path:
+        """Return where an absolute path of the host lies."""
+        return self.root / absolute.lstrip("/")
+
+    def read(self, absolute: str) -> str | None:
+        """Return the text of a small file without the blanks around it; None when it cannot be read."""
+        try:
+            return self.path(absolute).read_text(errors="replace").strip()
+        except OSError:
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        """Return the sorted names in a folder; none when it cannot be read."""
+        try:
+            return sorted(entry.name for entry in self.path(folder).iterdir())
+        except OSError:
+            return []
+
+    def find_tool(self, name: str) -> Path | None:
+        """Return a vendor's tool from where it is installed, or else from PATH; None when there is none."""
+        folders = [self.path(folder) for folder in _TOOL_FOLDERS]
+        if self.is_real:
+            folders += [
+                Path(folder) for folder in self.environ.get("PATH", "").split(":") if folder.startswith("/")
+            ]
+        for folder in folders:
+            tool = folder / name
+            if os.access(tool, os.X_OK) and tool.is_file():
+                return tool
+        return None
+
+    def run(self, argv: Sequence[str | Path], timeout_s: float) -> Answer:
+        """Run a tool; kill it and all its children when it takes longer than `timeout_s`.
+
+        It runs in an empty temporary folder, because some tools write files where they stand.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        with tempfile.TemporaryDirectory(prefix="flagscale-hw-") as folder:
+            return _run([str(word) for word in argv], folder, {**self.environ, "LC_ALL": "C"}, timeout_s)
+
+    def run_module(self, module: str, timeout_s: float) -> Answer:
+        """Run one of our modules in its own process, where a library that hangs or crashes does no harm."""
+        package_root = Path(__file__).resolve().parents[1]
+        return self.run([sys.executable, "-I", "-S", "-c", _START, package_root, module], timeout_s)
+
+
+def _run(argv: list[str], folder: str, environ: dict[str, str], timeout_s: float) -> Answer:
+    with Path(folder, "out").open("w+b") as out, Path(folder, "err").open("w+b") as err:
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            cwd=folder,
+            env=environ,
+            start_new_session=True,
+        )
+        exit_code: int | None = None
+        try:
+            exit_code = child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if exit_code is None:
+                _kill_group(child)
+        return Answer(_text(out), _text(err), exit_code)
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    os.killpg(child.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+    try:
+        child.wait(_KILL_WAIT_S)
+    except subprocess.TimeoutExpired:
+        # Stuck inside the kernel (a driver that hangs): nobody can end it, so nobody may wait for it.
+        child.returncode = -signal.SIGKILL
+
+
+def _text(file: object) -> str:
+    raw = os.pread(file.fileno(), _OUTPUT_LIMIT, 0)  # type: ignore[attr-defined]
+    return raw.decode(errors="replace")

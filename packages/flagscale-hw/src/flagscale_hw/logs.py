@@ -1,0 +1,88 @@
+"""Read the logs of a run: every process, by name, to the end or for as long as the run lasts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["LogLine", "follow_logs", "read_logs"]
+
+_CHUNK_BYTES = 256 * 1024
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line of one process."""
+
+    process: str
+    text: str
+    """Without the line's end; bytes that are not UTF-8 are replaced."""
+
+
+class _Reader:
+    """The unread part of one log file."""
+
+    def __init__(self, process: str, path: Path) -> None:
+        self._process = process
+        self._path = path
+        self._offset = 0
+        self._rest = b""
+
+    def new_lines(self) -> Iterator[LogLine]:
+        """Yield every whole line that has been added since the last call."""
+        while data := self._read():
+            *whole, self._rest = (self._rest + data).split(b"\n")
+            for line in whole:
+                yield self._line(line)
+
+    def _read(self) -> bytes:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read(_CHUNK_BYTES)
+        except FileNotFoundError:
+            return b""
+        self._offset += len(data)
+        return data
+
+    def last_line(self) -> Iterator[LogLine]:
+        """Yield the line that nobody ended, if there is one."""
+        if self._rest:
+            yield self._line(self._rest)
+            self._rest = b""
+
+    def _line(self, raw: bytes) -> LogLine:
+        return LogLine(self._process, raw.decode(errors="replace").rstrip("\r"))
+
+
+def read_logs(files: dict[str, Path]) -> Iterator[LogLine]:
+    """Yield what the logs hold now, one process after the other."""
+    for reader in [_Reader(process, path) for process, path in files.items()]:
+        yield from reader.new_lines()
+        yield from reader.last_line()
+
+
+def follow_logs(files: dict[str, Path], is_over: Callable[[], bool]) -> Iterator[LogLine]:
+    """Yield what the logs hold and what is added to them, merged as it comes, until the run is over.
+
+    Args:
+        files: process -> log file; a file may not exist yet.
+        is_over: asked before each look at the files, so that nothing written before the end is missed.
+    """
+    readers = [_Reader(process, path) for process, path in files.items()]
+    while True:
+        ended = is_over()
+        num_lines = 0
+        for reader in readers:
+            for line in reader.new_lines():
+                num_lines += 1
+                yield line
+        if ended:
+            break
+        if num_lines == 0:
+            time.sleep(_POLL_S)
+    for reader in readers:
+        yield from reader.last_line()

@@ -1,0 +1,117 @@
+"""The state of a run while it is written: kept by the supervisor, finished by the guardian if need be."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+
+from flagscale_hw.identity import identify
+from flagscale_hw.manifest import complete
+from flagscale_hw.rundir import RunDirectory
+from flagscale_hw.status import ProcessStatus, RunState, RunStatus
+
+__all__ = ["Record"]
+
+_FINAL_TRIES_S = 10.0
+
+
+class Record:
+    """A status that changes, and its copy on disk.
+
+    A disk that is full never ends a run: the last good copy stays, and every later change tries again.
+    """
+
+    def __init__(self, directory: RunDirectory, status: RunStatus) -> None:
+        self.directory = directory
+        self.status = status
+        self.is_saved = False
+        self.endings: list[ProcessStatus] = []
+        """Processes of the present attempt in the order in which they ended: the first is the cause."""
+
+    def change(self, state: RunState, reason: str = "") -> None:
+        """Enter a state and save it."""
+        self.status = replace(self.status, state=state, reason=reason)
+        self.save()
+
+    def restart(self) -> None:
+        """Begin another attempt: no process has been started in it yet."""
+        names = [process.name for process in self.status.processes]
+        self.endings.clear()
+        self.status = replace(
+            self.status,
+            restarts=self.status.restarts + 1,
+            processes=tuple(ProcessStatus(name=name) for name in names),
+        )
+
+    def started(self, name: str, pid: int) -> None:
+        """Note that a process runs."""
+        who = identify(pid)
+        self._put(
+            ProcessStatus(
+                name=name, pid=pid, start_time=None if who is None else who.start_time, started_at=time.time()
+            )
+        )
+
+    def ended(self, pid: int, wait_status: int) -> None:
+        """Note how a child ended; children that are not planned processes are orphans and leave no trace."""
+        code = os.waitstatus_to_exitcode(wait_status)
+        for process in self.status.processes:
+            if process.pid == pid and process.is_running:
+                ended = replace(
+                    process,
+                    ended_at=time.time(),
+                    exit_code=code if code >= 0 else None,
+                    signal=-code if code < 0 else None,
+                )
+                self._put(ended)
+                self.endings.append(ended)
+
+    def _put(self, changed: ProcessStatus) -> None:
+        processes = tuple(changed if p.name == changed.name else p for p in self.status.processes)
+        self.status = replace(self.status, processes=processes)
+
+    def save(self) -> bool:
+        """Write the status; False when the disk does not take it."""
+        try:
+            self.directory.write(self.directory.state, self.status.to_dict())
+        except OSError as error:
+            if self.is_saved:
+                _say(f"state.json: not written: {error}")
+            self.is_saved = False
+        else:
+            self.is_saved = True
+        return self.is_saved
+
+    def finish(self, state: RunState, reason: str) -> bool:
+        """Record the end, manifest first, so that whoever sees the end also sees a whole manifest.
+
+        Returns:
+            False when the disk did not take it for ten seconds.
+        """
+        self.directory.release_reserve()
+        self.status = replace(self.status, state=state, reason=reason, ended_at=time.time())
+        deadline = time.monotonic() + _FINAL_TRIES_S
+        while True:
+            self._finish_manifest()
+            if self.save():
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+
+    def _finish_manifest(self) -> None:
+        manifest = self.directory.read(self.directory.manifest)
+        if manifest is None:
+            return
+        try:
+            self.directory.write(self.directory.manifest, complete(manifest, self.status))
+        except OSError as error:
+            _say(f"manifest.json: not written: {error}")
+
+
+def _say(text: str) -> None:
+    """Speak to `supervisor.log`, which is the standard error of whoever keeps the record."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,291 @@
+"""Start a plan, and come back to it later from any process: a run is a directory.
+
+    run = launch(plan, run_dir)
+    run = open_run(run_dir)
+    run.status(), run.wait(), run.stop(), run.logs(follow=True)
+
+What does not live here: the process that watches over the run (`supervisor.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from flagscale_hw.errors import InvalidPlan, LaunchError, RunNotFound
+from flagscale_hw.identity import marked
+from flagscale_hw.index import remembered
+from flagscale_hw.logs import LogLine, follow_logs, read_logs
+from flagscale_hw.order import here
+from flagscale_hw.plan import Plan
+from flagscale_hw.rundir import RunDirectory
+from flagscale_hw.starting import Start, reap_guardians
+from flagscale_hw.status import RunStatus
+
+__all__ = ["Run", "launch", "list_runs", "open_run"]
+
+_END_LIMIT_S = 15.0
+_POLL_S = 0.05
+
+
+class Run:
+    """One run, by its directory. Holds no handle on it: any process may have any number of these."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.dir = run_dir
+        """Absolute."""
+        self._directory = RunDirectory(run_dir)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.dir)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and self.dir == other.dir
+
+    def __hash__(self) -> int:
+        return hash(self.dir)
+
+    @property
+    def name(self) -> str:
+        """The name of the experiment, from the manifest; empty when there is none."""
+        return str((self._directory.read(self._directory.manifest) or {}).get("name", ""))
+
+    def status(self) -> RunStatus:
+        """Say how the run stands.
+
+        A recorded state is believed only while somebody who could change it is alive, or when it is final.
+        """
+        reap_guardians()
+        status = self._directory.read_status()
+        if status is not None and (status.is_over or not self._is_of_here()):
+            return status
+        if status is not None and self._is_alive("supervisor"):
+            return status
+        if self._is_alive("guardian"):
+            current = status or RunStatus(state="starting")
+            return self._final_or(
+                replace(current, state="stopping", reason=current.reason or "the supervisor died")
+            )
+        # The end may have been recorded between the first look and the last.
+        lost = "its supervisor and guardian are gone (killed, or the machine was restarted)"
+        return self._final_or(replace(status or RunStatus(state="lost"), state="lost", reason=lost))
+
+    def _final_or(self, otherwise: RunStatus) -> RunStatus:
+        status = self._directory.read_status()
+        return status if status is not None and status.is_over else otherwise
+
+    def _is_of_here(self) -> bool:
+        """Tell whether the processes of the run are, or were, of this host and container."""
+        recorded = self._directory.read(self._directory.supervisor)
+        if recorded is None:
+            return True
+        now = here()
+        # Another boot of the same host is here: whatever ran before it is gone.
+        return all(recorded.get(key) == now[key] for key in ("hostname", "pid_namespace"))
+
+    def _is_alive(self, role: str) -> bool:
+        who = self._directory.read_identity(role)
+        return who is not None and who.is_alive()
+
+    def wait(self, timeout_s: float | None = None) -> RunStatus:
+        """Wait until the run is over and its supervisor is gone.
+
+        Args:
+            timeout_s: give up after so many seconds; then the returned status is not over. None waits
+                forever.
+        """
+        status = self._poll(timeout_s, lambda now: now.is_over)
+        if status.is_over and self._is_of_here():
+            self._wait_for_guardian()
+        return status
+
+    def wait_ready(self, timeout_s: float | None = None) -> RunStatus:
+        """Wait until the run is ready (running, for a plan without probes) or over.
+
+        Args:
+            timeout_s: give up after so many seconds; the status then says `starting`. None waits forever.
+        """
+        return self._poll(timeout_s, lambda now: now.state not in {"starting", "stopping"})
+
+    def _poll(self, timeout_s: float | None, is_enough: Callable[[RunStatus], bool]) -> RunStatus:
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            status = self.status()
+            if is_enough(status) or time.monotonic() >= deadline:
+                return status
+            time.sleep(_POLL_S)
+
+    def _wait_for_guardian(self) -> None:
+        deadline = time.monotonic() + _END_LIMIT_S
+        while self._is_alive("guardian") and time.monotonic() < deadline:
+            time.sleep(_POLL_S / 5)
+            reap_guardians()
+
+    def stop(self, grace_s: float | None = None) -> RunStatus:
+        """End the run and wait for its end; a run that is over is left as it is.
+
+        Args:
+            grace_s: seconds between the plan's polite signal and SIGKILL; the plan's own when None.
+
+        Raises:
+            LaunchError: the run is on another host, or belongs to another user.
+        """
+        if not self._is_of_here():
+            if self.status().is_over:
+                return self.status()
+            where = (self._directory.read(self._directory.supervisor) or {}).get("hostname")
+            raise LaunchError(f"{self.dir}: runs on host {where!r} or in another container: stop it there")
+        if self.status().is_over:
+            return self._sweep()
+        self._ask_to_stop(grace_s)
+        status = self.wait(self._patience_s(grace_s))
+        if not status.is_over:
+            # It was told and did not move, so it hangs or is frozen: its guardian does the rest.
+            self._send("supervisor", signal.SIGKILL)
+            status = self.wait(_END_LIMIT_S)
+        return self._sweep() if status.is_over else status
+
+    def _ask_to_stop(self, grace_s: float | None) -> None:
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk must not keep a run alive: then the plan's own grace counts
+            self._directory.write(self._directory.stop_request, {"grace_s": grace_s})
+        self._send("supervisor", signal.SIGTERM)
+
+    def _patience_s(self, grace_s: float | None) -> float:
+        if grace_s is None:
+            plan = self._directory.read(self._directory.plan) or {}
+            grace_s = float(plan.get("stop", {}).get("grace_s", 30.0))
+        return grace_s + _END_LIMIT_S
+
+    def _send(self, role: str, signum: int) -> None:
+        who = self._directory.read_identity(role)
+        if who is None:
+            return
+        try:
+            who.send(signum)
+        except PermissionError as error:
+            raise LaunchError(
+                f"{self.dir}: the run belongs to another user: only that user can stop it"
+            ) from error
+
+    def _sweep(self) -> RunStatus:
+        """End what carries the mark of this run although its supervisor and its guardian are both gone."""
+        run_id = (self._directory.read(self._directory.supervisor) or {}).get("run_id")
+        deadline = time.monotonic() + _END_LIMIT_S
+        while run_id and (left := marked(run_id)) and time.monotonic() < deadline:
+            for process in left:
+                with contextlib.suppress(PermissionError):
+                    process.send(signal.SIGKILL)
+            time.sleep(_POLL_S)
+        return self.status()
+
+    def logs(self, *, follow: bool = False) -> Iterator[LogLine]:
+        """Yield the log lines of every process.
+
+        Args:
+            follow: go on as lines are written, until the run is over.
+        """
+        plan = self._directory.read(self._directory.plan) or {}
+        files = {entry["name"]: self._directory.log(entry["name"]) for entry in plan.get("processes", ())}
+        return follow_logs(files, lambda: self.status().is_over) if follow else read_logs(files)
+
+
+def launch(plan: Plan, run_dir: str | os.PathLike[str], *, detach: bool = True) -> Run:
+    """Start a plan in a directory of its own; return once the supervisor has put itself on record.
+
+    Args:
+        plan: what to run, on this host.
+        run_dir: made if missing; must not hold a run, not even one that is over.
+        detach: let the run outlive the calling process. Otherwise it ends when the caller does, even by
+            SIGKILL.
+
+    Raises:
+        InvalidPlan: the plan asks for another host.
+        LaunchError: the directory holds a run or cannot be written, or a port is taken. Nothing is left
+        behind.
+    """
+    elsewhere = sorted({process.host for process in plan.processes} - {"local"})
+    if elsewhere:
+        raise InvalidPlan(
+            f"plan {plan.name}: host {elsewhere[0]!r}: this version starts processes on `local` only"
+        )
+    directory = RunDirectory(Path(run_dir).absolute())
+    is_new = not directory.path.exists()
+    _claim(directory, plan)
+    starting = Start(directory)
+    run = Run(directory.path)
+    try:
+        starting.begin(plan)
+        if detach:
+            starting.let_go()
+        else:
+            starting.keep()
+    except BaseException:  # also Ctrl-C: whatever stops a launch, nothing may stay
+        starting.abort()
+        if starting.is_let_go:
+            run.stop(grace_s=0.0)
+        _remove(directory, plan, is_new=is_new)
+        raise
+    return run
+
+
+def _claim(directory: RunDirectory, plan: Plan) -> None:
+    try:
+        is_ours = directory.claim(plan.to_json())
+    except OSError as error:
+        raise LaunchError(
+            f"{directory.path}: cannot hold a run: {error.strerror}: choose another directory"
+        ) from error
+    if not is_ours:
+        state = Run(directory.path).status().state
+        raise LaunchError(
+            f"{directory.path}: holds a run already ({state}): choose a new directory for each run"
+        )
+
+
+def _remove(directory: RunDirectory, plan: Plan, *, is_new: bool) -> None:
+    """Take away what a launch that failed has put there, and nothing else."""
+    import shutil
+
+    if is_new:
+        shutil.rmtree(directory.path, ignore_errors=True)
+        return
+    # The directory was somebody's before: files of the plan have been taken back by the supervisor.
+    for path in (*directory.files(), *(directory.log(process.name) for process in plan.processes)):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        directory.logs.rmdir()
+
+
+def open_run(run_dir: str | os.PathLike[str]) -> Run:
+    """Open the run that lives in a directory.
+
+    Raises:
+        RunNotFound: there is none.
+    """
+    directory = RunDirectory(Path(run_dir).absolute())
+    if not directory.plan.is_file():
+        raise RunNotFound(
+            f"{directory.path}: holds no run: give the directory of a run, or list the known ones"
+        )
+    return Run(directory.path)
+
+
+def list_runs() -> tuple[Run, ...]:
+    """Return every known run of this user on this machine, the newest last."""
+    return tuple(Run(path) for path in sorted(remembered(), key=_launched_at))
+
+
+def _launched_at(path: Path) -> float:
+    try:
+        return (path / "plan.json").stat().st_mtime
+    except OSError:
+        return 0.0

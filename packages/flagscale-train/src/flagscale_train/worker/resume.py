@@ -1,0 +1,124 @@
+"""Loads the newest whole checkpoint and proves that what was saved is whole.
+
+Megatron believes its tracker file: if the run was killed while saving, or the disk was full, it may point at nothing or
+at half a checkpoint. Here the files decide (`flagscale_train.checkpoints`); the tracker is not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training import checkpointing, get_args, training
+
+from flagscale_train.checkpoints import Choice, choose, fault
+from flagscale_train.worker.recorder import Recorder
+
+__all__ = ["Keeper", "chosen"]
+
+
+def chosen(root: Path, iteration: int | None = None) -> Choice:
+    """Choose a checkpoint on the first rank and tell all others, so that they can never disagree."""
+    if not torch.distributed.is_initialized():
+        return choose(root, iteration)
+    answer: list[Choice | None] = [choose(root, iteration) if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(answer, src=0)
+    choice = answer[0]
+    assert choice is not None  # noqa: S101 -- rank 0 always sends one
+    return choice
+
+
+class Keeper:
+    """Stands between the trainer and its checkpoints."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        """Report through `recorder`."""
+        self._recorder = recorder
+        self._loaded: Path | None = None
+
+    def attach(self) -> None:
+        """Wrap Megatron's functions; call once, before `pretrain()`."""
+        checkpointing.read_metadata = self._read_tracker
+        checkpointing.checkpoint_exists = lambda root: root is not None and chosen(Path(root)).path is not None
+        self._wrap("load_checkpoint", self._load)
+        self._wrap("save_checkpoint", self._save)
+
+    @staticmethod
+    def _wrap(name: str, around: Callable[..., Any]) -> None:
+        real = getattr(training, name)
+        setattr(training, name, functools.wraps(real)(functools.partial(around, real)))
+
+    def _read_tracker(self, tracker: str) -> tuple[int, bool]:
+        choice = chosen(Path(tracker).parent, get_args().ckpt_step)
+        return (choice.iteration, choice.release) if choice.path else (-1, False)
+
+    def _load(self, real: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        args = get_args()
+        if args.load is None:
+            return real(*arguments, **named)
+        choice = chosen(Path(args.load), args.ckpt_step)
+        for sentence in choice.skipped:
+            self._note(sentence)
+        if args.ckpt_step and choice.path is None:
+            raise FileNotFoundError(f"ckpt_step: {args.ckpt_step}: no whole checkpoint of that step in {args.load}")
+        if choice.path is not None:
+            # Megatron looks for the tracker before it looks for a checkpoint; an asked-for step goes before both.
+            args.ckpt_step = choice.iteration or None
+            self._loaded = choice.path
+            self._note(f"resuming from {choice.path}")
+        return real(*arguments, **named)
+
+    def _note(self, text: str) -> None:
+        if torch.distributed.get_rank() == 0:
+            print(text, flush=True)  # noqa: T201 -- the log is this process's output
+        self._recorder.write("notice", text=text)
+
+    def _save(self, real: Callable[..., Any], iteration: int, *arguments: Any, **named: Any) -> Any:
+        args = get_args()
+        path = Path(checkpointing.get_checkpoint_name(args.save, iteration, return_base_dir=True))
+        if self._loaded == path and fault(path) is None:
+            # Nothing was trained since it was loaded; writing over the only good copy could only harm it.
+            return None
+        self._clear(path)
+        started_s = time.perf_counter()
+        with _unstoppable():
+            result = real(iteration, *arguments, **named)
+        self._verify(iteration, path, time.perf_counter() - started_s)
+        return result
+
+    def _clear(self, path: Path) -> None:
+        """Remove an earlier attempt at this very checkpoint: files of another layout would stay between the new ones."""
+        if torch.distributed.get_rank() == 0 and path.exists():
+            shutil.rmtree(path)
+        torch.distributed.barrier()
+
+    def _verify(self, iteration: int, path: Path, save_time_s: float) -> None:
+        if get_args().async_save:
+            self._recorder.write("checkpoint", iteration=iteration, path=path, verified=False, save_time_s=save_time_s)
+            return
+        problem = [fault(path) if torch.distributed.get_rank() == 0 else None]
+        torch.distributed.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise OSError(f"checkpoint {path} is not whole after saving: {problem[0]}")
+        self._recorder.write("checkpoint", iteration=iteration, path=path, verified=True, save_time_s=save_time_s)
+
+
+@contextlib.contextmanager
+def _unstoppable() -> Iterator[None]:
+    """Hold SIGTERM back while saving, here and in the writer processes that saving starts.
+
+    A run that is stopped sends SIGTERM to every process it has, new ones too. Megatron saves because of that signal, so it
+    must not hit the writers. A blocked signal is inherited by them, and here it is delivered afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
