@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Layout", "checkpoint_dir", "lay_out", "options_for", "plan", "process_for"]
 
-_SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
+_SECRET = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|passw(or)?d|credentials?)(_|$)")
 _STOP = StopPolicy(signal="SIGTERM", grace_s=45.0)
 """torchrun itself gives its workers 30 s to save after SIGTERM; the run's own patience must outlast that."""
 
