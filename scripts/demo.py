@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 
 SCRIPTS = Path(sys.executable).parent
-RECIPE = os.environ.get('DEMO_RECIPE', 'qwen3/tiny')
+RECIPE = "qwen3/tiny"
 PROMPT = "def __init__(self"
 LOGITS_TOLERANCE = 1e-4
 
