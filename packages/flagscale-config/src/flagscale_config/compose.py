@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
+from hydra import version
 from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -24,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flagscale_config.document import Document, read_document, shown_path
 from flagscale_config.errors import ConfigError, Origin, Problem
 from flagscale_config.override import apply_overrides, parse_overrides
-from flagscale_config.places import Places, merge_places
+from flagscale_config.places import Path, Places, dotted, merge_places, mismatch
 from flagscale_config.repository import FolderRepository
 
 __all__ = ["Composed", "compose"]
@@ -40,7 +41,7 @@ class Composed:
 
     config: DictConfig
     places: Places
-    source: Path
+    source: FilePath
     problems: list[Problem] = field(default_factory=list)
 
     def origin(self, path: Sequence[str | int]) -> Origin:
@@ -51,7 +52,7 @@ class Composed:
         return self.places.get(here, Origin(shown_path(self.source)))
 
 
-def compose(source: Path, overrides: Sequence[str] = ()) -> Composed:
+def compose(source: FilePath, overrides: Sequence[str] = ()) -> Composed:
     """Compose an experiment file with the files its defaults list names, and apply the overrides.
 
     Raises:
@@ -62,14 +63,30 @@ def compose(source: Path, overrides: Sequence[str] = ()) -> Composed:
         place = Origin(shown_path(source), 1, 1)
         message = "the file must hold `key: value` pairs"
         raise ConfigError([Problem(code="config/not-a-mapping", message=message, origin=place)])
-    parsed, faulty = parse_overrides(overrides)
-    try:
-        with _located(root):
-            composed = _compose(FolderRepository(root), parsed)
-    except ConfigError as error:
-        raise ConfigError([*faulty, *error.problems]) from None
+    with _current_hydra():
+        parsed, faulty = parse_overrides(overrides)
+        try:
+            with _located(root):
+                composed = _compose(FolderRepository(root), parsed)
+        except ConfigError as error:
+            raise ConfigError([*faulty, *error.problems]) from None
     composed.problems += faulty
     return composed
+
+
+@contextmanager
+def _current_hydra() -> Iterator[None]:
+    """Compose by Hydra's current rules, as FlagScale does (`version_base=None`).
+
+    They are a setting of the process; a program that uses Hydra itself keeps its own.
+    """
+    state = version.VersionBase.instance()
+    before = state.version_base
+    version.setbase(None)
+    try:
+        yield
+    finally:
+        state.version_base = before
 
 
 @contextmanager
@@ -111,28 +128,44 @@ def _compose(repository: FolderRepository, overrides: list[Override]) -> Compose
     config = OmegaConf.create({})
     places: Places = {}
     for default in listing.defaults:
-        config.merge_with(_packaged(repository, default, places))
+        _merge(config, places, *_packaged(repository, default))
     problems = [problem for document in repository.documents.values() for problem in _about(document)]
     OmegaConf.set_struct(config, value=True)  # as Hydra does: a plain override may not add a key
     problems += apply_overrides(config, places, listing.config_overrides)
     return Composed(config, places, root.path, problems)
 
 
-def _packaged(repository: FolderRepository, default: Any, places: Places) -> DictConfig:
-    """Return a file's content below its package, and record where its values are."""
+def _packaged(repository: FolderRepository, default: Any) -> tuple[DictConfig, Places]:
+    """Return a file's content below its package, and where its values are."""
     result = repository.load_config(default.config_path)
     if result is None:
         raise ValueError(f"no such file: {shown_path(repository.file_of(default.config_path))}")
     document = repository.document(default.config_path)
     package = default.package if default.package is not None else result.header["package"]
-    found = {path: place for path, place in document.places.items() if path[:1] != ("defaults",)}
-    merge_places(places, tuple(package.split(".")) if package else (), found, result.config)
-    content: DictConfig = result.config
-    if not package:
-        return content
-    outer: DictConfig = OmegaConf.create({})
-    OmegaConf.update(outer, package, content, merge=False)
-    return outer
+    prefix: Path = tuple(package.split(".")) if package else ()
+    places = {prefix[:length]: document.places[()] for length in range(len(prefix) + 1)}
+    for path, place in document.places.items():
+        if path and path[0] != "defaults":
+            places[(*prefix, *path)] = place
+    outer: DictConfig = OmegaConf.create({}) if package else result.config
+    if package:
+        OmegaConf.update(outer, package, result.config, merge=False)
+    return outer, places
+
+
+def _merge(config: DictConfig, places: Places, new: DictConfig, new_places: Places) -> None:
+    """Merge one file into what has been composed so far.
+
+    Raises:
+        ConfigError: a key is a mapping in one file and a list in the other.
+    """
+    clash = mismatch(config, new)
+    if clash is not None:
+        here, there = new_places.get(clash), places.get(clash)
+        message = f"is a mapping in one place and a list in the other ({there}); they cannot be merged"
+        raise ConfigError([Problem(code="config/compose", message=message, key=dotted(clash), origin=here)])
+    config.merge_with(new)
+    merge_places(places, new_places, new)
 
 
 def _about(document: Document) -> list[Problem]:

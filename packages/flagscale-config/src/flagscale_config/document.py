@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import grammar_parser
 from omegaconf._utils import get_yaml_loader
+from omegaconf.errors import GrammarParseError
 
 from flagscale_config.errors import ConfigError, Origin, Problem
 from flagscale_config.places import Path as KeyPath
@@ -170,6 +172,13 @@ class _Walk:
             node.value = _REMOVED_ENV.sub("${oc.env:", text)
             message = "`${env:X}` is no longer known to OmegaConf and is read as `${oc.env:X}`; write that"
             self.add("config/removed-resolver", node, message, path, severity="note")
+        try:
+            grammar_parser.parse(node.value)
+        except GrammarParseError as error:
+            detail = str(error).split("\n", maxsplit=1)[0]
+            message = f"{text!r} is not an interpolation: {detail}; write ${{key}}, or \\${{ for the text"
+            self.add("config/interpolation", node, message, path)
+            node.tag, node.value = "tag:yaml.org,2002:null", "null"
 
 
 def _syntax_error(file: str, error: Any) -> ConfigError:

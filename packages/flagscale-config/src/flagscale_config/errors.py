@@ -90,7 +90,8 @@ def sort_problems(problems: Iterable[Problem]) -> tuple[Problem, ...]:
         origin = problem.origin or Origin()
         return (origin.override is not None, origin.file, origin.line, origin.column, problem.key)
 
-    return tuple(sorted(dict.fromkeys(problems), key=position))
+    unique = {(problem.code, str(problem)): problem for problem in problems}
+    return tuple(sorted(unique.values(), key=position))
 
 
 class ConfigError(Exception):

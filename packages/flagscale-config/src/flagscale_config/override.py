@@ -83,6 +83,8 @@ def _explain(places: Places, override: Override, error: Exception) -> str:
     bare = line.lstrip("+")
     if override.package is not None or (override.is_delete() and "/" in override.key_or_group):
         return "no such config group"
+    if "Could not override" in text and _split(override.key_or_group) in places:
+        return f"holds keys that the files lack; to add them write +{line}"
     if "Could not override" in text:
         near = _nearest_key(places, override.key_or_group)
         return f"no such key in the files; {f'did you mean {near}? ' if near else ''}to add it write +{line}"

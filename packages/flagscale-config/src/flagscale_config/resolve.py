@@ -105,6 +105,6 @@ class _Resolver:
     def unresolved(self, path: Path, text: Any, error: Exception) -> None:
         reason = "it refers to itself" if isinstance(error, RecursionError) else str(error).split("\n", 1)[0]
         reason = reason.removeprefix("Interpolation key ")
-        if "recursion" in reason.lower() or "circular" in reason.lower():
+        if "recursive interpolation" in reason.lower() or "to parent node" in reason:
             reason = "it refers to itself"
         self.report("config/interpolation", path, f"cannot resolve {text!r}: {reason}", text)
