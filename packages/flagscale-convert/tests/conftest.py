@@ -298,7 +298,7 @@ def make(tmp_path: Path) -> Maker:
     return Maker(tmp_path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shape() -> type[Shape]:
     return Shape
 
