@@ -8,8 +8,6 @@ MEASURE = """
 import sys
 from pathlib import Path
 from flagscale_convert import convert, make_plan, verify
-if sys.argv[3] == "torch_dist":
-    import flagscale_convert.dcp_layout  # torch itself is no part of what a conversion needs per model
 
 def peak_kib():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

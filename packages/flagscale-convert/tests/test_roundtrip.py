@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed import checkpoint as dcp
 
-from flagscale_convert import convert, make_plan, verify
+from flagscale_convert import Unsupported, convert, make_plan, verify
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
 
@@ -131,8 +131,6 @@ def test_a_tied_copy_of_the_head_is_dropped_only_if_equal(make, shape, tmp_path)
     good = make.hf(model, "good", lm_head__weight=embedding.clone())
     convert(make_plan(good, tmp_path / "mc", to="torch_dist"))
     bad = make.hf(model, "bad", lm_head__weight=embedding + 1)
-    from flagscale_convert import Unsupported
-
     with pytest.raises(Unsupported, match=r"differs from `model\.embed_tokens\.weight`"):
         convert(make_plan(bad, tmp_path / "mc2", to="torch_dist"))
     assert not (tmp_path / "mc2").exists()
@@ -157,6 +155,35 @@ def test_casts_round_as_torch_does(make, shape, tmp_path, dtype):
         make.load(tmp_path / "out"), {name: tensor.to(target) for name, tensor in model.hf_tensors().items()}
     )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == str(target)[6:]
+
+
+def test_rounding_is_torchs_for_every_kind_of_value(make, shape, tmp_path):
+    model = shape(family="llama", hidden=256, heads=1, groups=1, head=2)
+    edges = torch.tensor([0.0, -0.0, 1.0, float("inf"), float("-inf"), 1e-40, 65504.0, 3e38])
+    halves = (torch.arange(256, dtype=torch.int32) << 15 | 0x3F800000).view(torch.float32)
+    for dtype, values in (("bf16", torch.cat([edges, halves])[:256]), ("fp16", halves)):
+        source = make.hf(model, dtype, model__norm__weight=values)
+        convert(make_plan(source, tmp_path / f"{dtype}-out", to="hf", dtype=dtype))
+        ours = make.load(tmp_path / f"{dtype}-out")["model.norm.weight"]
+        assert torch.equal(ours.view(torch.int16), values.to(ours.dtype).view(torch.int16))
+
+
+def test_not_a_number_stays_one(make, shape, tmp_path):
+    values = torch.full((48,), float("nan"))
+    values.view(torch.int32)[1::2] = 0x7F800001  # its payload is in the bits that are cut off
+    source = make.hf(shape(), model__norm__weight=values)
+    convert(make_plan(source, tmp_path / "out", to="hf", dtype="bf16"))
+    assert make.load(tmp_path / "out")["model.norm.weight"].isnan().all()
+
+
+def test_values_beyond_the_range_are_refused(make, shape, tmp_path):
+    huge = torch.full((48,), 1e6)
+    source = make.hf(shape(), model__norm__weight=huge)
+    with pytest.raises(
+        Unsupported, match=r"`model.norm.weight`: a value \(1e\+06\) is beyond the range of F16"
+    ):
+        convert(make_plan(source, tmp_path / "out", to="hf", dtype="fp16"))
+    convert(make_plan(source, tmp_path / "out", to="hf", dtype="bf16"), overwrite=True)
 
 
 def test_same_source_gives_the_same_bytes(make, shape, tmp_path):
