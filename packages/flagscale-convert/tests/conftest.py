@@ -174,7 +174,7 @@ def write_distcp(
     *,
     grid: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda _name, size: (1,) * len(size),
 ) -> None:
-    """Save with torch.save and torch's metadata classes; `grid` tells into how many parts each axis is cut."""
+    """Save with torch.save and torch's metadata classes; `grid` tells the number of parts of each axis."""
     folder.mkdir(parents=True)
     storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
     described: dict[str, Any] = {}
@@ -213,17 +213,41 @@ def cut(tensor: torch.Tensor, parts: tuple[int, ...]) -> list[tuple[tuple[int, .
     return pieces
 
 
+def read_hf(folder: Path) -> Tensors:
+    tensors: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def assert_same(one: Tensors, other: Tensors) -> None:
+    assert sorted(one) == sorted(other)
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+
+
 class Maker:
-    """Writes checkpoints below a temporary directory."""
+    """Writes checkpoints below a temporary directory, reads and compares them."""
+
+    Shape = Shape
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def hf(self, shape: Shape, name: str = "hf", *, shards: int = 1, seed: int = 0, **extra: torch.Tensor) -> Path:
+    load = staticmethod(read_hf)
+    same = staticmethod(assert_same)
+
+    def hf(
+        self, shape: Shape, name: str = "hf", *, shards: int = 1, seed: int = 0, **extra: torch.Tensor
+    ) -> Path:
         folder = self.root / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(shape.hf_config()))
-        tensors = {**shape.hf_tensors(seed), **{key.replace("__", "."): value for key, value in extra.items()}}
+        tensors = {
+            **shape.hf_tensors(seed),
+            **{key.replace("__", "."): value for key, value in extra.items()},
+        }
         names = list(tensors)
         if shards == 1:
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -237,7 +261,7 @@ class Maker:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         return folder
 
-    def megatron(  # noqa: PLR0913
+    def megatron(
         self,
         shape: Shape,
         name: str = "megatron",
@@ -255,7 +279,9 @@ class Maker:
         root = self.root / name
         if tensors is None:
             tensors = shape.megatron_tensors(shape.hf_tensors(), pad=7.0)
-        tensors = {prefix + rename(key): value for key, value in (stack(tensors) if stacked else tensors).items()}
+        tensors = {
+            prefix + rename(key): value for key, value in (stack(tensors) if stacked else tensors).items()
+        }
         tensors["optimizer.state.exp_avg.decoder.final_layernorm.weight"] = torch.zeros(shape.hidden)
         state = common or {
             "args": Namespace(**{**shape.args(), **(args or {})}),
@@ -272,7 +298,7 @@ def make(tmp_path: Path) -> Maker:
     return Maker(tmp_path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shape() -> type[Shape]:
     return Shape
 
@@ -282,36 +308,16 @@ def reference_writer() -> Callable[..., None]:
     return write_distcp
 
 
-def read_hf(folder: Path) -> Tensors:
-    tensors: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
-
-
-def assert_same(one: Tensors, other: Tensors) -> None:
-    assert sorted(one) == sorted(other)
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype, name
-        assert torch.equal(tensor, other[name]), name
-
-
-@pytest.fixture
-def load_hf() -> Callable[[Path], Tensors]:
-    return read_hf
-
-
-@pytest.fixture
-def same() -> Callable[[Tensors, Tensors], None]:
-    return assert_same
-
-
 @pytest.fixture
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run Python text in a process of its own, with this one's import path."""
 
     def run(code: str, *argv: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "OMP_NUM_THREADS": "1",
+        }
         return subprocess.run(
             [sys.executable, "-c", code, *map(str, argv)],
             env=environment,

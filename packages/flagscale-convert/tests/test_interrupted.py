@@ -14,16 +14,17 @@ from flagscale_convert import (
     SourceNotFound,
     WriteFailed,
     convert,
+    execution,
     inspect,
     make_plan,
+    staging,
     verify,
 )
-from flagscale_convert import execution, staging
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from flagscale_convert import make_plan, convert
-plan = make_plan(sys.argv[1], sys.argv[2], to=sys.argv[3], shard_bytes=60_000)
+plan = make_plan(sys.argv[1], sys.argv[2], to=sys.argv[3], shard_bytes=150_000)
 limit = float(sys.argv[4])
 convert(plan, progress=lambda done, total: done > limit * total and os.kill(os.getpid(), signal.SIGKILL))
 """
@@ -31,7 +32,7 @@ KILLED_WHILE_PLACING = """
 import os, signal, sys
 from pathlib import Path
 from flagscale_convert import make_plan, convert
-plan = make_plan(sys.argv[1], sys.argv[2], to=sys.argv[3], shard_bytes=60_000)
+plan = make_plan(sys.argv[1], sys.argv[2], to=sys.argv[3], shard_bytes=150_000)
 left, replace = int(sys.argv[4]), Path.replace
 def counted(self, target):
     global left
@@ -56,39 +57,39 @@ def assert_not_whole(path):
         inspect(path)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.4, 0.95])
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("to", ["hf", "torch_dist"])
 def test_killed_while_writing(make, shape, python, tmp_path, to, fraction):
     source, out = sources(make, shape)[to], tmp_path / "out"
     done = python(KILLED_WHILE_WRITING, source, out, to, fraction)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert_not_whole(out)
-    plan = make_plan(source, out, to=to, shard_bytes=60_000)
+    plan = make_plan(source, out, to=to, shard_bytes=150_000)
     report = convert(plan)
     assert (report.resumed_bytes > 0) == (fraction > 0.3)
     assert verify(source, out).is_equal
     assert not (out / ".flagscale-convert").exists()
-    convert(make_plan(source, tmp_path / "fresh", to=to, shard_bytes=60_000))
+    convert(make_plan(source, tmp_path / "fresh", to=to, shard_bytes=150_000))
     for path in (tmp_path / "fresh").rglob("*"):
         if path.suffix in (".safetensors", ".distcp"):
             assert path.read_bytes() == (out / path.relative_to(tmp_path / "fresh")).read_bytes()
 
 
-@pytest.mark.parametrize("moves", [0, 1, 5, 7])
+@pytest.mark.parametrize("moves", [0, 1, 4])
 @pytest.mark.parametrize("to", ["hf", "torch_dist"])
 def test_killed_while_putting_files_in_place(make, shape, python, tmp_path, to, moves):
     source, out = sources(make, shape)[to], tmp_path / "out"
     done = python(KILLED_WHILE_PLACING, source, out, to, moves)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert_not_whole(out)
-    convert(make_plan(source, out, to=to, shard_bytes=60_000))
+    convert(make_plan(source, out, to=to, shard_bytes=150_000))
     assert verify(source, out).is_equal
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk(make, shape, tmp_path, monkeypatch, code):
     source, out = make.megatron(shape(layers=4)), tmp_path / "out"
-    plan = make_plan(source, out, to="hf", shard_bytes=60_000)
+    plan = make_plan(source, out, to="hf", shard_bytes=150_000)
     written, pwrite = 0, os.pwrite
 
     def limited(descriptor, data, offset):
@@ -143,7 +144,10 @@ def test_a_read_only_place(make, shape, tmp_path):
 def test_two_conversions_into_one_place(make, shape, tmp_path):
     source, out = make.hf(shape()), tmp_path / "out"
     plan = make_plan(source, out, to="torch_dist")
-    with staging.Staging(plan, overwrite=False).opened(), pytest.raises(DestinationRefused, match="another conversion"):
+    with (
+        staging.Staging(plan, overwrite=False).opened(),
+        pytest.raises(DestinationRefused, match="another conversion"),
+    ):
         convert(plan)
 
 
@@ -161,7 +165,7 @@ def test_a_source_changed_in_between_is_not_resumed(make, shape, python, tmp_pat
     python(KILLED_WHILE_WRITING, source, out, "torch_dist", 0.5)
     os.utime(source / "model.safetensors", ns=(1, 1))
     with pytest.raises(DestinationRefused):
-        convert(make_plan(source, out, to="torch_dist", shard_bytes=60_000))
+        convert(make_plan(source, out, to="torch_dist", shard_bytes=150_000))
 
 
 def test_a_source_that_shrinks_under_the_conversion(make, shape, tmp_path):
@@ -185,6 +189,6 @@ def test_interrupt_stops_soon_and_keeps_what_is_whole(make, shape, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        convert(make_plan(source, out, to="hf", shard_bytes=60_000), progress=interrupt)
+        convert(make_plan(source, out, to="hf", shard_bytes=150_000), progress=interrupt)
     assert_not_whole(out)
-    assert convert(make_plan(source, out, to="hf", shard_bytes=60_000)).resumed_bytes > 0
+    assert convert(make_plan(source, out, to="hf", shard_bytes=150_000)).resumed_bytes > 0

@@ -8,8 +8,6 @@ MEASURE = """
 import sys
 from pathlib import Path
 from flagscale_convert import convert, make_plan, verify
-if sys.argv[3] == "torch_dist":
-    import flagscale_convert.dcp_layout  # torch itself is no part of what a conversion needs per model
 
 def peak_kib():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
@@ -27,12 +25,12 @@ print((after_convert - before) // 1024, (peak_kib() - before) // 1024, plan.tota
 def test_peak_is_bounded(make, shape, python, tmp_path, to):
     import torch
 
-    model = shape(family="llama", layers=4, hidden=1024, ffn=4096, heads=16, head=64, vocab=20000)
+    model = shape(family="llama", layers=4, hidden=1024, ffn=4096, heads=16, head=64, vocab=8000)
     model.dtype = torch.bfloat16
     source = make.hf(model) if to == "torch_dist" else make.megatron(model)
     done = python(MEASURE, source, tmp_path / "out", to)
     assert done.returncode == 0, done.stderr
     convert_mib, verify_mib, total_mib = map(int, done.stdout.split())
-    assert total_mib > 190
+    assert total_mib > 140
     assert convert_mib < 64, f"{convert_mib} MiB for {total_mib} MiB"
     assert verify_mib < 80, f"{verify_mib} MiB for {total_mib} MiB"

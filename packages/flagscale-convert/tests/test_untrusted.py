@@ -9,8 +9,7 @@ import pickle
 import pytest
 import torch
 
-from flagscale_convert import SourceDamaged, UnsafePickle, convert, inspect, make_plan
-from flagscale_convert import unpickle
+from flagscale_convert import SourceDamaged, UnsafePickle, convert, inspect, make_plan, unpickle
 
 
 class Payload:
@@ -20,7 +19,7 @@ class Payload:
         self.witness = witness
 
     def __reduce__(self):
-        return os.system, (f"touch {self.witness}",)
+        return os.system, (f"touch {self.witness}",)  # noqa: TID251 - the attack itself
 
 
 @pytest.fixture
@@ -66,13 +65,22 @@ def test_payload_in_a_data_file(make, shape, witness, tmp_path):
         if index.fqn == "decoder.final_layernorm.weight":
             info.relative_path, info.offset, info.length = hostile.name, 0, len(buffer.getvalue())
     (root / "iter_0000005" / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UnsafePickle, match=r"__9_9.distcp: decoder.final_layernorm.weight: .* `posix.system`"):
+    with pytest.raises(
+        UnsafePickle, match=r"__9_9.distcp: decoder.final_layernorm.weight: .* `posix.system`"
+    ):
         convert(make_plan(root, tmp_path / "out", to="hf"))
 
 
 @pytest.mark.parametrize(
     "name",
-    ["builtins.eval", "builtins.getattr", "subprocess.Popen", "importlib.import_module", "_io.open", "shutil.rmtree"],
+    [
+        "builtins.eval",
+        "builtins.getattr",
+        "subprocess.Popen",
+        "importlib.import_module",
+        "_io.open",
+        "shutil.rmtree",
+    ],
 )
 def test_dangerous_names_are_refused(name):
     module, _, attribute = name.rpartition(".")

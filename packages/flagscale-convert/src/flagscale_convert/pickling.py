@@ -93,7 +93,7 @@ class _Writer:
         self._memo[value] = len(self._memo)
         self.out += pickle.LONG_BINPUT + struct.pack("<I", self._memo[value])
 
-    def _number(self, value: float | None) -> None:
+    def _number(self, value: Any) -> None:
         if value is None or isinstance(value, bool):
             self.out += {None: pickle.NONE, True: pickle.NEWTRUE, False: pickle.NEWFALSE}[value]
         elif isinstance(value, float):
