@@ -4,6 +4,7 @@ import pickle
 from dataclasses import dataclass
 
 import pytest
+
 from flagscale_train.checkpoints import TRACKER, choose, fault
 
 
@@ -55,7 +56,10 @@ def test_the_newest_is_chosen_by_number_not_by_name_or_tracker(tmp_path):
         (lambda c: (c / "metadata.json").write_text('{"sharded_backend": "zarr"}'), "'zarr'"),
         (lambda c: (c / ".metadata").unlink(), ".metadata is missing"),
         (lambda c: (c / ".metadata").write_bytes(b""), ".metadata cannot be read"),
-        (lambda c: (c / ".metadata").write_bytes((c / ".metadata").read_bytes()[:-9]), ".metadata cannot be read"),
+        (
+            lambda c: (c / ".metadata").write_bytes((c / ".metadata").read_bytes()[:-9]),
+            ".metadata cannot be read",
+        ),
         (lambda c: (c / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
         (lambda c: os.truncate(c / "__0_0.distcp", 99), "99 bytes of 100"),
     ],

@@ -7,6 +7,7 @@ import signal
 from array import array
 
 import pytest
+
 from flagscale_train.cli import main
 
 pytest.importorskip("tokenizers")
@@ -66,7 +67,12 @@ def test_workers_do_not_change_a_byte(tokenizer, tmp_path):
     lines = tmp_path / "big.jsonl"
     lines.write_text("".join(json.dumps({"text": f"number {n} " * 400}) + "\n" for n in range(1500)))
     for workers in (1, 3):
-        assert tokenize(lines, "--tokenizer", tokenizer, "--output", tmp_path / f"w{workers}", "--workers", workers) == 0
+        assert (
+            tokenize(
+                lines, "--tokenizer", tokenizer, "--output", tmp_path / f"w{workers}", "--workers", workers
+            )
+            == 0
+        )
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"w1{suffix}").read_bytes() == (tmp_path / f"w3{suffix}").read_bytes()
 
@@ -76,7 +82,15 @@ def test_json_lines_gzip_key_and_patterns(tokenizer, tmp_path):
     (tmp_path / "in" / "a.jsonl").write_text('{"body": "one"}\n\n{"body": ""}\n')
     with gzip.open(tmp_path / "in" / "b.jsonl.gz", "wt") as stream:
         stream.write('{"body": "two"}\n')
-    words = [tmp_path / "in" / "*.jsonl*", "--key", "body", "--tokenizer", tokenizer, "--output", tmp_path / "d"]
+    words = [
+        tmp_path / "in" / "*.jsonl*",
+        "--key",
+        "body",
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        tmp_path / "d",
+    ]
     assert tokenize(*words) == 0
     assert [text for text, _ in decoded(tokenizer, tmp_path / "d")] == ["one", "two"]
 

@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+
 from flagscale_train.events import Journal, Progress, follow, read
 
 START = {"event": "start", "time": 0.0, "iteration": 0, "train_iters": 10, "parameters": 5}

@@ -2,6 +2,7 @@ import struct
 from array import array
 
 import pytest
+
 from flagscale_train.data.indexed import IndexedWriter, files_of, typecode_for
 
 
@@ -38,9 +39,13 @@ def test_many_documents_take_the_path_of_chunks(tmp_path):
 
 
 def test_a_failure_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "data", "H") as writer:
-        writer.add(b"\x01\x00", [1])
-        raise RuntimeError
+    def fail():
+        with IndexedWriter(tmp_path / "data", "H") as writer:
+            writer.add(b"\x01\x00", [1])
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

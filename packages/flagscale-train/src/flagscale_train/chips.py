@@ -1,4 +1,4 @@
-"""What Megatron needs to be told on each chip, by Megatron's option names; the plan shows every one of them."""
+"""What Megatron needs to be told on each chip, by Megatron's option names; the plan shows them all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from flagscale_hw import runtime
-
 from flagscale_train.findings import Findings
 
 __all__ = ["conflicts", "defaults"]
@@ -26,7 +25,14 @@ _CPU: Mapping[str, Any] = {
     "disable_jit_fuser": True,
     "use_cpu_initialization": True,  # weights do not depend on the tensor-parallel size
 }
-_NEEDS_GPU = ("fp8_format", "fp4_format", "tp_comm_overlap", "use_flash_attn", "use_precision_aware_optimizer", "nccl_ub")
+_NEEDS_GPU = (
+    "fp8_format",
+    "fp4_format",
+    "tp_comm_overlap",
+    "use_flash_attn",
+    "use_precision_aware_optimizer",
+    "nccl_ub",
+)
 
 
 def defaults(chip: str, options: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
@@ -57,10 +63,14 @@ def conflicts(chip: str, options: Mapping[str, Any], findings: Findings) -> list
     problems = []
     forced = _CPU if chip == "cpu" else {} if "transformer_engine" in findings.installed else _WITHOUT_KERNELS
     place = "on a CPU" if chip == "cpu" else "without transformer_engine, which is not installed,"
-    wanted = {"distributed_backend": runtime(chip).collective_backend, **forced} if chip == "cpu" else dict(forced)
+    wanted = (
+        {"distributed_backend": runtime(chip).collective_backend, **forced} if chip == "cpu" else dict(forced)
+    )
     for name, value in wanted.items():
         if name in options and options[name] != value:
-            problems.append(f"{name}: {_text(options[name])}: {place} it must be {_text(value)}: remove it or set it so")
+            problems.append(
+                f"{name}: {_text(options[name])}: {place} it must be {_text(value)}: remove it or set it so"
+            )
     if chip == "cpu":
         problems += [
             f"{name}: {_text(options[name])}: needs a GPU: remove it to train on a CPU"
