@@ -84,7 +84,9 @@ class InstanceStatus:
     """What clients write as `model`."""
     model_dir: str
     url: str | None
-    """Base address for OpenAI clients, ending in `/v1`; None until its port is known."""
+    """Address of the server, such as `http://127.0.0.1:8000`; None until its port is known."""
+    base_url: str | None
+    """The same for OpenAI clients, ending in `/v1`."""
     pid: int | None
     log: str
     has_chat_template: bool
@@ -265,7 +267,8 @@ def status_of(run: hw.Run) -> ServiceStatus:
                 engine=one["engine"],
                 model=one["served_names"][0],
                 model_dir=one["model"],
-                url=_url(one["host"], now.ports.get(one["name"])),
+                url=_url(one["host"], now.ports.get(one["name"]), ""),
+                base_url=_url(one["host"], now.ports.get(one["name"]), "/v1"),
                 pid=pids.get(one["name"]),
                 log=str(run.dir / "logs" / f"{one['name']}.log"),
                 has_chat_template=_can_chat(one),
@@ -407,5 +410,5 @@ def _can_chat(instance: dict[str, Any]) -> bool:
     return bool(instance["chat_template"]) or has_chat_template(Path(instance["tokenizer"]))
 
 
-def _url(host: str, port: int | None) -> str | None:
-    return None if port is None else f"http://{host}:{port}/v1"
+def _url(host: str, port: int | None, path: str) -> str | None:
+    return None if port is None else f"http://{host}:{port}{path}"
