@@ -218,7 +218,7 @@ def engines(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """A model's whole life: corpus, tokenizer, training, resume, conversion, proof, serving."""
     install_all(session)
-    session.install("matplotlib>=3.9,<4", "plotext>=5.3,<7")
+    session.install("matplotlib>=3.9,<4", "plotext~=5.3")
     session.run("python", "scripts/demo.py", *session.posargs)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 
 SCRIPTS = Path(sys.executable).parent
-RECIPE = "qwen3/tiny"
+RECIPE = os.environ.get('DEMO_RECIPE', 'qwen3/tiny')
 PROMPT = "def __init__(self"
 LOGITS_TOLERANCE = 1e-4
 
@@ -195,8 +195,8 @@ class Demo:
             instance = status["instances"][0]
             url, model = instance["url"], instance["model"]
             body = {"model": model, "prompt": PROMPT, "max_tokens": 48, "temperature": 0}
-            print(f"\n$ curl {url}/v1/completions -d '{json.dumps(body)}'", flush=True)
-            reply = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+            print(f"\n$ curl {url}/completions -d '{json.dumps(body)}'", flush=True)
+            reply = httpx.post(f"{url}/completions", json=body, timeout=120)
             reply.raise_for_status()
             answer = reply.json()["choices"][0]["text"]
             print(f"{PROMPT}{answer}")
@@ -298,7 +298,7 @@ def main() -> int:
             demo.serve_and_ask,
         ):
             step()
-    except DemoError as error:
+    except (DemoError, httpx.HTTPError) as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 4
     from demo_page import page

@@ -40,7 +40,7 @@ class Cast:
             return
         import torch
 
-        raw = np.empty((len(out), stored.row_bytes), np.uint8)
+        raw: np.ndarray = np.empty((len(out), stored.row_bytes), np.uint8)
         self._source.read_rows(name, start, raw)
         values = torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[stored.dtype]))
         out[...] = values.to(getattr(torch, TORCH_NAMES[self._dtype])).view(torch.uint8).numpy()

@@ -10,12 +10,13 @@ from flagscale_convert.arrange import compare_names
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.families import FAMILIES, Family
 from flagscale_convert.hf_config import read_config
-from flagscale_convert.huggingface import CONFIG, read_json
+from flagscale_convert.huggingface import CONFIG, HuggingFaceSource, read_json
 from flagscale_convert.locate import Opened
 from flagscale_convert.megatron_args import read_args
 from flagscale_convert.rules import Binding, bind
 from flagscale_convert.tensors import Source
 from flagscale_convert.tokenizer import find_tokenizer
+from flagscale_convert.torch_dist import TorchDistSource
 
 __all__ = ["Model", "require_fit", "understand"]
 
@@ -66,14 +67,12 @@ def understand(
     Raises:
         Unsupported: an architecture or value that cannot be converted.
     """
-    if opened.megatron is not None:
-        return _understand_megatron(opened, tokenizer, vocab_size)
-    return _understand_huggingface(opened, vocab_divisor)
+    if isinstance(opened.source, TorchDistSource):
+        return _understand_megatron(opened, opened.source, tokenizer, vocab_size)
+    return _understand_huggingface(opened, opened.source, vocab_divisor)
 
 
-def _understand_huggingface(opened: Opened, vocab_divisor: int) -> Model:
-    source = opened.huggingface
-    assert source is not None  # noqa: S101 - the caller looked
+def _understand_huggingface(opened: Opened, source: HuggingFaceSource, vocab_divisor: int) -> Model:
     where = opened.directory / CONFIG
     read = read_config(read_json(where), where=str(where), vocab_divisor=vocab_divisor)
     arch = read.architecture
@@ -109,9 +108,9 @@ def _understand_huggingface(opened: Opened, vocab_divisor: int) -> Model:
     )
 
 
-def _understand_megatron(opened: Opened, tokenizer: Path | None, vocab_size: int | None) -> Model:
-    source = opened.megatron
-    assert source is not None  # noqa: S101 - the caller looked
+def _understand_megatron(
+    opened: Opened, source: TorchDistSource, tokenizer: Path | None, vocab_size: int | None
+) -> Model:
     saved = source.common.args
     named = saved.get("tokenizer_model")
     places = (opened.root / "tokenizer", *((Path(named),) if isinstance(named, str) and named else ()))

@@ -64,8 +64,8 @@ def verify(
 ) -> VerifyReport:
     """Compare two checkpoints, each Hugging Face or torch_dist.
 
-    Compared are the configuration (what shapes the model and what it computes) and every bit of every tensor, under
-    their Hugging Face names; padding rows of the vocabulary mean nothing and are not compared.
+    Compared are the configuration (what shapes the model and what it computes) and every bit of every tensor,
+    under their Hugging Face names; padding rows of the vocabulary mean nothing and are not compared.
 
     Args:
         a: one checkpoint.
@@ -139,7 +139,7 @@ def first_difference(one: Source, name: str, other: Source, other_name: str) -> 
     rows_at_once = max(1, _BUFFER_BYTES // max(1, info.row_bytes))
     for start in range(0, info.rows, rows_at_once):
         rows = min(rows_at_once, info.rows - start)
-        left = np.empty((rows, info.row_bytes), np.uint8)
+        left: np.ndarray = np.empty((rows, info.row_bytes), np.uint8)
         right = np.empty_like(left)
         one.read_rows(name, start, left)
         other.read_rows(other_name, start, right)

@@ -1,8 +1,8 @@
 """End everything below the calling process, and prove that nothing is left.
 
-The calling process must be a sub-reaper. Then each process that ever descended from it is, while it lives, below
-it: orphans come back as direct children even when they started their own session. "No child is left", which the
-kernel answers at once, therefore proves that no descendant is left.
+The calling process must be a sub-reaper. Then each process that ever descended from it is, while it lives,
+below it: orphans come back as direct children even when they started their own session. "No child is left",
+which the kernel answers at once, therefore proves that no descendant is left.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def end_children(first_signal: int, grace_left_s: Callable[[], float], reaped: R
 
     Args:
         first_signal: the polite request, such as SIGTERM.
-        grace_left_s: asked again and again how many seconds of patience are left, so that a second, more urgent
-            request can shorten the first; SIGKILL begins at 0 or below.
+        grace_left_s: asked again and again how many seconds of patience are left, so that a second, more
+            urgent request can shorten the first; SIGKILL begins at 0 or below.
         reaped: told about each child that ended.
 
     Returns:

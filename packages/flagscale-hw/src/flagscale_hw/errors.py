@@ -1,13 +1,14 @@
 """What can go wrong, as data.
 
 - HwError                what every error of this package is; has an exit code
+  - InputError           an option or argument that makes no sense (exit 2)
   - InvalidPlan          a plan that cannot be run as written (exit 2)
   - DetectError          a machine that cannot be described (exit 3)
   - LaunchError          the run could not be started (exit 4)
   - RunNotFound          no such run, or nothing of it is left (exit 3)
 """
 
-__all__ = ["DetectError", "HwError", "InvalidPlan", "LaunchError", "RunNotFound"]
+__all__ = ["DetectError", "HwError", "InputError", "InvalidPlan", "LaunchError", "RunNotFound"]
 
 
 class HwError(Exception):
@@ -21,7 +22,13 @@ class HwError(Exception):
     exit_code = 4
 
 
-class InvalidPlan(HwError):
+class InputError(HwError):
+    """What was asked for makes no sense on this machine, or at all."""
+
+    exit_code = 2
+
+
+class InvalidPlan(HwError):  # noqa: N818 - says what is wrong, and is public
     """The plan contradicts itself or the machine."""
 
     exit_code = 2
@@ -37,7 +44,7 @@ class LaunchError(HwError):
     """The processes of a plan could not be started."""
 
 
-class RunNotFound(HwError):
+class RunNotFound(HwError):  # noqa: N818 - says what is wrong, and is public
     """No run lives in that directory."""
 
     exit_code = 3

@@ -1,7 +1,8 @@
 """The guardian: parent of the supervisor, with one duty.
 
-If the supervisor is killed, everything below it falls to the guardian (it is a sub-reaper too), which ends it and
-writes how the run ended. It holds no other resource and does nothing else, so that there is nothing in it to fail.
+If the supervisor is killed, everything below it falls to the guardian (it is a sub-reaper too), which ends
+it and writes how the run ended. It holds no other resource and does nothing else, so that there is nothing
+in it to fail.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def guard(run_dir: Path) -> int:
     except OSError:
         sys.stderr.write("flagscale_hw.supervisor: it is started by flagscale_hw.launch, not by hand\n")
         return 2
-    with open(0, encoding="utf-8", closefd=False) as told:
+    with os.fdopen(0, encoding="utf-8", closefd=False) as told:
         order = Order.from_json(told.read())
     _settle(run_dir)
     directory = RunDirectory(run_dir)
@@ -71,7 +72,7 @@ def _settle(run_dir: Path) -> None:
         LIFELINE + 1, os.sysconf("SC_OPEN_MAX")
     )  # whatever the launcher had open is not ours to hold
     for handle in (ANSWER, LIFELINE):
-        os.set_inheritable(handle, False)
+        os.set_inheritable(handle, False)  # noqa: FBT003 - has no other form
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # the plan with its secrets is in memory now: let the nameless file go
     os.close(null)
@@ -99,7 +100,8 @@ def _supervise(directory: RunDirectory, order: Order, watch: int) -> int:
         try:
             supervisor.prepare()
         except (HwError, OSError) as error:
-            _answer({"problem": str(error), "kind": type(error).__name__})
+            supervisor.take_back()
+            _answer({"problem": _in_words(error)})
             return _REFUSED
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         _answer({"run_id": order.run_id})
@@ -109,6 +111,12 @@ def _supervise(directory: RunDirectory, order: Order, watch: int) -> int:
         return 1
     finally:
         sys.stderr.flush()
+
+
+def _in_words(error: HwError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the run directory'}: {error.strerror}: choose another directory"
+    return str(error)
 
 
 def _answer(said: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Who a process is: pid, start time and boot, so that a pid that was used again is never taken for the old one.
+"""Who a process is: pid, start time and boot. A pid that was used again is never taken for the old process.
 
 What does not live here: deciding what to end (`ending.py`).
 """
@@ -141,7 +141,7 @@ def marked(run_id: str) -> list[Identity]:
 
 
 def command_of(pid: int) -> str:
-    """Return the command line of a process for people to read, at most 120 characters; empty when unreadable."""
+    """Return the command line of a process, cut at 120 characters; empty when it cannot be read."""
     try:
         raw = (_PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
@@ -151,9 +151,10 @@ def command_of(pid: int) -> str:
 
 
 def _pids() -> Iterator[int]:
-    for entry in os.listdir(_PROC):
-        if entry.isdigit():
-            yield int(entry)
+    with os.scandir(_PROC) as entries:
+        for entry in entries:
+            if entry.name.isdigit():
+                yield int(entry.name)
 
 
 def _stat(pid: int) -> tuple[str, int, int] | None:

@@ -2,8 +2,8 @@
 
     python -m flagscale_hw.nvml
 
-prints one JSON object per line: `{"device": {...}}`, `{"problem": {...}}`, and `{"done": true}` at the end, each as
-soon as it is known, so that a hang on one card keeps the cards before it.
+prints one JSON object per line: `{"device": {...}}`, `{"problem": {...}}`, and `{"done": true}` at the end,
+each as soon as it is known, so that a hang on one card keeps the cards before it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Pci(ctypes.Structure):
     )
 
 
-class _Failure(Exception):
+class _Failure(Exception):  # noqa: N818 - a return code on its way up
     """A call that did not succeed."""
 
     def __init__(self, code: int, text: str) -> None:

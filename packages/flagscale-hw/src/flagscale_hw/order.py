@@ -1,4 +1,4 @@
-"""What the launcher tells the supervisor, over a file that has no name: a plan with its secrets never lies on disk."""
+"""What the launcher tells the supervisor, through a nameless file: secrets never lie on disk."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Ask a server whether it really answers.
 
-Each probe asks in a process of its own, so a server that never finishes its answer cannot hold the supervisor.
+Each probe asks in a process of its own, so a server that never finishes its answer cannot hold the
+supervisor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The state of a run while it is being written: kept by the supervisor, finished by the guardian if need be."""
+"""The state of a run while it is written: kept by the supervisor, finished by the guardian if need be."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Record:
             self.directory.write(self.directory.state, self.status.to_dict())
         except OSError as error:
             if self.is_saved:
-                print(f"state.json: not written: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the supervisor's log
+                _say(f"state.json: not written: {error}")
             self.is_saved = False
         else:
             self.is_saved = True
@@ -108,4 +108,10 @@ class Record:
         try:
             self.directory.write(self.directory.manifest, complete(manifest, self.status))
         except OSError as error:
-            print(f"manifest.json: not written: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the supervisor's log
+            _say(f"manifest.json: not written: {error}")
+
+
+def _say(text: str) -> None:
+    """Speak to `supervisor.log`, which is the standard error of whoever keeps the record."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

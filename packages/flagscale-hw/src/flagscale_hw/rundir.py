@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flagscale_hw.identity import Identity
+from flagscale_hw.plan import render_json
 from flagscale_hw.status import RunStatus
 
 __all__ = ["RunDirectory"]
@@ -39,9 +40,8 @@ class RunDirectory:
 
     def files(self) -> tuple[Path, ...]:
         """Return every file that a run keeps here beside its logs."""
-        return (
-            self.plan, self.manifest, self.state, self.supervisor, self.stop_request, self.supervisor_log, self._reserve
-        )  # fmt: skip
+        of_supervisor = (self.supervisor, self.supervisor_log, self._reserve)
+        return (self.plan, self.manifest, self.state, self.stop_request, *of_supervisor)
 
     def claim(self, plan_text: str) -> bool:
         """Take the directory for one run by creating its `plan.json`; False when another run has it.
@@ -49,13 +49,20 @@ class RunDirectory:
         Raises:
             OSError: the directory cannot be made or written.
         """
+        is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(self.plan, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(plan_text)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(plan_text)
+        except BaseException:  # a full disk, or Ctrl-C: no half claim may stay
+            self.plan.unlink()
+            if is_new:
+                self.path.rmdir()
+            raise
         return True
 
     def reserve(self) -> None:
@@ -79,7 +86,7 @@ class RunDirectory:
         Raises:
             OSError: no space, no permission; the old file is untouched.
         """
-        text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        text = render_json(data)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with beside.open("w", encoding="utf-8") as file:

@@ -5,14 +5,16 @@
     guardian (sub-reaper) --forks--> supervisor (sub-reaper, own session) --forks--> planned processes
 
 The guardian (`guardian.py`) only waits for the supervisor and cleans up if it is killed. The supervisor ends
-everything when a process fails, when it is asked to, when its launcher dies before having let go, and when the
-guardian dies. It has one thread: it forks, and the parent-death signal of its children is bound to the thread.
+everything when a process fails, when it is asked to, when its launcher dies before having let go, and when
+the guardian dies. It has one thread: it forks, and the parent-death signal of its children is bound to the
+thread.
 
 What does not live here: the directory (`rundir.py`), ending (`ending.py`), readiness (`probing.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -67,6 +69,7 @@ class Supervisor:
         self._launcher = _watch(order.launcher)
         self._wake, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._leases: dict[str, PortLease] = {}
+        self._placed: list[Path] = []
         self._probes: list[ProbeRun] = []
         self._log_starts: dict[str, int] = {}
         self._demand: _Outcome | None = None
@@ -94,14 +97,25 @@ class Supervisor:
         directory = self._directory
         directory.logs.mkdir(exist_ok=True)
         directory.reserve()
-        for file in self._plan.files:
-            place = directory.path / file.path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(self._fill(file.text), encoding="utf-8")
+        self._place_files()
         directory.write(directory.manifest, manifest.begin(self._order, self._record.status.started_at))
         self._record_identities()
         directory.write(directory.state, self._record.status.to_dict())
         self._remember()
+
+    def _place_files(self) -> None:
+        for file in self._plan.files:
+            place = self._directory.path / file.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("x", encoding="utf-8") as out:  # never over a file that was there before
+                self._placed.append(place)
+                out.write(self._fill(file.text))
+
+    def take_back(self) -> None:
+        """Undo what `prepare` has placed, after it was refused."""
+        for place in self._placed:
+            with contextlib.suppress(OSError):
+                place.unlink()
 
     def _record_identities(self) -> None:
         who = {"supervisor": identify(os.getpid()), "guardian": identify(os.getppid())}
@@ -285,7 +299,8 @@ class Supervisor:
         return f"{text}: {cause}" if cause else text
 
     def _reason_of_late(self, probe: ProbeRun) -> str:
-        text = f"not ready after {probe.probe.timeout_s:g} s: {probe.probe.url} answered last: {probe.last_answer}"
+        asked = probe.probe
+        text = f"not ready after {asked.timeout_s:g} s: {asked.url} answered last: {probe.last_answer}"
         for process in self._plan.processes:
             lines = last_lines(
                 self._directory.log(process.name), 3, offset=self._log_starts.get(process.name, 0)
@@ -364,9 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = sys.argv[1:] if argv is None else list(argv)
     if len(arguments) != 1:
-        _say(
-            "flagscale_hw.supervisor: one run directory is needed; it is started by flagscale_hw.launch, not by hand"
-        )
+        _say("flagscale_hw.supervisor: give one run directory; flagscale_hw.launch starts it, not a person")
         return 2
     return guard(Path(arguments[0]))
 

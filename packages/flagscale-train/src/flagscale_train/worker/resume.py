@@ -6,10 +6,12 @@ at half a checkpoint. Here the files decide (`flagscale_train.checkpoints`); the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,8 @@ class Keeper:
             return None
         self._clear(path)
         started_s = time.perf_counter()
-        result = real(iteration, *arguments, **named)
+        with _unstoppable():
+            result = real(iteration, *arguments, **named)
         self._verify(iteration, path, time.perf_counter() - started_s)
         return result
 
@@ -105,3 +108,17 @@ class Keeper:
         if problem[0] is not None:
             raise OSError(f"checkpoint {path} is not whole after saving: {problem[0]}")
         self._recorder.write("checkpoint", iteration=iteration, path=path, verified=True, save_time_s=save_time_s)
+
+
+@contextlib.contextmanager
+def _unstoppable() -> Iterator[None]:
+    """Hold SIGTERM back while saving, here and in the writer processes that saving starts.
+
+    A run that is stopped sends SIGTERM to every process it has, new ones too. Megatron saves because of that signal, so it
+    must not hit the writers. A blocked signal is inherited by them, and here it is delivered afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
