@@ -125,7 +125,8 @@ def test_more_devices_than_there_are(serve_file):
 @pytest.mark.parametrize(("num", "message"), [(1, "the parallel sizes need 4"), (9, "9 asked for")])
 def test_resources_must_fit(serve_file, num, message):
     path = serve_file(
-        f"- serve_id: a\n  engine_args: {{model: /m, tensor_parallel_size: 4}}\n  resources: {{num_gpus: {num}}}"
+        f"- serve_id: a\n  resources: {{num_gpus: {num}}}\n"
+        "  engine_args: {model: /m, tensor_parallel_size: 4}\n"
     )
     with pytest.raises(InvalidService, match=message):
         plan(load(path), MACHINES["nvidia"])

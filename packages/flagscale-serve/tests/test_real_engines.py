@@ -1,7 +1,8 @@
 """Real engines, a real (tiny, random) model: what is served is what the model says, and stop leaves nothing.
 
-The transformers tests run in an environment that has transformers[serving] and torch. The vLLM tests need a Python that has
-vLLM, named by FLAGSCALE_TEST_VLLM_PYTHON; without it they fail, because a skipped proof looks like a proof.
+The transformers tests run in an environment that has transformers[serving] and torch. The vLLM tests need a
+Python that has vLLM, named by FLAGSCALE_TEST_VLLM_PYTHON; without it they fail, because a skipped proof looks
+like a proof.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def for_vllm(tmp_path_factory, vllm_python):
 def ask(status: dict, path: str, **more: object) -> httpx.Response:
     (instance,) = status["instances"]
     body = {"model": instance["model"], "max_tokens": NUM_TOKENS, "temperature": 0, **more}
-    return httpx.post(f"{instance['base_url']}/{path}", json=body, timeout=120, trust_env=False)
+    return httpx.post(f"{instance['url']}/{path}", json=body, timeout=120, trust_env=False)
 
 
 def check_answers(shell, status: dict, expected: dict) -> None:
@@ -84,7 +85,7 @@ def check_answers(shell, status: dict, expected: dict) -> None:
     settings = ("--temperature", "0", "--max-tokens", NUM_TOKENS, "-m", PROMPT)
     assert shell("chat", *settings).stdout == expected["chat"] + "\n"
     assert shell("chat", "--complete", *settings).stdout == expected["completion"] + "\n"
-    models = httpx.get(f"{status['instances'][0]['base_url']}/models", timeout=60, trust_env=False).json()
+    models = httpx.get(f"{status['instances'][0]['url']}/models", timeout=60, trust_env=False).json()
     assert status["instances"][0]["model"] in [one["id"] for one in models["data"]]
 
 

@@ -98,10 +98,10 @@ def find_server(target: str | None, model: str | None = None) -> Server:
             f"{now.run_dir}: not ready: it is {now.state}{f' ({now.reason})' if now.reason else ''}"
         )
     instance = _choose(now.instances, model)
-    if instance.base_url is None:
+    if instance.url is None:
         raise NotServing(f"{now.run_dir}: the port of {instance.name} is not known")
     return Server(
-        url=instance.base_url,
+        url=instance.url,
         model=instance.model,
         has_chat_template=instance.has_chat_template,
     )

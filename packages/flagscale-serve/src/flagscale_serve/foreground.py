@@ -91,13 +91,13 @@ def ready_text(status: ServiceStatus, seconds: float) -> str:
     """Say that a service is ready, where it is, and what to try."""
     lines = []
     for one in status.instances:
-        lines.append(f"ready after {seconds:.1f} s: {one.base_url}  model {one.model}")
+        lines.append(f"ready after {seconds:.1f} s: {one.url}  model {one.model}")
         if one.has_chat_template:
             path, asked = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
         else:
             path, asked = "completions", '"prompt": "Hello"'
         lines += [
-            f"try: curl {one.base_url}/{path} -H 'Content-Type: application/json' \\",
+            f"try: curl {one.url}/{path} -H 'Content-Type: application/json' \\",
             f'       -d \'{{"model": "{one.model}", {asked}, "max_tokens": 32}}\'',
         ]
     return "\n".join(lines)

@@ -84,9 +84,7 @@ class InstanceStatus:
     """What clients write as `model`."""
     model_dir: str
     url: str | None
-    """Address of the server, such as `http://127.0.0.1:8000`; None until its port is known."""
-    base_url: str | None
-    """The same for OpenAI clients, ending in `/v1`."""
+    """Base address for OpenAI clients, ending in `/v1`; None until its port is known."""
     pid: int | None
     log: str
     has_chat_template: bool
@@ -267,8 +265,7 @@ def status_of(run: hw.Run) -> ServiceStatus:
                 engine=one["engine"],
                 model=one["served_names"][0],
                 model_dir=one["model"],
-                url=_url(one["host"], now.ports.get(one["name"]), ""),
-                base_url=_url(one["host"], now.ports.get(one["name"]), "/v1"),
+                url=_url(one["host"], now.ports.get(one["name"])),
                 pid=pids.get(one["name"]),
                 log=str(run.dir / "logs" / f"{one['name']}.log"),
                 has_chat_template=_can_chat(one),
@@ -410,5 +407,5 @@ def _can_chat(instance: dict[str, Any]) -> bool:
     return bool(instance["chat_template"]) or has_chat_template(Path(instance["tokenizer"]))
 
 
-def _url(host: str, port: int | None, path: str) -> str | None:
-    return None if port is None else f"http://{host}:{port}{path}"
+def _url(host: str, port: int | None) -> str | None:
+    return None if port is None else f"http://{host}:{port}/v1"
