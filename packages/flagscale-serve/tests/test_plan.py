@@ -1,6 +1,6 @@
 """Plans: pure, the same for the same input, and equal to the golden files under `golden/`.
 
-`FLAGSCALE_WRITE_GOLDEN=1 pytest test_plan.py` writes the golden files anew; read the difference before you commit.
+`FLAGSCALE_WRITE_GOLDEN=1 pytest test_plan.py` writes the golden files anew; read what has changed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_the_users_environment_and_options_win_over_ours(serve_file):
         """
         - serve_id: a
           engine: vllm
-          engine_args: {model: /models/a, kv_cache_memory_bytes: 64M, enforce_eager: false, max_model_len: 512}
+          engine_args: {model: /a, kv_cache_memory_bytes: 64M, enforce_eager: false, max_model_len: 512}
         """,
         experiment="envs:\n  OMP_NUM_THREADS: 7",
     )
@@ -125,7 +125,8 @@ def test_more_devices_than_there_are(serve_file):
 @pytest.mark.parametrize(("num", "message"), [(1, "the parallel sizes need 4"), (9, "9 asked for")])
 def test_resources_must_fit(serve_file, num, message):
     path = serve_file(
-        f"- serve_id: a\n  resources: {{num_gpus: {num}}}\n  engine_args: {{model: /m, tensor_parallel_size: 4}}\n"
+        f"- serve_id: a\n  resources: {{num_gpus: {num}}}\n"
+        "  engine_args: {model: /m, tensor_parallel_size: 4}\n"
     )
     with pytest.raises(InvalidService, match=message):
         plan(load(path), MACHINES["nvidia"])

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 from flagscale_serve.errors import InvalidService
 
 if TYPE_CHECKING:
-    from flagscale_config.experiment import Resources, ServeInstance
-
     from flagscale_config import Experiment
+    from flagscale_config.experiment import Resources, ServeInstance
 
 __all__ = ["Instance", "Service", "absolute", "of_experiment", "of_model", "served_name"]
 
