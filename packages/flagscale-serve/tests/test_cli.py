@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
@@ -108,6 +109,22 @@ def test_an_engine_that_is_not_installed_is_named_with_its_cure(shell, model_dir
     assert (
         "has no fastapi: install it there with `pip install 'flagscale-serve[transformers]'`" in done.stderr
     )
+
+
+def test_an_engine_is_found_on_the_python_path_but_not_in_the_working_directory(shell, model_dir):
+    for name in ("vllm", "torch"):
+        (shell.home / name).mkdir()
+        (shell.home / name / "__init__.py").touch()
+    (shell.home / "vllm-9.9.dist-info").mkdir()
+    (shell.home / "vllm-9.9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: vllm\nVersion: 9.9\n"
+    )
+    words = ("plan", model_dir, "--engine", "vllm", "--python", sys.executable)
+    here = shell(*words)
+    assert here.returncode == 3
+    assert "has no vllm" in here.stderr
+    shell.env["PYTHONPATH"] = os.pathsep.join([str(shell.home), os.environ.get("PYTHONPATH", "")])
+    assert shell(*words).returncode == 0
 
 
 def test_yaml_mistakes_have_a_place(shell, serve_file):

@@ -27,7 +27,7 @@ class Vllm:
         ("Loading weights", "loading weights"),
         ("Loading safetensors", "loading weights"),
         ("Starting to load model", "loading weights"),
-        ("torch.compile", "compiling"),
+        ("vLLM's torch.compile", "compiling"),
         ("KV cache size", "making room for keys and values"),
         ("Capturing CUDA graph", "capturing graphs"),
         ("Starting vLLM", "opening the port"),
