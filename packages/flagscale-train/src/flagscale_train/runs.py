@@ -123,8 +123,7 @@ def _refuse_second(root: Path) -> None:
     if not state.is_over:
         raise InvalidInput(
             f"{other.dir}: this experiment is being trained already ({state.state}): follow it with "
-            f"`flagscale-train logs "
-            "-f`, end it with `flagscale-train stop`, or give another experiment.exp_dir"
+            "`flagscale-train logs -f`, end it with `flagscale-train stop`, or give another exp_dir"
         )
 
 
