@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from flagscale_config import render_engine
 from flagscale_serve.engines.adapter import Context, Rendered
 from flagscale_serve.service import Instance
 
@@ -38,6 +37,9 @@ class Vllm:
 
     def render(self, instance: Instance, context: Context) -> Rendered:
         """Translate one instance; see `Engine.render`."""
+        # Imported here, because the option tables are not needed to say `--help`.
+        from flagscale_config import render_engine
+
         asked = instance.settled
         env = {
             "PYTHONUNBUFFERED": "1",
