@@ -82,6 +82,9 @@ def test_killed_while_putting_files_in_place(make, shape, python, tmp_path, to, 
     done = python(KILLED_WHILE_PLACING, source, out, to, moves)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert_not_whole(out)
+    # Other tools know nothing of the staging folder: for them nothing may be there that they would load.
+    assert not (out / "config.json").exists()
+    assert not (out / "latest_checkpointed_iteration.txt").exists()
     convert(make_plan(source, out, to=to, shard_bytes=150_000))
     assert verify(source, out).is_equal
 

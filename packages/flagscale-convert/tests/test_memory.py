@@ -25,7 +25,7 @@ print((after_convert - before) // 1024, (peak_kib() - before) // 1024, plan.tota
 def test_peak_is_bounded(make, shape, python, tmp_path, to):
     import torch
 
-    model = shape(family="llama", layers=4, hidden=1024, ffn=4096, heads=16, head=64, vocab=8000)
+    model = shape(family="llama", layers=1, hidden=1024, ffn=1024, heads=16, head=64, vocab=40000)
     model.dtype = torch.bfloat16
     source = make.hf(model) if to == "torch_dist" else make.megatron(model)
     done = python(MEASURE, source, tmp_path / "out", to)

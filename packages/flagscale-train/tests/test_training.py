@@ -145,7 +145,7 @@ def test_layouts_agree_from_one_checkpoint(name, command, experiment, whole, pla
     if not reference.exists():
         start_at(reference, whole, 5)
         command.run("run", experiment, exp_dir(reference), iters)
-    folder = place / name
+    folder = place / f"layout-{name}"
     start_at(folder, whole, 5)
     command.run("run", experiment, exp_dir(folder), iters, *LAYOUTS[name])
     ours, theirs = curve(folder), curve(reference)

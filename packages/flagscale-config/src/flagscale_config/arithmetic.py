@@ -33,6 +33,7 @@ _POSITIVE = (
     "global_batch_size",
     "save_interval",
 )
+_SPLITS = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
 
 
 class Options:
@@ -46,9 +47,11 @@ class Options:
 
     def __getitem__(self, name: str) -> Any:
         value = self.given.get(name)
-        if value is None and name in self._table:
-            return self._table[name].default
-        return value
+        option = self._table.get(name)
+        if value is not None or option is None:
+            return value
+        # The default of `no_x` in the table is that of the attribute it switches off, which is true.
+        return False if option.kind == "false" else option.default
 
     def has(self, *names: str) -> bool:
         """Whether every option named has a value."""
@@ -253,8 +256,7 @@ def _check_experts(options: Options) -> None:
 
 def _stage_layers(options: Options) -> int:
     """Return the layers to divide, the embedding and the loss counted where they count as layers."""
-    names = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
-    return int(options["num_layers"]) + sum(bool(options[name]) for name in names)
+    return int(options["num_layers"]) + sum(bool(options[name]) for name in _SPLITS)
 
 
 def _check_stages(options: Options) -> None:
@@ -287,6 +289,10 @@ def _check_uneven(options: Options, first: int | None, last: int | None) -> bool
         message = "does not go with uneven stages; use num_virtual_stages_per_pipeline_rank"
         options.error("num_layers_per_virtual_pipeline_stage", message)
         return False
+    for split in _SPLITS:
+        if options[split]:
+            options.error(split, f"does not go with {name}; the sizes of its stages are given there")
+            return False
     rest = options["num_layers"] - (first or 0) - (last or 0)
     stages = options["pipeline_model_parallel_size"] - (first is not None) - (last is not None)
     if rest < 0 or stages < 0 or bool(rest) != bool(stages):

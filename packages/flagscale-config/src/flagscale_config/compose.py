@@ -143,7 +143,8 @@ def _packaged(repository: FolderRepository, default: Any) -> tuple[DictConfig, P
     document = repository.document(default.config_path)
     package = default.package if default.package is not None else result.header["package"]
     prefix: Path = tuple(package.split(".")) if package else ()
-    places = {prefix[:length]: document.places[()] for length in range(len(prefix) + 1)}
+    first = document.places[()]
+    places: Places = {prefix[:length]: first for length in range(1 if prefix else 0, len(prefix) + 1)}
     for path, place in document.places.items():
         if path and path[0] != "defaults":
             places[(*prefix, *path)] = place
@@ -198,8 +199,22 @@ def _check_files(repository: FolderRepository, overrides: list[Override]) -> Non
             continue
         message = f"no such file: {shown_path(repository.file_of(file))}{_available(repository, group, name)}"
         problems.append(Problem(code="config/no-file", message=message, key=key, origin=place, given=file))
+    problems += [problem for item in overrides if (problem := _odd_choice(repository, item)) is not None]
     if problems:
         raise ConfigError(problems)
+
+
+def _odd_choice(repository: FolderRepository, override: Override) -> Problem | None:
+    """Refuse to choose something that is not a name from a group's folder; Hydra stumbles over it."""
+    value = override.value()
+    names = value if isinstance(value, list) else [value]
+    is_group = repository.group_exists(override.key_or_group) and not override.is_delete()
+    if not is_group or isinstance(value, dict) or all(isinstance(name, str) for name in names):
+        return None
+    group = override.key_or_group
+    message = f"is a folder of files; choose one of them by name{_available(repository, group, '')}"
+    place = Origin(override=override.input_line)
+    return Problem(code="config/override", message=message, key=group, origin=place, given=value)
 
 
 def _named(entry: Any) -> tuple[str, str | None]:

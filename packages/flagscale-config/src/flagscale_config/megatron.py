@@ -26,6 +26,7 @@ from flagscale_config.suggest import suggestion
 __all__ = ["read_train"]
 
 _SECTIONS = ("system", "model", "data")
+_ESCAPE = "; Megatron has no such option, but train.extra_args takes words as they are"
 
 
 @functools.cache
@@ -79,7 +80,7 @@ class _Reader:
 
     def _unknown(self, name: str, path: Path) -> None:
         hint = suggestion(name, self.table, path)
-        self.findings.error("config/unknown-key", path, f"unknown key{hint}; extra_args takes words verbatim")
+        self.findings.error("config/unknown-key", path, f"unknown key{hint or _ESCAPE}")
 
     def _set(self, option: Option, is_opposite: bool, value: Any, path: Path) -> None:  # noqa: FBT001
         if value is None:
@@ -181,9 +182,11 @@ def _read_section(reader: _Reader, section: str, content: Any) -> None:
     """Read one of `system`, `model` and `data`."""
     path = ("train", section)
     if section not in _SECTIONS:
-        hint = suggestion(section, reader.table, ("train",), sections=_SECTIONS)
-        message = f"unknown key{hint}; allowed: {', '.join(_SECTIONS)}, extra_args"
-        reader.findings.error("config/unknown-key", path, message)
+        hint = suggestion(section, None, ("train",), sections=_SECTIONS)
+        if section in reader.table:
+            hint = "; it belongs under one of system, model, data"
+        allowed = f"; allowed: {', '.join(_SECTIONS)}, extra_args"
+        reader.findings.error("config/unknown-key", path, f"unknown key{hint or allowed}")
     elif isinstance(content, Mapping):
         for key, value, where in _leaves(content, path):
             reader.read(key, value, where)

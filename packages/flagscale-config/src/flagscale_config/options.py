@@ -107,7 +107,7 @@ class Option:
         if self.choices and converted not in self.choices:
             near = get_close_matches(str(converted), [str(item) for item in self.choices], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(
+            raise OptionError(
                 f"must be one of {', '.join(map(str, self.choices))} ({show(value)} given){hint}"
             )
         return converted

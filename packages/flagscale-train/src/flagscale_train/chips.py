@@ -8,17 +8,19 @@ from typing import Any
 from flagscale_hw import runtime
 from flagscale_train.findings import Findings
 
-__all__ = ["conflicts", "defaults"]
+__all__ = ["PLAIN_LAYERS", "conflicts", "defaults"]
 
-_WITHOUT_KERNELS: Mapping[str, Any] = {
+PLAIN_LAYERS: Mapping[str, Any] = {
     "transformer_impl": "local",  # plain torch layers in place of Transformer Engine's
     "no_masked_softmax_fusion": True,  # the fused kernels below come with Apex or Transformer Engine
     "no_gradient_accumulation_fusion": True,
     "no_persist_layer_norm": True,
     "no_rope_fusion": True,
 }
+"""Options for plain torch layers, where Transformer Engine and Apex are absent."""
+
 _CPU: Mapping[str, Any] = {
-    **_WITHOUT_KERNELS,
+    **PLAIN_LAYERS,
     "no_bias_swiglu_fusion": True,  # compiled by torch.compile, which is off on the CPU
     "no_bias_gelu_fusion": True,
     "no_bias_dropout_fusion": True,
@@ -50,7 +52,7 @@ def defaults(chip: str, options: Mapping[str, Any], findings: Findings) -> dict[
     if not {"bf16", "fp16"} & options.keys():
         chosen["bf16"] = True
     if "transformer_engine" not in findings.installed:
-        chosen |= _WITHOUT_KERNELS
+        chosen |= PLAIN_LAYERS
     elif "apex" not in findings.installed:
         chosen["no_gradient_accumulation_fusion"] = True
     if options.get("cross_entropy_loss_fusion"):
@@ -61,7 +63,7 @@ def defaults(chip: str, options: Mapping[str, Any], findings: Findings) -> dict[
 def conflicts(chip: str, options: Mapping[str, Any], findings: Findings) -> list[str]:
     """Say which of the user's options cannot work on a chip, each as one sentence."""
     problems = []
-    forced = _CPU if chip == "cpu" else {} if "transformer_engine" in findings.installed else _WITHOUT_KERNELS
+    forced = _CPU if chip == "cpu" else {} if "transformer_engine" in findings.installed else PLAIN_LAYERS
     place = "on a CPU" if chip == "cpu" else "without transformer_engine, which is not installed,"
     wanted = (
         {"distributed_backend": runtime(chip).collective_backend, **forced} if chip == "cpu" else dict(forced)

@@ -14,6 +14,7 @@ from typing import Any
 import flagscale_hw as hw
 from flagscale_config import Experiment, load, render_megatron
 from flagscale_train.checkpoints import choose
+from flagscale_train.chips import PLAIN_LAYERS
 from flagscale_train.errors import InvalidInput, NotFound, RunFailed
 from flagscale_train.events import FILE_NAME, Progress, read
 from flagscale_train.findings import Findings, examine
@@ -169,6 +170,6 @@ def _alone(experiment: Experiment) -> Experiment:
         raise InvalidInput(
             f"{experiment.source}: experiment.task.type: {experiment.task.type}: a train task is expected"
         )
-    options = {name: value for name, value in train.options.items() if name not in (*_SHARING, *_PRECISION)}
-    options.pop("transformer_impl", None)
+    left_out = {*_SHARING, *_PRECISION, *PLAIN_LAYERS}
+    options = {name: value for name, value in train.options.items() if name not in left_out}
     return experiment.model_copy(update={"train": train.model_copy(update={"options": options})})

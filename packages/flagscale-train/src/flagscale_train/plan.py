@@ -89,7 +89,7 @@ def _train_of(experiment: Experiment) -> Train:
     if experiment.train is None:
         raise InvalidInput(
             f"{experiment.source}: experiment.task.type: {experiment.task.type}: flagscale-train runs tasks "
-            f"of type train"
+            "of type train"
         )
     if experiment.task.backend not in (None, "megatron"):
         raise InvalidInput(
@@ -108,8 +108,7 @@ def lay_out(experiment: Experiment, machine: Machine) -> Layout:
     if runner.hostfile is not None or (runner.num_nodes or 1) > 1:
         raise InvalidInput(
             f"experiment.runner: hostfile {runner.hostfile}, nnodes {runner.nnodes}: this version trains on "
-            f"one host: "
-            "remove both"
+            "one host: remove both"
         )
     sizes = train.parallelism
     available = len(machine.visible) if machine.chip != "cpu" else None
@@ -117,16 +116,14 @@ def lay_out(experiment: Experiment, machine: Machine) -> Layout:
     if available is not None and count > available:
         raise InvalidInput(
             f"experiment.runner.nproc_per_node: {count}: {machine.hostname} offers {available} "
-            f"{machine.chip} devices: "
-            f"use at most {available}"
+            f"{machine.chip} devices: use at most {available}"
         )
     if count % sizes.model_size:
         raise InvalidInput(
             f"experiment.runner.nproc_per_node: {count}: one copy of the model takes {sizes.model_size} "
-            f"processes "
-            f"(tensor {sizes.tensor_model_parallel_size} x pipeline {sizes.pipeline_model_parallel_size} x "
-            f"context "
-            f"{sizes.context_parallel_size}): use a multiple of {sizes.model_size}"
+            f"processes (tensor {sizes.tensor_model_parallel_size} x pipeline "
+            f"{sizes.pipeline_model_parallel_size} x context {sizes.context_parallel_size}): use a multiple "
+            f"of {sizes.model_size}"
         )
     data = count // sizes.model_size
     _check_batch(train, data)
@@ -220,8 +217,7 @@ def _vocabulary(given: Mapping[str, Any], findings: Findings, problems: list[str
     if findings.data_max_token is not None and room is not None and findings.data_max_token >= room:
         problems.append(
             f"data_path: the data hold token {findings.data_max_token}, the vocabulary ends at {room - 1}: "
-            f"tokenize them "
-            "with this tokenizer"
+            "tokenize them with this tokenizer"
         )
     if padded is not None or size is None:
         return {}

@@ -18,6 +18,7 @@ from typing import Any
 
 import flagscale_hw as hw
 from flagscale_config import load
+from flagscale_train.cause import killed_rank
 from flagscale_train.errors import InvalidInput, NotFound
 from flagscale_train.events import FILE_NAME, Progress, read
 from flagscale_train.findings import examine
@@ -36,12 +37,18 @@ class TrainStatus:
     name: str
     run: hw.RunStatus
     progress: Progress
+    killed: str = ""
+    """The rank that a signal ended, as a sentence; empty if none was."""
 
     @property
     def what_happened(self) -> str:
         """The first cause of a failure, the reason of a stop, or empty."""
         error = self.progress.error
-        if error is not None and self.run.state in {"failed", "lost"}:
+        if self.run.state != "failed" or not self.run.reason.startswith("train: "):
+            return self.run.reason  # ended from outside: what the ranks said then are consequences
+        if self.killed:
+            return self.killed
+        if error is not None:
             return f"rank {error.get('rank')}: {error.get('type')}: {error.get('text')} ({self.run.reason})"
         return self.run.reason
 
@@ -123,8 +130,7 @@ def _refuse_second(root: Path) -> None:
     if not state.is_over:
         raise InvalidInput(
             f"{other.dir}: this experiment is being trained already ({state.state}): follow it with "
-            f"`flagscale-train logs "
-            "-f`, end it with `flagscale-train stop`, or give another experiment.exp_dir"
+            "`flagscale-train logs -f`, end it with `flagscale-train stop`, or give another exp_dir"
         )
 
 
@@ -173,7 +179,9 @@ def find(target: str | os.PathLike[str], overrides: Sequence[str] = ()) -> hw.Ru
 def status(target: str | os.PathLike[str] | hw.Run, overrides: Sequence[str] = ()) -> TrainStatus:
     """Say how a run stands; `target` as for `find`, or the run itself."""
     found = target if isinstance(target, hw.Run) else find(target, overrides)
-    return TrainStatus(found.dir, found.name, found.status(), Progress.of(read(found.dir / FILE_NAME)))
+    now = found.status()
+    killed = killed_rank(found.dir / "logs" / "train.log") if now.state == "failed" else ""
+    return TrainStatus(found.dir, found.name, now, Progress.of(read(found.dir / FILE_NAME)), killed)
 
 
 def logs(

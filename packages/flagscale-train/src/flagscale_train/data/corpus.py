@@ -86,8 +86,7 @@ def _whole(path: Path) -> Document:
     except UnicodeDecodeError as error:
         raise InvalidInput(
             f"{path}: byte {error.start} is not UTF-8: convert the file, or leave it out (inputs may be "
-            f"patterns "
-            "such as 'docs/**/*.txt')"
+            "patterns such as 'docs/**/*.txt')"
         ) from None
 
 

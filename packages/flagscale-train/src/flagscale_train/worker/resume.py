@@ -87,8 +87,8 @@ class Keeper:
                 raise
             raise Refusal(
                 f"{choice.path}: it was trained with another learning-rate schedule ({error}): set "
-                f"lr_decay_iters (and "
-                "lr_warmup_iters) to what they were, override_opt_param_scheduler: true to take the new "
+                "lr_decay_iters (and lr_warmup_iters) to what they were, "
+                "override_opt_param_scheduler: true to take the new "
                 "schedule, or "
                 "use_checkpoint_opt_param_scheduler: true to keep the old one"
             ) from None

@@ -92,8 +92,7 @@ def _arguments() -> Any:
     if vocab_size > args.padded_vocab_size:
         raise Refusal(
             f"padded_vocab_size: {args.padded_vocab_size}: the tokenizer has {vocab_size} tokens, so some "
-            f"would have no "
-            "embedding: raise it, or remove it to have it computed"
+            "would have no embedding: raise it, or remove it to have it computed"
         )
     return args
 
