@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
 from flagscale_hw import detect
 
 SCRIPTS = Path(sys.executable).parent
@@ -253,15 +254,23 @@ def follow(files: Any, kind: str, alive: Any, deadline_s: float = 900.0) -> Iter
         time.sleep(0.2)
 
 
+def ancestors() -> set[int]:
+    """Return this process and everything above it: the shell that started us may well name our folder."""
+    found, pid = set(), os.getpid()
+    while pid > 0:
+        found.add(pid)
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return found
+
+
 def survivors(folder: Path) -> list[str]:
-    """Processes (other than this one) that carry `folder` in their arguments or environment."""
-    found, mark = [], str(folder).encode()
+    """Processes below or beside this one that carry `folder` in their arguments or environment."""
+    found, mark, above = [], str(folder).encode(), ancestors()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes()
-            if int(process.name) != os.getpid() and (
-                mark in words or mark in (process / "environ").read_bytes()
-            ):
+            environment = (process / "environ").read_bytes()
+            if int(process.name) not in above and (mark in words or mark in environment):
                 found.append(f"{process.name} {words.replace(bytes(1), b' ').decode(errors='replace')[:100]}")
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
