@@ -10,7 +10,9 @@ transformers as the independent implementation. A second run reuses what is ther
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -29,6 +31,7 @@ from flagscale_hw import detect
 
 SCRIPTS = Path(sys.executable).parent
 RECIPE = "qwen3/tiny"
+VOCABULARY = 4096
 PROMPT = "def __init__(self"
 LOGITS_TOLERANCE = 1e-4
 
@@ -95,7 +98,7 @@ class Demo:
         """Train a byte-pair tokenizer on the corpus, then write Megatron's .bin/.idx with it."""
         corpus = self.corpus()
         if not self.tokenizer.exists():
-            vocabulary = ["--vocab-size", "4096", "--output", self.tokenizer]
+            vocabulary = ["--vocab-size", VOCABULARY, "--output", self.tokenizer]
             self.run("flagscale-train", "data", "train-tokenizer", corpus, *vocabulary)
         if not self.data.with_suffix(".idx").exists():
             self.data.parent.mkdir(exist_ok=True)
@@ -120,6 +123,7 @@ class Demo:
             if not before:
                 before = self.train_until_killed()
             self.run("flagscale-train", "run", *self.training_words())
+        self.check_learning()
         runs = [list(events(path, "step")) for path in self.event_files()]
         if len(runs) < 2:
             raise DemoError(f"{self.train}: expected a killed and a resumed run: use --fresh")
@@ -132,6 +136,15 @@ class Demo:
         if worst:
             raise DemoError(f"steps {twice[0]}-{twice[-1]} differ by {worst:.3g} after resuming: expected 0")
         self.facts |= {"killed_at": max(first), "resumed_from": min(again) - 1, "twice": len(twice)}
+
+    def check_learning(self) -> None:
+        """A demo that learned nothing has failed: the held-out loss must fall clearly below chance."""
+        losses = [event["loss"] for path in self.event_files() for event in events(path, "eval")]
+        bound = 0.75 * math.log(VOCABULARY)
+        if losses[-1] > bound:
+            raise DemoError(
+                f"held-out loss {losses[-1]:.3f}: expected below 0.75 ln({VOCABULARY}) = {bound:.3f}"
+            )
 
     def train_until_killed(self) -> dict[int, dict[str, Any]]:
         """Start the training, and SIGKILL its launcher once it is ten steps past the half-way checkpoint."""
@@ -195,7 +208,9 @@ class Demo:
     def serve_and_ask(self) -> None:
         """Serve the converted model, ask it over HTTP, compare with transformers.generate, stop it."""
         run_dir = self.serve / time.strftime("%Y%m%d-%H%M%S")
-        self.run("flagscale-serve", "run", self.hf, "--detach", "--run-dir", run_dir)
+        # The default on a chip is vLLM; this environment has it only where someone installed it beside us.
+        engine = [] if importlib.util.find_spec("vllm") else ["--engine", "transformers"]
+        self.run("flagscale-serve", "run", self.hf, "--detach", "--run-dir", run_dir, *engine)
         try:
             status = json.loads(self.run("flagscale-serve", "status", run_dir, "--json", quiet=True))
             instance = status["instances"][0]
