@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from flagscale_hw import detect
 
 SCRIPTS = Path(sys.executable).parent
 RECIPE = "qwen3/tiny"
@@ -44,6 +45,9 @@ class Demo:
         self.tokenizer, self.data, self.hf = root / "tokenizer", root / "data" / "stdlib", root / "hf"
         self.train, self.serve = root / "train", root / "serve"
         self.facts: dict[str, Any] = {}
+        machine = detect()
+        # Two processes on a CPU show data parallelism; a chip takes one process each.
+        self.chip, self.processes = machine.chip, min(len(machine.devices), 2) or 2
         self.env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
     # --- running commands -------------------------------------------------------------------------------
@@ -105,6 +109,7 @@ class Demo:
             f"train.data.data_path={self.data}",
             f"train.data.tokenizer.tokenizer_model={self.tokenizer}",
             f"train.model.train_iters={self.steps}",
+            f"experiment.runner.nproc_per_node={self.processes}",
         ]
 
     def train_and_resume(self) -> None:
@@ -195,8 +200,8 @@ class Demo:
             instance = status["instances"][0]
             url, model = instance["url"], instance["model"]
             body = {"model": model, "prompt": PROMPT, "max_tokens": 48, "temperature": 0}
-            print(f"\n$ curl {url}/v1/completions -d '{json.dumps(body)}'", flush=True)
-            reply = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+            print(f"\n$ curl {url}/completions -d '{json.dumps(body)}'", flush=True)
+            reply = httpx.post(f"{url}/completions", json=body, timeout=120)
             reply.raise_for_status()
             answer = reply.json()["choices"][0]["text"]
             print(f"{PROMPT}{answer}")
@@ -298,7 +303,7 @@ def main() -> int:
             demo.serve_and_ask,
         ):
             step()
-    except DemoError as error:
+    except (DemoError, httpx.HTTPError) as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 4
     from demo_page import page

@@ -222,8 +222,14 @@ def _run(arguments: argparse.Namespace) -> int:
     plan = _make_plan(arguments)
     for note in plan.notes if not arguments.json else ():
         print(f"note: {note}", file=sys.stderr)
-    with _progress("convert") as progress:
-        report = convert(plan, progress=progress, workers=arguments.workers, overwrite=arguments.overwrite)
+    try:
+        with _progress("convert") as progress:
+            report = convert(
+                plan, progress=progress, workers=arguments.workers, overwrite=arguments.overwrite
+            )
+    except KeyboardInterrupt:
+        print("stopped: what is whole was kept, run the same command again to finish", file=sys.stderr)
+        raise
     if arguments.json:
         _print_json(report.to_dict())
         return 0

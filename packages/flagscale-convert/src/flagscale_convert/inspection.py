@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from flagscale_convert.cast import to_float
 from flagscale_convert.errors import ConvertError
 from flagscale_convert.locate import Opened, open_checkpoint
 from flagscale_convert.model import understand
-from flagscale_convert.tensors import TORCH_NAMES, Source, TensorInfo
+from flagscale_convert.tensors import Source, TensorInfo
 from flagscale_convert.torch_dist import TorchDistSource
 
 __all__ = ["Inspection", "inspect"]
@@ -139,8 +140,6 @@ def _strange_values(source: Source) -> list[str]:
 
 
 def _strange_tensor(source: Source, name: str, info: TensorInfo) -> str:
-    import torch
-
     rows_at_once = max(1, _BUFFER_BYTES // max(1, info.row_bytes))
     is_zero = info.num_elements > 0
     for start in range(0, info.rows, rows_at_once):
@@ -148,7 +147,7 @@ def _strange_tensor(source: Source, name: str, info: TensorInfo) -> str:
         source.read_rows(name, start, raw)
         if is_zero and raw.any():
             is_zero = False
-        values = torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[info.dtype]))
-        if values.dtype.is_floating_point and not torch.isfinite(values.float()).all():
+        values = to_float(raw, info.dtype)
+        if values is not None and not np.isfinite(values).all():
             return f"holds NaN or infinity in rows {start} to {start + len(raw)}"
     return "is all zeros" if is_zero else ""

@@ -57,6 +57,8 @@ class ReadArgs:
     architecture: Architecture
     notes: tuple[str, ...]
     """What was defaulted, one sentence each."""
+    knows_vocabulary: bool
+    """False when padding could not be told from the vocabulary, and all rows were taken for it."""
 
 
 def read_args(args: Mapping[str, Any], *, where: str, vocab_size: int | None = None) -> ReadArgs:
@@ -116,6 +118,7 @@ def read_args(args: Mapping[str, Any], *, where: str, vocab_size: int | None = N
             init_std=_number(args, "init_method_std", 0.02, notes),
         ),
         tuple(notes),
+        knows_vocabulary=bool(vocab_size or args.get("vocab_size")),
     )
 
 

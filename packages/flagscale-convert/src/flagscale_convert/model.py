@@ -37,6 +37,8 @@ class Model:
     notes: tuple[str, ...]
     skipped_tensors: int
     must_equal: tuple[tuple[str, str], ...]
+    knows_vocabulary: bool
+    """False when padding could not be told from the vocabulary, and all rows were taken for it."""
     tokenizer_places: tuple[Path, ...]
     """Where its tokenizer may lie, likeliest first."""
 
@@ -104,6 +106,7 @@ def _understand_huggingface(opened: Opened, source: HuggingFaceSource, vocab_div
         notes=tuple(notes),
         skipped_tensors=0,
         must_equal=must_equal,
+        knows_vocabulary=True,
         tokenizer_places=(opened.directory,),
     )
 
@@ -140,6 +143,7 @@ def _understand_megatron(
         notes=(*notes, *read.notes),
         skipped_tensors=len(source.optimizer_tensors),
         must_equal=(),
+        knows_vocabulary=read.knows_vocabulary,
         tokenizer_places=places,
     )
 

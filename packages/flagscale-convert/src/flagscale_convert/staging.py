@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flagscale_convert.errors import DestinationRefused, WriteFailed
-from flagscale_convert.locate import STAGING
+from flagscale_convert.huggingface import CONFIG, INDEX
+from flagscale_convert.locate import STAGING, TRACKER
 from flagscale_convert.plan import Plan
 from flagscale_convert.tensors import format_bytes
 from flagscale_convert.tokenizer import FILES
@@ -26,6 +27,13 @@ __all__ = ["Staging", "write_failure"]
 
 _JOURNAL = "journal.json"
 _LOCK = "lock"
+_MARKERS = {
+    "hf": (CONFIG, INDEX),
+    "torch_dist": (TRACKER, "release/metadata.json", "release/.metadata"),
+}
+"""Without these files nothing loads the directory."""
+_OWNED = {"hf": ("*.safetensors", *FILES), "torch_dist": ("release/*.distcp", "tokenizer/*")}
+"""What else belongs to a checkpoint of the format."""
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -85,9 +93,10 @@ class Staging:
             os.close(lock)
 
     def is_done(self, path: str) -> bool:
-        """Tell whether an earlier attempt finished this file."""
-        staged = self.folder / path
-        return path in self._done and staged.exists() and staged.stat().st_size == self._done[path]
+        """Tell whether an earlier attempt finished this file; it may have moved it into place already."""
+        staged, target = self.folder / path, self._plan.destination / path
+        place = staged if staged.exists() else target
+        return path in self._done and place.exists() and place.stat().st_size == self._done[path]
 
     def mark_done(self, path: str) -> None:
         """Record that a file is whole and on disk."""
@@ -175,7 +184,6 @@ class Staging:
                 target = plan.destination / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 staged = self.folder / path
-                # A commit that was cut off has moved some files already.
                 if staged.exists() or not target.exists():
                     staged.replace(target)
             _sync_directory(plan.destination)
@@ -186,19 +194,12 @@ class Staging:
     def _clear_old(self) -> None:
         """Remove the checkpoint being replaced, first what makes it loadable."""
         destination = self._plan.destination
-        for name in reversed(tuple(self._plan.texts)):
+        for name in _MARKERS[self._plan.to]:
             (destination / name).unlink(missing_ok=True)
-        written = {file.path for file in self._plan.files}
-        if self._plan.to == "hf":
-            stale = [*destination.glob("*.safetensors"), *(destination / name for name in FILES)]
-        else:
-            stale = [*(destination / "release").glob("*.distcp"), *(destination / "tokenizer").glob("*")]
-        for path in stale:
-            is_moved = (
-                str(path.relative_to(destination)) in written
-                and not (self.folder / path.relative_to(destination)).exists()
-            )
-            if path.is_file() and not is_moved:
+        for path in sorted(path for pattern in _OWNED[self._plan.to] for path in destination.glob(pattern)):
+            name = str(path.relative_to(destination))
+            # A commit that was cut off has moved some files of the new checkpoint already.
+            if path.is_file() and not (name in self._done and not (self.folder / name).exists()):
                 path.unlink()
 
 

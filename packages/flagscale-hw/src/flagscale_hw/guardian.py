@@ -21,7 +21,7 @@ from flagscale_hw.ending import end_children
 from flagscale_hw.errors import HwError
 from flagscale_hw.kernel import become_subreaper
 from flagscale_hw.order import Order
-from flagscale_hw.record import Record
+from flagscale_hw.record import Record, say
 from flagscale_hw.rundir import RunDirectory
 from flagscale_hw.supervisor import SHORT_GRACE_S, Supervisor
 
@@ -107,10 +107,8 @@ def _supervise(directory: RunDirectory, order: Order, watch: int) -> int:
         _answer({"run_id": order.run_id})
         return supervisor.run()
     except BaseException:  # noqa: BLE001 - the last frame of a forked process; a bug must reach the log
-        traceback.print_exc()
+        say(traceback.format_exc())
         return 1
-    finally:
-        sys.stderr.flush()
 
 
 def _in_words(error: HwError | OSError) -> str:

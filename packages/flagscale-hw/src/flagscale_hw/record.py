@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
 import time
 from dataclasses import replace
 
-from flagscale_hw.identity import identify
+from flagscale_hw.identity import started_at
 from flagscale_hw.manifest import complete
 from flagscale_hw.rundir import RunDirectory
 from flagscale_hw.status import ProcessStatus, RunState, RunStatus
 
-__all__ = ["Record"]
+__all__ = ["Record", "say"]
 
 _FINAL_TRIES_S = 10.0
 
@@ -47,12 +47,7 @@ class Record:
 
     def started(self, name: str, pid: int) -> None:
         """Note that a process runs."""
-        who = identify(pid)
-        self._put(
-            ProcessStatus(
-                name=name, pid=pid, start_time=None if who is None else who.start_time, started_at=time.time()
-            )
-        )
+        self._put(ProcessStatus(name=name, pid=pid, start_time=started_at(pid), started_at=time.time()))
 
     def ended(self, pid: int, wait_status: int) -> None:
         """Note how a child ended; children that are not planned processes are orphans and leave no trace."""
@@ -78,7 +73,7 @@ class Record:
             self.directory.write(self.directory.state, self.status.to_dict())
         except OSError as error:
             if self.is_saved:
-                _say(f"state.json: not written: {error}")
+                say(f"state.json: not written: {error}")
             self.is_saved = False
         else:
             self.is_saved = True
@@ -108,10 +103,10 @@ class Record:
         try:
             self.directory.write(self.directory.manifest, complete(manifest, self.status))
         except OSError as error:
-            _say(f"manifest.json: not written: {error}")
+            say(f"manifest.json: not written: {error}")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Speak to `supervisor.log`, which is the standard error of whoever keeps the record."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the disk is full: the very thing that may have to be said
+        os.write(2, f"{text}\n".encode(errors="replace"))

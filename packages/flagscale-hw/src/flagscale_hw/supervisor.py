@@ -33,7 +33,7 @@ from flagscale_hw.order import Order, here
 from flagscale_hw.plan import PLACEHOLDER, Probe, Process
 from flagscale_hw.ports import PortLease, lease_ports
 from flagscale_hw.probing import ProbeRun, wait_any
-from flagscale_hw.record import Record
+from flagscale_hw.record import Record, say
 from flagscale_hw.rundir import RunDirectory
 from flagscale_hw.spawn import Command, spawn
 from flagscale_hw.status import ProcessStatus, RunState, RunStatus
@@ -126,7 +126,7 @@ class Supervisor:
         try:
             index.remember(self._order.run_id, self._directory.path)
         except OSError as error:
-            _say(f"this run will not be listed: {error}")
+            say(f"this run will not be listed: {error}")
 
     def _listen_to_signals(self) -> None:
         def note_stop(_signum: int, _frame: FrameType | None) -> None:
@@ -368,18 +368,13 @@ def _watch(process: Identity) -> int | None:
     return handle
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m flagscale_hw.supervisor RUN_DIR`, which only `flagscale_hw.launch` does."""
     from flagscale_hw.guardian import guard
 
     arguments = sys.argv[1:] if argv is None else list(argv)
     if len(arguments) != 1:
-        _say("flagscale_hw.supervisor: give one run directory; flagscale_hw.launch starts it, not a person")
+        say("flagscale_hw.supervisor: give one run directory; flagscale_hw.launch starts it, not a person")
         return 2
     return guard(Path(arguments[0]))
 

@@ -82,8 +82,7 @@ def check_engines(service: Service, python: str) -> dict[str, str]:
 def _look(start: Sequence[str], engine: Engine, service: Service) -> str:
     python = start[-1]
     wanted = json.dumps({"modules": engine.modules, "distributions": engine.distributions})
-    # -I: a folder of the user's working directory must not pass for the engine.
-    found = _ask((*start, "-I", "-c", _LOOK, wanted), python, service)
+    found = _ask((*start, "-c", _LOOK, wanted), python, service)
     missing = found["missing"] + [name for name, version in found["versions"].items() if version is None]
     if missing:
         raise EngineMissing(
@@ -103,7 +102,8 @@ def _ask(argv: Sequence[str], python: str, service: Service) -> dict[str, Any]:
             timeout=_TIMEOUT_S,
             check=False,
             cwd=service.cwd,
-            env={**os.environ, **service.env},
+            # A folder of the working directory must not pass for the engine; PYTHONPATH may well lead to it.
+            env={**os.environ, **service.env, "PYTHONSAFEPATH": "1"},
         )
     except OSError as error:
         raise EngineMissing(

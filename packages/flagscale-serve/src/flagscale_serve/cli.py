@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _INTERRUPTED = 130
+_UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
 _EXAMPLES = """\
 examples:
   flagscale-serve run MODEL_DIR                    serve a model here, until Ctrl-C
@@ -227,9 +228,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _follow(run: Run, prepared: Prepared, began: float, arguments: argparse.Namespace) -> int:
-    from flagscale_serve.errors import RunFailed
     from flagscale_serve.foreground import StartLog, ready_text
-    from flagscale_serve.runs import status_of
+    from flagscale_serve.runs import failure, status_of
 
     engines = {instance.name: instance.engine for instance in prepared.service.instances}
     log = StartLog(run, engines, _say, verbose=arguments.verbose)
@@ -242,9 +242,7 @@ def _follow(run: Run, prepared: Prepared, began: float, arguments: argparse.Name
         _say("Ctrl-C stops it; the engine's log follows")
         now = log.until_over()
     if now.exit_code:
-        raise RunFailed(
-            f"{prepared.plan.name}: {now.state}: {now.reason}: the whole log is in {run.dir / 'logs'}"
-        )
+        raise failure(run, now)
     _say(f"{now.state}{f': {now.reason}' if now.reason else ''}")
     return 0
 
@@ -332,9 +330,16 @@ def _chat(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         api_key=arguments.api_key,
     ):
-        print(piece, end="", flush=True)
+        print(_shown(piece), end="", flush=True)
     print()
     return 0
+
+
+def _shown(piece: str) -> str:
+    """Keep what a model says from steering the terminal; elsewhere every character passes."""
+    if not sys.stdout.isatty():
+        return piece
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else _UNPRINTABLE for letter in piece)
 
 
 def _say(text: str) -> None:

@@ -74,8 +74,11 @@ class StartLog:
 
     def _tell(self, name: str) -> None:
         self._told = time.monotonic()
+        self._say_at(name, self._phases[name].current)
+
+    def _say_at(self, name: str, text: str) -> None:
         who = f"{name}: " if len(self._phases) > 1 else ""
-        self._say(f"[{self._told - self._began:6.1f} s] {who}{self._phases[name].current}")
+        self._say(f"[{self._told - self._began:6.1f} s] {who}{text}")
 
     def _break_silence(self) -> None:
         """Show that it is alive when no phase has changed for a while."""
@@ -84,7 +87,7 @@ class StartLog:
         self._told = time.monotonic()
         for name, phases in self._phases.items():
             last = f"; its last words: {phases.last_line[:120]}" if phases.last_line else ""
-            self._say(f"[{self._told - self._began:6.1f} s] {name}: still {phases.current}{last}")
+            self._say_at(name, f"still {phases.current}{last}")
 
 
 def ready_text(status: ServiceStatus, seconds: float) -> str:

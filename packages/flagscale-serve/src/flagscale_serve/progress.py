@@ -6,7 +6,11 @@ from pathlib import Path
 
 from flagscale_serve.engines import ENGINES
 
-__all__ = ["Phases", "Tail"]
+__all__ = ["Phases", "Tail", "details"]
+
+_TAIL_BYTES = 256 * 1024
+_MAX_DETAILS = 3
+_LINE_LIMIT = 300
 
 
 class Tail:
@@ -57,3 +61,25 @@ class Phases:
                 self.current = phase
                 return True
         return False
+
+
+def details(reason: str, log: Path) -> str:
+    """Return what an engine wrote below the line that a run's reason quotes; empty when there is nothing.
+
+    Validation errors say in their first line only how many mistakes were made.
+    """
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    quoted = [place for place, line in enumerate(lines) if len(line.strip()) > 8 and line.strip() in reason]
+    if not quoted:
+        return ""
+    below: list[str] = []
+    for line in lines[quoted[-1] + 1 :]:
+        if not line.startswith(" ") or len(below) == _MAX_DETAILS:
+            break
+        below.append(line.strip()[:_LINE_LIMIT])
+    return "; ".join(below)

@@ -25,6 +25,7 @@ from flagscale_serve.engines import default_engine
 from flagscale_serve.errors import InvalidService, NotServing, RunFailed
 from flagscale_serve.model import Model, has_chat_template
 from flagscale_serve.plan import READY_TIMEOUT_S, plan
+from flagscale_serve.progress import details
 from flagscale_serve.service import Service, of_experiment, of_model
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Prepared",
     "ServiceStatus",
     "check",
+    "failure",
     "find_run",
     "list_runs",
     "logs",
@@ -194,8 +196,16 @@ def wait_ready(run: hw.Run) -> ServiceStatus:
     while not ((now := run.status()).is_over or now.state == "ready"):
         time.sleep(_POLL_S)
     if now.state != "ready":
-        raise RunFailed(f"{run.dir}: {now.state}: {now.reason or 'it was stopped'}: see {run.dir / 'logs'}")
+        raise failure(run, now)
     return status_of(run)
+
+
+def failure(run: hw.Run, now: hw.RunStatus) -> RunFailed:
+    """Describe the end of a run that was meant to go on."""
+    more = [details(now.reason, log) for log in sorted((run.dir / "logs").glob("*.log"))]
+    said = "; ".join(text for text in more if text)
+    reason = f"{now.reason or 'it was stopped'}{f' ({said})' if said else ''}"
+    return RunFailed(f"{run.name}: {now.state}: {reason}: the whole log is in {run.dir / 'logs'}")
 
 
 def status(target: str | None = None, overrides: Sequence[str] = ()) -> ServiceStatus:

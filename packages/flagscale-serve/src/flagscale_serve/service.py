@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 from flagscale_serve.errors import InvalidService
 
 if TYPE_CHECKING:
-    from flagscale_config.experiment import Resources, ServeInstance
-
     from flagscale_config import Experiment
+    from flagscale_config.experiment import Resources, ServeInstance
 
 __all__ = ["Instance", "Service", "absolute", "of_experiment", "of_model", "served_name"]
 
@@ -162,7 +161,7 @@ def _instance(item: ServeInstance, name: str, where: str, cwd: str, engine: str)
         served_names=_names(settled.get("served_model_name"), model, asked),
         host=str(settled.get("host") or "127.0.0.1"),
         port=_port(settled.get("port"), f"{where}.engine_args.port"),
-        api_key=_optional_text(settled.get("api_key")),
+        api_key=_api_key(settled.get("api_key"), f"{where}.engine_args.api_key"),
         engine=engine,
         options=_without_ours(options),
         specific={engine: _without_ours(args) for engine, args in specific.items()},
@@ -202,8 +201,12 @@ def _names(given: Any, model: str, asked: str) -> tuple[str, ...]:
     return names
 
 
-def _optional_text(value: Any) -> str | None:
-    return None if value is None or value == "" else str(value)
+def _api_key(value: Any, where: str) -> str | None:
+    """Return the one key; vLLM takes several on its command line only, where everybody can read them."""
+    keys = [value] if isinstance(value, str) else list(value or ())
+    if len(keys) > 1:
+        raise InvalidService(f"{where}: {len(keys)} keys: one key can be kept out of sight: give one")
+    return str(keys[0]) if keys and keys[0] else None
 
 
 def _port(value: Any, where: str) -> int | None:

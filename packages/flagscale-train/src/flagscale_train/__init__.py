@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale_train.__about__ import __version__
 
-# Not on first use: the function has its module's name, and whoever imports the module first would put it in its place.
+# Not on first use: the function has its module's name, and whoever imports the module first would put it in
+# its place.
 from flagscale_train.plan import plan
 
 if TYPE_CHECKING:

@@ -1,9 +1,10 @@
 """Which checkpoint of a directory is whole, told from the files alone (no torch).
 
-Megatron writes `iter_N/__R_K.distcp` (data), then `.metadata` (what lies where), then `metadata.json` (the format), then
-the tracker file. A save that is cut off leaves a directory that looks like a checkpoint; here it counts only if all
-three are there and every data file is as long as `.metadata` says. `.metadata` is a pickle: it is read by an
-unpickler that can build nothing but inert records, so that a hostile file runs no code.
+Megatron writes `iter_N/__R_K.distcp` (data), then `.metadata` (what lies where), then `metadata.json` (the
+format), then the tracker file. A save that is cut off leaves a directory that looks like a checkpoint; here
+it counts only if all three are there and every data file is as long as `.metadata` says. `.metadata` is a
+pickle: it is read by an unpickler that can build nothing but inert records, so that a hostile file runs no
+code.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ def choose(root: Path, iteration: int | None = None) -> Choice:
         The choice; its `path` is None if nothing whole was found.
     """
     found = sorted(
-        ((int(match.group(1)), path) for path in _directories(root) if (match := _ITERATION.fullmatch(path.name))),
+        (
+            (int(match.group(1)), path)
+            for path in _directories(root)
+            if (match := _ITERATION.fullmatch(path.name))
+        ),
         reverse=True,
     )
     skipped: list[str] = []
@@ -93,7 +98,16 @@ def fault(directory: Path) -> str | None:
         needed = _bytes_per_file(described)
     except FileNotFoundError:
         return ".metadata is missing: the save was cut off"
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        KeyError,
+    ) as error:
         return f".metadata cannot be read: {error}"
     return _short_file(directory, needed)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagscale_config.command import run as run_command
-
 from flagscale_train.__about__ import __version__
 from flagscale_train.errors import InvalidInput
 
@@ -33,9 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> int:
     given, rest = parser().parse_known_args(words)
     # Overrides may stand after options too, where argparse no longer takes them.
-    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(given, "overrides")]
+    strange = [
+        word for word in rest if word.startswith("-") or "=" not in word or not hasattr(given, "overrides")
+    ]
     if strange:
-        raise InvalidInput(f"{strange[0]}: not an option of this command: see `flagscale-train {given.verb} --help`")
+        raise InvalidInput(
+            f"{strange[0]}: not an option of this command: see `flagscale-train {given.verb} --help`"
+        )
     if rest:
         given.overrides = [*given.overrides, *rest]
     action: Callable[[argparse.Namespace], int] = given.action
@@ -47,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="flagscale-train",
         description="Train language models with Megatron's own trainer, from FlagScale experiment files.",
-        epilog="Exit codes: 0 done, 2 wrong input, 3 not found or not running, 4 the run failed, 130 interrupted.",
+        epilog="Exit codes: 0 done, 2 wrong input, 3 not found or not running, 4 failed, 130 interrupted.",
         allow_abbrev=False,
     )
     root.add_argument("--version", action="version", version=f"flagscale-train {__version__}")
@@ -59,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def _verb(verbs: Any, name: str, action: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+def _verb(
+    verbs: Any, name: str, action: Callable[[argparse.Namespace], int], about: str
+) -> argparse.ArgumentParser:
     made: argparse.ArgumentParser = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
     made.set_defaults(action=action)
     return made
@@ -74,12 +79,18 @@ def _add_run_verbs(verbs: Any) -> None:
     verb = _verb(verbs, "plan", _plan, "Show what a run would start, and start nothing.")
     _experiment(verb, _EXPERIMENT)
     verb.add_argument("--json", action="store_true", help="print the plan as JSON")
-    verb = _verb(verbs, "run", _run, "Train, and follow the training; the next run resumes from its checkpoints.")
+    verb = _verb(
+        verbs, "run", _run, "Train, and follow the training; the next run resumes from its checkpoints."
+    )
     _experiment(verb, _EXPERIMENT)
-    verb.add_argument("--detach", action="store_true", help="return at once; the run goes on without this terminal")
+    verb.add_argument(
+        "--detach", action="store_true", help="return at once; the run goes on without this terminal"
+    )
     verb = _verb(verbs, "stop", _stop, "End a run; it saves a checkpoint first if it can.")
     _experiment(verb, _TARGET)
-    verb.add_argument("--grace", type=float, metavar="SECONDS", help="kill what is left after so many seconds")
+    verb.add_argument(
+        "--grace", type=float, metavar="SECONDS", help="kill what is left after so many seconds"
+    )
     verb = _verb(verbs, "logits", _logits, "Compute fp32 logits of the newest whole checkpoint, by Megatron.")
     _experiment(verb, _EXPERIMENT)
     verb.add_argument("--tokens", type=Path, required=True, help="JSON: equally long lists of token ids")
@@ -103,21 +114,33 @@ def _add_data_verbs(verbs: Any) -> None:
     verbs = data.add_subparsers(dest="data_verb", required=True, metavar="VERB")
     verb = _verb(verbs, "tokenize", _tokenize, "Turn text into Megatron's .bin and .idx files.")
     _inputs(verb)
-    verb.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="directory with tokenizer.json")
-    verb.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
-    verb.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default 1)")
+    verb.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="DIR", help="directory with tokenizer.json"
+    )
+    verb.add_argument(
+        "--output", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx"
+    )
+    verb.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that tokenize (default 1)"
+    )
     end = verb.add_mutually_exclusive_group()
     end.add_argument("--eod", metavar="TOKEN", help="end of a document (default: the tokenizer's eos_token)")
     end.add_argument("--no-eod", action="store_true", help="do not mark the end of a document")
     verb = _verb(verbs, "train-tokenizer", _train_tokenizer, "Train a byte-level BPE tokenizer on text.")
     _inputs(verb)
-    verb.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens wanted, at least 258")
-    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="tokenizer directory to write")
+    verb.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="tokens wanted, at least 258"
+    )
+    verb.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="tokenizer directory to write"
+    )
 
 
 def _inputs(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("inputs", nargs="+", metavar="INPUT", help="text or JSONL files, directories, patterns")
-    verb.add_argument("--key", default="text", help="field of each JSON line that holds the text (default: text)")
+    verb.add_argument(
+        "--key", default="text", help="field of each JSON line that holds the text (default: text)"
+    )
     verb.add_argument("--overwrite", action="store_true", help="replace what exists")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
@@ -191,7 +214,11 @@ def _report(ended: TrainStatus) -> int:
     if ended.run.state == "succeeded":
         if checkpoint is not None:
             root = Path(checkpoint["path"]).parent
-            _next("next", f"flagscale-convert run {root} HF_DIR --to hf --tokenizer DIR", f"flagscale-train status {where}")
+            _next(
+                "next",
+                f"flagscale-convert run {root} HF_DIR --to hf --tokenizer DIR",
+                f"flagscale-train status {where}",
+            )
         return 0
     if ended.run.state == "stopped":
         print(f"stopped after step {ended.progress.iteration}; the same command resumes")

@@ -4,14 +4,16 @@ One line per event, each an object with `event` (its kind) and `time` (unix seco
 
 - `start`: versions, layout, parameters, tokens_per_step, train_iters, iteration (0 or where it resumes)
 - `notice`: text
-- `step`: iteration, loss, grad_norm, learning_rate, step_time_s, tokens_per_second, tflops_per_device, mfu, memory_bytes
+- `step`: iteration, loss, grad_norm, learning_rate, step_time_s, tokens_per_second, tflops_per_device, mfu,
+  memory_bytes
 - `eval`: iteration, split (`validation` or `test`), loss
 - `checkpoint`: iteration, path, verified, save_time_s
 - `error`: rank, type, text (the first one written is the first cause)
 - `end`: iteration, reason (`finished`, `stopped`, `interrupted by a limit`)
 
-Losses are what the step itself computed, with all digits: Megatron's own log line is a mean over steps, and after a
-resume the first one mixes two steps. Not-a-number and infinity are written as null, because JSON has neither.
+Losses are what the step itself computed, with all digits: Megatron's own log line is a mean over steps, and
+after a resume the first one mixes two steps. Not-a-number and infinity are written as null, because JSON has
+neither.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ FILE_NAME = "events.jsonl"
 class Journal:
     """Appends events to one file; several processes may hold a journal of the same file.
 
-    Each event is one `write` of one line to a descriptor opened for appending, so that lines of different ranks
-    never mix and a killed process leaves at most one torn line at the end.
+    Each event is one `write` of one line to a descriptor opened for appending, so that lines of different
+    ranks never mix and a killed process leaves at most one torn line at the end.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -54,7 +56,11 @@ class Journal:
         """
         if self._descriptor is None:
             return
-        record = {"event": event, "time": time.time(), **{key: _plain(value) for key, value in fields.items()}}
+        record = {
+            "event": event,
+            "time": time.time(),
+            **{key: _plain(value) for key, value in fields.items()},
+        }
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         os.write(self._descriptor, line.encode())
 
@@ -93,7 +99,7 @@ def _parse(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def follow(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Yield events for ever, and None whenever there is nothing new; the caller sleeps and decides when to end."""
+    """Yield events for ever, and None whenever there is nothing new; the caller decides when to end."""
     position = 0
     while True:
         found = False
@@ -169,8 +175,8 @@ class Progress:
         """Estimated seconds to the end, from the mean pace of this run; None before its second step."""
         if self.step is None or self.first_step is None or self.num_steps < 2 or not self.train_iters:
             return None
-        pace_s = (self.step["time"] - self.first_step["time"]) / (self.num_steps - 1)
-        return max(0.0, (self.train_iters - self.iteration) * pace_s)
+        pace_s: float = (self.step["time"] - self.first_step["time"]) / (self.num_steps - 1)
+        return max(0.0, float((self.train_iters - self.iteration) * pace_s))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain JSON, for `status --json`."""
@@ -178,7 +184,10 @@ class Progress:
         return {
             "iteration": self.iteration,
             "train_iters": self.train_iters,
-            **{key: step.get(key) for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "step_time_s")},
+            **{
+                key: step.get(key)
+                for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "step_time_s")
+            },
             **{key: step.get(key) for key in ("tflops_per_device", "mfu", "memory_bytes")},
             "remaining_s": self.remaining_s,
             "validation": dict(self.validation) if self.validation else None,

@@ -1,7 +1,7 @@
 """What planning needs to know that is neither in the experiment nor in the machine: software and files.
 
-`plan()` is pure, so this is looked up before and handed to it: which optional packages the training interpreter has, how
-large the tokenizer is, and which of the named files are missing.
+`plan()` is pure, so this is looked up before and handed to it: which optional packages the training
+interpreter has, how large the tokenizer is, and which of the named files are missing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def examine(experiment: Experiment) -> Findings:
     problems: list[str] = []
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("megatron") is None:
         problems.append(
-            "megatron-core and torch: not installed in this environment: pip install 'flagscale-train[megatron]'"
+            "megatron-core and torch: not installed in this environment: pip install "
+            "'flagscale-train[megatron]'"
         )
     vocabulary = _tokenizer(options, base, problems)
     max_tokens = [_dataset(prefix, base, problems) for prefix in _prefixes(options)]
@@ -114,12 +115,16 @@ def _dataset(prefix: str, base: Path, problems: list[str]) -> int | None:
 
 
 def _explicit_load(experiment: Experiment, base: Path, problems: list[str]) -> None:
-    """A checkpoint named by the user must be there; only the experiment's own may be missing on the first run."""
+    """A checkpoint named by the user must be there; only the experiment's own may be missing."""
     options = experiment.train.options if experiment.train else {}
-    own = {Path(experiment.exp_dir) / "checkpoints"} | ({base / str(options["save"])} if "save" in options else set())
+    own = {Path(experiment.exp_dir) / "checkpoints"} | (
+        {base / str(options["save"])} if "save" in options else set()
+    )
     for name in ("load", "pretrained_checkpoint"):
         if name in options and base / str(options[name]) not in own:
             root = base / str(options[name])
             step = options.get("ckpt_step") if name == "load" else None
             if choose(root, step).path is None:
-                problems.append(f"{name}: {root}: no whole checkpoint in it{f' of step {step}' if step else ''}")
+                problems.append(
+                    f"{name}: {root}: no whole checkpoint in it{f' of step {step}' if step else ''}"
+                )

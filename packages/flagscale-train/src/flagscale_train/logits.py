@@ -13,8 +13,8 @@ from typing import Any
 
 import flagscale_hw as hw
 from flagscale_config import Experiment, load, render_megatron
-
 from flagscale_train.checkpoints import choose
+from flagscale_train.chips import PLAIN_LAYERS
 from flagscale_train.errors import InvalidInput, NotFound, RunFailed
 from flagscale_train.events import FILE_NAME, Progress, read
 from flagscale_train.findings import Findings, examine
@@ -22,14 +22,32 @@ from flagscale_train.plan import checkpoint_dir, options_for, process_for
 
 __all__ = ["compute_logits"]
 
-_SAVING = ("save", "save_interval", "save_retain_interval", "tensorboard_dir", "wandb_project", "wandb_save_dir")
+_SAVING = (
+    "save",
+    "save_interval",
+    "save_retain_interval",
+    "tensorboard_dir",
+    "wandb_project",
+    "wandb_save_dir",
+)
 _SHARING = (
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "sequence_parallel",
-    "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank", "use_distributed_optimizer",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+    "sequence_parallel",
+    "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank",
+    "use_distributed_optimizer",
     "overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap", "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers", "dist_ckpt_optim_fully_reshardable", "exit_signal_handler", "global_batch_size",
+    "decoder_last_pipeline_num_layers", "dist_ckpt_optim_fully_reshardable", "exit_signal_handler",
+    "global_batch_size",
 )  # fmt: skip
-_PRECISION = ("bf16", "fp16", "fp8_format", "fp8_recipe", "fp8_param_gather", "fp4_format", "attention_softmax_in_fp32")
+_PRECISION = (
+    "bf16",
+    "fp16",
+    "fp8_format",
+    "fp8_recipe",
+    "fp8_param_gather",
+    "fp4_format",
+    "attention_softmax_in_fp32",
+)
 
 
 def compute_logits(
@@ -61,7 +79,9 @@ def compute_logits(
     _check_tokens(tokens, experiment)
     root = checkpoint.resolve() if checkpoint else Path(checkpoint_dir(experiment))
     if choose(root).path is None:
-        raise NotFound(f"{root}: no whole checkpoint in it: train and save one first, or name another with --load")
+        raise NotFound(
+            f"{root}: no whole checkpoint in it: train and save one first, or name another with --load"
+        )
     machine = hw.detect()
     planned = _plan(experiment, machine, examine(experiment), (tokens.resolve(), output.resolve(), root))
     run_dir = Path(experiment.exp_dir) / "logits" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -85,12 +105,18 @@ def _check_tokens(path: Path, experiment: Experiment) -> None:
     except FileNotFoundError:
         raise InvalidInput(f"--tokens: {path}: no such file") from None
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"--tokens: {path}: not JSON ({error}): a list of lists of token ids is expected") from None
+        raise InvalidInput(
+            f"--tokens: {path}: not JSON ({error}): a list of lists of token ids is expected"
+        ) from None
     if not _is_batch(rows):
-        raise InvalidInput(f"--tokens: {path}: not a list of equally long, non-empty lists of token ids of at least 0")
+        raise InvalidInput(
+            f"--tokens: {path}: not a list of equally long, non-empty lists of token ids of at least 0"
+        )
     limit = experiment.train.options.get("max_position_embeddings") if experiment.train else None
     if limit is not None and len(rows[0]) > limit:
-        raise InvalidInput(f"--tokens: {path}: {len(rows[0])} tokens in a row: the model takes at most {limit}")
+        raise InvalidInput(
+            f"--tokens: {path}: {len(rows[0])} tokens in a row: the model takes at most {limit}"
+        )
 
 
 def _is_batch(rows: Any) -> bool:
@@ -114,7 +140,15 @@ def _plan(
     launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=1")
     own = (f"--flagscale-tokens={tokens}", f"--flagscale-output={output}")
     extra = experiment.train.extra_args if experiment.train else ()
-    argv = (sys.executable, *launcher, "-m", "flagscale_train.worker.logits", *own, *render_megatron(options), *extra)
+    argv = (
+        sys.executable,
+        *launcher,
+        "-m",
+        "flagscale_train.worker.logits",
+        *own,
+        *render_megatron(options),
+        *extra,
+    )
     environment = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "FLAGSCALE_EVENTS": f"{{run_dir}}/{FILE_NAME}",
@@ -133,7 +167,9 @@ def _alone(experiment: Experiment) -> Experiment:
     """Return the experiment without what only matters to a layout, so that no conflict is seen in it."""
     train = experiment.train
     if train is None:
-        raise InvalidInput(f"{experiment.source}: experiment.task.type: {experiment.task.type}: a train task is expected")
-    options = {name: value for name, value in train.options.items() if name not in (*_SHARING, *_PRECISION)}
-    options.pop("transformer_impl", None)
+        raise InvalidInput(
+            f"{experiment.source}: experiment.task.type: {experiment.task.type}: a train task is expected"
+        )
+    left_out = {*_SHARING, *_PRECISION, *PLAIN_LAYERS}
+    options = {name: value for name, value in train.options.items() if name not in left_out}
     return experiment.model_copy(update={"train": train.model_copy(update={"options": options})})

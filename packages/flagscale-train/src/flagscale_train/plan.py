@@ -1,7 +1,8 @@
 """Experiment and machine in, plan out: a pure function.
 
-Every option Megatron gets and every variable its processes see stands in the plan; the worker adds none. What does not
-live here: what a chip asks for (`chips.py`), looking at files and packages (`findings.py`), starting (`runs.py`).
+Every option Megatron gets and every variable its processes see stands in the plan; the worker adds none. What
+does not live here: what a chip asks for (`chips.py`), looking at files and packages (`findings.py`), starting
+(`runs.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale_hw import Machine, Plan, Process, StopPolicy, peak, runtime
 from flagscale_hw import env as device_env
-
 from flagscale_train.chips import conflicts, defaults
 from flagscale_train.errors import InvalidInput
 from flagscale_train.events import FILE_NAME
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Layout", "checkpoint_dir", "lay_out", "options_for", "plan", "process_for"]
 
-_SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
+_SECRET = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|passw(or)?d|credentials?)(_|$)")
 _STOP = StopPolicy(signal="SIGTERM", grace_s=45.0)
 """torchrun itself gives its workers 30 s to save after SIGTERM; the run's own patience must outlast that."""
 
@@ -43,7 +43,11 @@ class Layout:
 
 
 def plan(
-    experiment: Experiment, machine: Machine, *, python: str = sys.executable, findings: Findings | None = None
+    experiment: Experiment,
+    machine: Machine,
+    *,
+    python: str = sys.executable,
+    findings: Findings | None = None,
 ) -> Plan:
     """Decide everything about a training run.
 
@@ -57,7 +61,8 @@ def plan(
         The plan: one process, torchrun, which starts one worker per rank.
 
     Raises:
-        InvalidInput: the experiment does not train, does not fit the machine, or asks for what its chip cannot do.
+        InvalidInput: the experiment does not train, does not fit the machine, or asks for what its chip
+            cannot do.
     """
     findings = findings or Findings()
     train = _train_of(experiment)
@@ -83,10 +88,13 @@ def plan(
 def _train_of(experiment: Experiment) -> Train:
     if experiment.train is None:
         raise InvalidInput(
-            f"{experiment.source}: experiment.task.type: {experiment.task.type}: flagscale-train runs tasks of type train"
+            f"{experiment.source}: experiment.task.type: {experiment.task.type}: flagscale-train runs tasks "
+            "of type train"
         )
     if experiment.task.backend not in (None, "megatron"):
-        raise InvalidInput(f"{experiment.source}: experiment.task.backend: {experiment.task.backend}: it must be megatron")
+        raise InvalidInput(
+            f"{experiment.source}: experiment.task.backend: {experiment.task.backend}: it must be megatron"
+        )
     return experiment.train
 
 
@@ -99,22 +107,23 @@ def lay_out(experiment: Experiment, machine: Machine) -> Layout:
     train, runner = _train_of(experiment), experiment.runner
     if runner.hostfile is not None or (runner.num_nodes or 1) > 1:
         raise InvalidInput(
-            f"experiment.runner: hostfile {runner.hostfile}, nnodes {runner.nnodes}: this version trains on one host: "
-            "remove both"
+            f"experiment.runner: hostfile {runner.hostfile}, nnodes {runner.nnodes}: this version trains on "
+            "one host: remove both"
         )
     sizes = train.parallelism
     available = len(machine.visible) if machine.chip != "cpu" else None
     count = runner.nproc_per_node or available or sizes.model_size
     if available is not None and count > available:
         raise InvalidInput(
-            f"experiment.runner.nproc_per_node: {count}: {machine.hostname} offers {available} {machine.chip} devices: "
-            f"use at most {available}"
+            f"experiment.runner.nproc_per_node: {count}: {machine.hostname} offers {available} "
+            f"{machine.chip} devices: use at most {available}"
         )
     if count % sizes.model_size:
         raise InvalidInput(
-            f"experiment.runner.nproc_per_node: {count}: one copy of the model takes {sizes.model_size} processes "
-            f"(tensor {sizes.tensor_model_parallel_size} x pipeline {sizes.pipeline_model_parallel_size} x context "
-            f"{sizes.context_parallel_size}): use a multiple of {sizes.model_size}"
+            f"experiment.runner.nproc_per_node: {count}: one copy of the model takes {sizes.model_size} "
+            f"processes (tensor {sizes.tensor_model_parallel_size} x pipeline "
+            f"{sizes.pipeline_model_parallel_size} x context {sizes.context_parallel_size}): use a multiple "
+            f"of {sizes.model_size}"
         )
     data = count // sizes.model_size
     _check_batch(train, data)
@@ -145,7 +154,7 @@ def checkpoint_dir(experiment: Experiment, name: str = "save") -> str:
 
 
 def options_for(experiment: Experiment, machine: Machine, findings: Findings) -> dict[str, Any]:
-    """Return every Megatron option of the run, by canonical name: the user's, FlagScale's defaults, the chip's.
+    """Return every Megatron option of the run by canonical name: the user's, FlagScale's, the chip's.
 
     Raises:
         InvalidInput: options contradict the chip, the tokenizer or the checkpoint format.
@@ -153,11 +162,17 @@ def options_for(experiment: Experiment, machine: Machine, findings: Findings) ->
     given = _train_of(experiment).options
     problems = [*findings.problems, *conflicts(machine.chip, given, findings)]
     if given.get("ckpt_format", "torch_dist") != "torch_dist":
-        problems.append(f"ckpt_format: {given['ckpt_format']}: checkpoints are kept as torch_dist: remove it or set it so")
+        problems.append(
+            f"ckpt_format: {given['ckpt_format']}: checkpoints are kept as torch_dist: remove it or set it so"
+        )
     vocabulary = _vocabulary(given, findings, problems)
     if problems:
         raise InvalidInput("\n".join(problems))
-    chosen = {**_flagscale_defaults(experiment, findings), **defaults(machine.chip, given, findings), **vocabulary}
+    chosen = {
+        **_flagscale_defaults(experiment, findings),
+        **defaults(machine.chip, given, findings),
+        **vocabulary,
+    }
     return {**{name: value for name, value in chosen.items() if name not in given}, **given}
 
 
@@ -187,10 +202,10 @@ def _flagscale_defaults(experiment: Experiment, findings: Findings) -> dict[str,
 def _vocabulary(given: Mapping[str, Any], findings: Findings, problems: list[str]) -> dict[str, Any]:
     """Fix the padded vocabulary so that it does not depend on the tensor-parallel size.
 
-    Megatron pads to a multiple of `make_vocab_size_divisible_by` x the tensor-parallel size. Padded rows take part in
-    the softmax, so the same checkpoint would give other losses under another layout. Padding to the first factor alone
-    is the same for every tensor-parallel size that divides it (128 by default, so 1, 2, 4, 8, ...); where it does not,
-    Megatron's own rule is left to decide.
+    Megatron pads to a multiple of `make_vocab_size_divisible_by` x the tensor-parallel size. Padded rows take
+    part in the softmax, so the same checkpoint would give other losses under another layout. Padding to the
+    first factor alone is the same for every tensor-parallel size that divides it (128 by default, so 1, 2, 4,
+    8, ...); where it does not, Megatron's own rule is left to decide.
     """
     asked, actual = given.get("vocab_size"), findings.tokenizer_vocab_size
     padded = given.get("padded_vocab_size")
@@ -201,8 +216,8 @@ def _vocabulary(given: Mapping[str, Any], findings: Findings, problems: list[str
     room = padded or size
     if findings.data_max_token is not None and room is not None and findings.data_max_token >= room:
         problems.append(
-            f"data_path: the data hold token {findings.data_max_token}, the vocabulary ends at {room - 1}: tokenize them "
-            "with this tokenizer"
+            f"data_path: the data hold token {findings.data_max_token}, the vocabulary ends at {room - 1}: "
+            "tokenize them with this tokenizer"
         )
     if padded is not None or size is None:
         return {}
@@ -216,14 +231,19 @@ def _torchrun(
 ) -> tuple[str, ...]:
     from flagscale_config import render_megatron
 
-    launcher = ("--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={num_processes}", "--max-restarts=0")
+    launcher = (
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc-per-node={num_processes}",
+        "--max-restarts=0",
+    )
     return (python, "-m", "torch.distributed.run", *launcher, "-m", module, *render_megatron(options), *extra)
 
 
 def process_for(
     experiment: Experiment, *, name: str, argv: tuple[str, ...], environment: Mapping[str, str]
 ) -> Process:
-    """Make the one process of a plan, in the user's directory and after the user's own `cmds.before_start`."""
+    """Make the one process of a plan, in the user's directory, after the user's `cmds.before_start`."""
     before = experiment.cmds.before_start
     if before:
         # The one place with shell text, because it is the user's own; ours follows as words.
@@ -239,7 +259,7 @@ def _environment(
         "FLAGSCALE_EVENTS": f"{{run_dir}}/{FILE_NAME}",
         "FLAGSCALE_PLATFORM": runtime(machine.chip).torch_device,
         "OMP_NUM_THREADS": str(max(1, machine.num_cpus // layout.num_processes)),
-        "PYTHONSAFEPATH": "1",  # a folder called megatron in the working directory must not be taken for Megatron
+        "PYTHONSAFEPATH": "1",  # a folder called megatron nearby must not be taken for Megatron
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -257,7 +277,15 @@ def _environment(
 def _peak_flops(machine: Machine, options: Mapping[str, Any]) -> float | None:
     if not machine.visible:
         return None
-    dtype = "fp8" if options.get("fp8_format") else "bf16" if options.get("bf16") else "fp16" if options.get("fp16") else ""
+    dtype = (
+        "fp8"
+        if options.get("fp8_format")
+        else "bf16"
+        if options.get("bf16")
+        else "fp16"
+        if options.get("fp16")
+        else ""
+    )
     found = peak(machine.visible[0].name, dtype)
     return found.flops_per_s if found else None
 
@@ -266,7 +294,9 @@ def _facts(
     experiment: Experiment, machine: Machine, layout: Layout, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     described = experiment.model_dump(mode="json")
-    described["envs"] = {name: "***" if _SECRET.search(name) else value for name, value in experiment.envs.items()}
+    described["envs"] = {
+        name: "***" if _SECRET.search(name) else value for name, value in experiment.envs.items()
+    }
     return {
         "experiment": described,
         "chip": machine.chip,
@@ -278,7 +308,9 @@ def _facts(
             "pipeline": layout.pipeline,
             "context": layout.context,
         },
-        "megatron_options": {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
+        "megatron_options": {
+            name: list(value) if isinstance(value, tuple) else value for name, value in options.items()
+        },
         "checkpoints": checkpoint_dir(experiment),
         "events": FILE_NAME,
     }

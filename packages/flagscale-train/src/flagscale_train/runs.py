@@ -1,7 +1,7 @@
 """Runs of an experiment: start one, find it again, follow it, stop it.
 
-Each run has a directory of its own below the experiment's: `<exp_dir>/runs/<time>`; `runs/latest` points at the newest.
-Checkpoints belong to the experiment, not to a run, so that the next run resumes.
+Each run has a directory of its own below the experiment's: `<exp_dir>/runs/<time>`; `runs/latest` points at
+the newest. Checkpoints belong to the experiment, not to a run, so that the next run resumes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import flagscale_hw as hw
-from flagscale_config import Experiment, load
-
+from flagscale_config import load
+from flagscale_train.cause import killed_rank
 from flagscale_train.errors import InvalidInput, NotFound
 from flagscale_train.events import FILE_NAME, Progress, read
 from flagscale_train.findings import examine
@@ -37,12 +37,18 @@ class TrainStatus:
     name: str
     run: hw.RunStatus
     progress: Progress
+    killed: str = ""
+    """The rank that a signal ended, as a sentence; empty if none was."""
 
     @property
     def what_happened(self) -> str:
         """The first cause of a failure, the reason of a stop, or empty."""
         error = self.progress.error
-        if error is not None and self.run.state in {"failed", "lost"}:
+        if self.run.state != "failed" or not self.run.reason.startswith("train: "):
+            return self.run.reason  # ended from outside: what the ranks said then are consequences
+        if self.killed:
+            return self.killed
+        if error is not None:
             return f"rank {error.get('rank')}: {error.get('type')}: {error.get('text')} ({self.run.reason})"
         return self.run.reason
 
@@ -74,7 +80,8 @@ def run(source: str | os.PathLike[str], overrides: Sequence[str] = (), *, detach
     Args:
         source: experiment file or recipe name.
         overrides: Hydra overrides.
-        detach: let the run outlive this process; otherwise it ends when this process does, however that happens.
+        detach: let the run outlive this process; otherwise it ends when this process does, however that
+            happens.
 
     Returns:
         The run, which has just been started.
@@ -100,7 +107,9 @@ def _alone(root: Path) -> Iterator[None]:
         root.mkdir(parents=True, exist_ok=True)
         lock = os.open(root / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise InvalidInput(f"experiment.exp_dir: {root.parent}: {error.strerror}: give a directory to write to") from error
+        raise InvalidInput(
+            f"experiment.exp_dir: {root.parent}: {error.strerror}: give a directory to write to"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -120,8 +129,8 @@ def _refuse_second(root: Path) -> None:
     state = other.status()
     if not state.is_over:
         raise InvalidInput(
-            f"{other.dir}: this experiment is being trained already ({state.state}): follow it with `flagscale-train logs "
-            "-f`, end it with `flagscale-train stop`, or give another experiment.exp_dir"
+            f"{other.dir}: this experiment is being trained already ({state.state}): follow it with "
+            "`flagscale-train logs -f`, end it with `flagscale-train stop`, or give another exp_dir"
         )
 
 
@@ -142,8 +151,8 @@ def find(target: str | os.PathLike[str], overrides: Sequence[str] = ()) -> hw.Ru
     """Find a run.
 
     Args:
-        target: a run directory, an experiment directory, an experiment file or a recipe name; of an experiment the
-            newest run is meant.
+        target: a run directory, an experiment directory, an experiment file or a recipe name; of an
+            experiment the newest run is meant.
         overrides: Hydra overrides, for a file or recipe whose directory depends on them.
 
     Raises:
@@ -155,18 +164,24 @@ def find(target: str | os.PathLike[str], overrides: Sequence[str] = ()) -> hw.Ru
             for candidate in (path, path / _RUNS / _LATEST, path / _LATEST):
                 with contextlib.suppress(hw.RunNotFound):
                     return hw.open_run(candidate.resolve())
-        raise NotFound(f"{target}: no run in it: give a run directory, an experiment directory or an experiment file")
+        raise NotFound(
+            f"{target}: no run in it: give a run directory, an experiment directory or an experiment file"
+        )
     exp_dir = Path(load(target, list(overrides)).exp_dir)
     try:
         return hw.open_run((exp_dir / _RUNS / _LATEST).resolve())
     except hw.RunNotFound:
-        raise NotFound(f"{exp_dir}: this experiment was never run: start it with `flagscale-train run`") from None
+        raise NotFound(
+            f"{exp_dir}: this experiment was never run: start it with `flagscale-train run`"
+        ) from None
 
 
 def status(target: str | os.PathLike[str] | hw.Run, overrides: Sequence[str] = ()) -> TrainStatus:
     """Say how a run stands; `target` as for `find`, or the run itself."""
     found = target if isinstance(target, hw.Run) else find(target, overrides)
-    return TrainStatus(found.dir, found.name, found.status(), Progress.of(read(found.dir / FILE_NAME)))
+    now = found.status()
+    killed = killed_rank(found.dir / "logs" / "train.log") if now.state == "failed" else ""
+    return TrainStatus(found.dir, found.name, now, Progress.of(read(found.dir / FILE_NAME)), killed)
 
 
 def logs(
@@ -198,7 +213,9 @@ def stop(
 
 
 def _ended(state: hw.RunStatus) -> str:
-    return {"succeeded": "finished", "failed": "failed", "stopped": "was stopped", "lost": "was lost"}[state.state]
+    return {"succeeded": "finished", "failed": "failed", "stopped": "was stopped", "lost": "was lost"}[
+        state.state
+    ]
 
 
 def list_runs() -> tuple[TrainStatus, ...]:

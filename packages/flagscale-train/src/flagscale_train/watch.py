@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import flagscale_hw as hw
-
 from flagscale_train.events import FILE_NAME, Progress, follow
 
 __all__ = ["duration", "step_line", "watch"]
@@ -89,27 +88,38 @@ def step_line(progress: Progress) -> str:
 
 def _event_line(event: Mapping[str, Any]) -> str:
     """Return what is said of an event other than a step; empty for nothing."""
-    match event["event"]:
-        case "start":
-            layout = event.get("layout", {})
-            spread = ", ".join(f"{name} {size}" for name, size in layout.items() if name != "world_size" and size > 1)
-            return (
-                f"training {event.get('parameters', 0):,} parameters on {layout.get('world_size')} processes"
-                f"{f' ({spread})' if spread else ''}, {event.get('tokens_per_step', 0):,} tokens per step, "
-                f"{event.get('dtype')}, from step {event.get('iteration')}"
-            )
-        case "eval":
-            return f"held-out loss ({event.get('split')}) after step {event['iteration']}: {_number(event['loss'], '.4f')}"
-        case "checkpoint":
-            proof = "whole" if event.get("verified") else "not verified yet"
-            return f"saved {event['path']} ({proof}, {event.get('save_time_s', 0):.1f} s)"
-        case "notice":
-            return str(event.get("text"))
-        case "error":
-            return f"rank {event.get('rank')}: {event.get('type')}: {event.get('text')}"
-        case "end":
-            return f"{event.get('reason')} after step {event.get('iteration')}"
-    return ""
+    line = _LINES.get(event["event"])
+    return line(event) if line else ""
+
+
+def _start_line(event: Mapping[str, Any]) -> str:
+    layout = event.get("layout", {})
+    spread = [f"{name} {size}" for name, size in layout.items() if name != "world_size" and size > 1]
+    return (
+        f"training {event.get('parameters', 0):,} parameters on {layout.get('world_size')} processes"
+        f"{' (' + ', '.join(spread) + ')' if spread else ''}, {event.get('tokens_per_step', 0):,} tokens per "
+        f"step, {event.get('dtype')}, from step {event.get('iteration')}"
+    )
+
+
+def _checkpoint_line(event: Mapping[str, Any]) -> str:
+    proof = "whole" if event.get("verified") else "not verified yet"
+    return f"saved {event['path']} ({proof}, {event.get('save_time_s', 0):.1f} s)"
+
+
+def _eval_line(event: Mapping[str, Any]) -> str:
+    loss = _number(event["loss"], ".4f")
+    return f"held-out loss ({event.get('split')}) after step {event['iteration']}: {loss}"
+
+
+_LINES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "start": _start_line,
+    "eval": _eval_line,
+    "checkpoint": _checkpoint_line,
+    "notice": lambda event: str(event.get("text")),
+    "error": lambda event: f"rank {event.get('rank')}: {event.get('type')}: {event.get('text')}",
+    "end": lambda event: f"{event.get('reason')} after step {event.get('iteration')}",
+}
 
 
 class _Plain:

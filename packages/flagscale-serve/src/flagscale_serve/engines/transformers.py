@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
-from flagscale_config import render_engine
 from flagscale_hw import File
 from flagscale_serve.engines.adapter import Context, Rendered
 from flagscale_serve.errors import InvalidService
@@ -91,6 +90,9 @@ class Transformers:
 
     def render(self, instance: Instance, context: Context) -> Rendered:
         """Translate one instance; see `Engine.render`."""
+        # Imported here, because the option tables are not needed to say `--help`.
+        from flagscale_config import render_engine
+
         if instance.api_key is not None:
             raise InvalidService(
                 f"{instance.name}: api_key: `transformers serve` cannot ask clients for a key: remove it "

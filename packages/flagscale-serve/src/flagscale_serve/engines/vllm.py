@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from flagscale_config import render_engine
 from flagscale_serve.engines.adapter import Context, Rendered
 from flagscale_serve.service import Instance
 
@@ -28,7 +27,7 @@ class Vllm:
         ("Loading weights", "loading weights"),
         ("Loading safetensors", "loading weights"),
         ("Starting to load model", "loading weights"),
-        ("torch.compile", "compiling"),
+        ("vLLM's torch.compile", "compiling"),
         ("KV cache size", "making room for keys and values"),
         ("Capturing CUDA graph", "capturing graphs"),
         ("Starting vLLM", "opening the port"),
@@ -38,6 +37,9 @@ class Vllm:
 
     def render(self, instance: Instance, context: Context) -> Rendered:
         """Translate one instance; see `Engine.render`."""
+        # Imported here, because the option tables are not needed to say `--help`.
+        from flagscale_config import render_engine
+
         asked = instance.settled
         env = {
             "PYTHONUNBUFFERED": "1",

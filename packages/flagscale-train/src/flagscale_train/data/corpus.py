@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from flagscale_train.errors import InvalidInput
 
@@ -52,8 +53,7 @@ class Corpus:
                 yield _whole(path)
 
     def _lines(self, path: Path) -> Iterator[Document]:
-        opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-        with opened as lines:
+        with _open(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield Document(self._text(line, f"{path}:{number}"), len(line))
@@ -65,21 +65,28 @@ class Corpus:
             raise InvalidInput(f"{where}: not JSON ({error}): one object per line is expected") from None
         if not isinstance(record, dict) or self.key not in record:
             has = ", ".join(sorted(record)[:10]) if isinstance(record, dict) else type(record).__name__
-            raise InvalidInput(f"{where}: no field {self.key!r} (it has: {has}): name the text's field with --key")
+            raise InvalidInput(
+                f"{where}: no field {self.key!r} (it has: {has}): name the text's field with --key"
+            )
         text = record[self.key]
         if not isinstance(text, str):
             raise InvalidInput(f"{where}: {self.key}: {type(text).__name__}: a text is expected")
         return text
 
 
+def _open(path: Path) -> BinaryIO:
+    return cast("BinaryIO", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
 def _whole(path: Path) -> Document:
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    with _open(path) as stream:
+        data = stream.read()
     try:
         return Document(data.decode("utf-8"), len(data))
     except UnicodeDecodeError as error:
         raise InvalidInput(
-            f"{path}: byte {error.start} is not UTF-8: convert the file, or leave it out (inputs may be patterns "
-            "such as 'docs/**/*.txt')"
+            f"{path}: byte {error.start} is not UTF-8: convert the file, or leave it out (inputs may be "
+            "patterns such as 'docs/**/*.txt')"
         ) from None
 
 
@@ -105,7 +112,9 @@ def find(inputs: Sequence[str], key: str = "text") -> Corpus:
     for name in inputs:
         files = _expand(name)
         if not files:
-            raise InvalidInput(f"{name}: no such file, and no file matches it: give files, directories or patterns")
+            raise InvalidInput(
+                f"{name}: no such file, and no file matches it: give files, directories or patterns"
+            )
         found.update(dict.fromkeys(files))
     return Corpus(tuple(found), key)
 

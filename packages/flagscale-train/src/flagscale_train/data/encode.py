@@ -59,7 +59,7 @@ def facts_file(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".json")
 
 
-def tokenize(
+def tokenize(  # noqa: PLR0913 -- all but two by name only
     inputs: Sequence[str],
     output: Path,
     *,
@@ -73,8 +73,8 @@ def tokenize(
     """Write text as Megatron's indexed dataset `output`.bin and `output`.idx.
 
     Args:
-        inputs: files, directories and patterns. `.jsonl`, `.ndjson` and `.json` files hold one JSON object per line,
-            every other file is one document; `.gz` of either is read as it is.
+        inputs: files, directories and patterns. `.jsonl`, `.ndjson` and `.json` files hold one JSON object
+            per line, every other file is one document; `.gz` of either is read as it is.
         output: prefix of the files.
         tokenizer: directory with a `tokenizer.json`.
         key: field of JSON lines that holds the text.
@@ -98,7 +98,9 @@ def tokenize(
     library()
     vocabulary = Vocabulary.read(tokenizer, eod)
     if append_eod and vocabulary.eod is None:
-        raise InvalidInput(f"{tokenizer}: names no eos_token: name the end of a document with --eod, or give --no-eod")
+        raise InvalidInput(
+            f"{tokenizer}: names no eos_token: name the end of a document with --eod, or give --no-eod"
+        )
     corpus = find(inputs, key)
     end = vocabulary.eod if append_eod else None
     try:
@@ -106,10 +108,14 @@ def tokenize(
             batches = _tokenized(_batched(corpus.documents()), vocabulary, end, workers)
             return _write(batches, output, vocabulary, progress)
     except BrokenProcessPool as error:
-        raise TrainError("a tokenizing process was killed, perhaps for lack of memory: use fewer --workers") from error
+        raise TrainError(
+            "a tokenizing process was killed, perhaps for lack of memory: use fewer --workers"
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise TrainError(f"{output}: {error.strerror}: nothing was kept: make room and run again") from error
+            raise TrainError(
+                f"{output}: {error.strerror}: nothing was kept: make room and run again"
+            ) from error
         raise
 
 

@@ -1,8 +1,9 @@
 """Writes Megatron's indexed dataset: token ids in `PREFIX.bin`, where each document lies in `PREFIX.idx`.
 
-The format is megatron-core's (`core/datasets/indexed_dataset.py`): little endian, 9 bytes magic, version 1, a type code,
-counts, then the lengths (int32), the byte offsets (int64) and the document boundaries (int64). Both files are written
-beside their names and renamed when complete, `.idx` last: where there is an `.idx`, the pair is whole.
+The format is megatron-core's (`core/datasets/indexed_dataset.py`): little endian, 9 bytes magic, version 1, a
+type code, counts, then the lengths (int32), the byte offsets (int64) and the document boundaries (int64).
+Both files are written beside their names and renamed when complete, `.idx` last: where there is an `.idx`,
+the pair is whole.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def files_of(prefix: Path) -> tuple[Path, Path]:
 
 
 class IndexedWriter:
-    """Writes one dataset; use as a context manager, which keeps it on success and removes every trace on failure."""
+    """Writes one dataset; a context manager that keeps it on success and removes every trace on failure."""
 
     def __init__(self, prefix: Path, typecode: str) -> None:
         """Start the files of `prefix`, whose ids are stored as `typecode`.

@@ -70,13 +70,22 @@ class Vocabulary:
             described = json.loads(data)
             ids = _ids(described)
         except FileNotFoundError:
-            raise InvalidInput(f"{directory}: no tokenizer.json in it: give a Hugging Face tokenizer directory") from None
+            raise InvalidInput(
+                f"{directory}: no tokenizer.json in it: give a Hugging Face tokenizer directory"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidInput(f"{path}: not a tokenizer ({error}): a Hugging Face tokenizer.json is expected") from None
+            raise InvalidInput(
+                f"{path}: not a tokenizer ({error}): a Hugging Face tokenizer.json is expected"
+            ) from None
         name = eod or _eos_name(directory)
         if eod is not None and eod not in ids:
             raise InvalidInput(f"--eod: {eod}: not a token of {path}: use one of its tokens")
-        return cls(directory, max(ids.values()) + 1, ids.get(name) if name else None, hashlib.sha256(data).hexdigest())
+        return cls(
+            directory,
+            max(ids.values()) + 1,
+            ids.get(name) if name else None,
+            hashlib.sha256(data).hexdigest(),
+        )
 
 
 def _ids(described: dict[str, Any]) -> dict[str, int]:
@@ -169,7 +178,9 @@ def _write(tokenizer: Any, output: Path) -> None:
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(1e30),
         }
-        (partial / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (partial / "tokenizer_config.json").write_text(
+            json.dumps(described, indent=2) + "\n", encoding="utf-8"
+        )
         if output.is_dir():
             shutil.rmtree(output)
         partial.rename(output)

@@ -1,6 +1,7 @@
 """Entry of a training process.
 
-The guard below is needed: Megatron's checkpoint writer spawns a helper process, which imports this module again.
+The guard below is needed: Megatron's checkpoint writer spawns a helper process, which imports this module
+again.
 """
 
 from flagscale_train.worker.session import main

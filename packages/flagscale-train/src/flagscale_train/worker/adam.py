@@ -1,8 +1,9 @@
-"""Adam in the state layout of FusedAdam, in plain torch, for every device without Transformer Engine and Apex.
+"""Adam in the state layout of FusedAdam, in plain torch, for devices without Transformer Engine and Apex.
 
-Megatron falls back to torch's AdamW there. Saving then works, but loading a distributed optimizer's checkpoint stops in
-`distrib_optimizer.py`, because torch keeps `step` beside every parameter where Megatron expects it in the group. This
-one keeps `step` in the group and `exp_avg`, `exp_avg_sq` in the state, and takes FusedAdam's arguments.
+Megatron falls back to torch's AdamW there. Saving then works, but loading a distributed optimizer's
+checkpoint stops in `distrib_optimizer.py`, because torch keeps `step` beside every parameter where Megatron
+expects it in the group. This one keeps `step` in the group and `exp_avg`, `exp_avg_sq` in the state, and
+takes FusedAdam's arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Adam(torch.optim.Optimizer):
         betas: decay of the means of gradient and squared gradient.
         eps: added to the root of the second mean.
         weight_decay: decoupled from the gradient unless `adam_w_mode` is false.
-        **options: `adam_w_mode` and `bias_correction` (both true by default) as in FusedAdam; others are ignored.
+        **options: `adam_w_mode` and `bias_correction` (both true by default) as in FusedAdam; others are
+            ignored.
     """
 
     def __init__(
@@ -38,7 +40,14 @@ class Adam(torch.optim.Optimizer):
     ) -> None:
         correction = bool(options.get("bias_correction", True))
         super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": correction}
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": correction,
+            },
         )
         self.adam_w_mode = bool(options.get("adam_w_mode", True))
 
@@ -75,7 +84,9 @@ class Adam(torch.optim.Optimizer):
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
+        correction1, correction2 = (
+            (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
+        )
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_div_(denominators, correction2**0.5)
         torch._foreach_add_(denominators, group["eps"])
@@ -92,7 +103,7 @@ class Adam(torch.optim.Optimizer):
 
 
 def use_where_needed() -> bool:
-    """Give Megatron this Adam if it found neither Transformer Engine's nor Apex's; call before a model is built.
+    """Give Megatron this Adam if it found no other; call before a model is built.
 
     Returns:
         True if it was needed.

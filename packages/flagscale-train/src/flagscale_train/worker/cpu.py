@@ -1,10 +1,11 @@
 """The CPU platform: points the host-side facts of `torch.cuda` that Megatron uses at the CPU.
 
-Megatron's trainer speaks to `torch.cuda` everywhere: for the device of a tensor, for streams and events, for the random
-generator, for memory counters. On a machine without a GPU each of these fails although nothing about them needs one.
-`install()` replaces exactly what is listed in `REDIRECTS`, each entry with the reason it is there. It patches torch
-for the whole process, so it is called only when the CPU was chosen, and before megatron is imported. Megatron itself is
-not changed but for its two functions that read torch's CUDA generator through private parts of torch.
+Megatron's trainer speaks to `torch.cuda` everywhere: for the device of a tensor, for streams and events, for
+the random generator, for memory counters. On a machine without a GPU each of these fails although nothing
+about them needs one. `install()` replaces exactly what is listed in `REDIRECTS`, each entry with the reason
+it is there. It patches torch for the whole process, so it is called only when the CPU was chosen, and before
+megatron is imported. Megatron itself is not changed but for its two functions that read torch's CUDA
+generator through private parts of torch.
 
 What does not live here: anything about layers, optimizers or data, which are the same on every device.
 """
@@ -200,13 +201,14 @@ def _itself(self: Any, *_arguments: Any, **_named: Any) -> Any:
 
 
 _FACTORIES = (
-    "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like", "rand",
+    "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones",
+    "ones_like", "rand",
     "randint", "randn", "tensor", "zeros", "zeros_like",
 )  # fmt: skip
 
 _ASKED = "Megatron refuses to start, or picks no device, without it"
 _ORDER = "a CPU has one queue that is always in order: waiting is already done"
-_RANDOM = "the CPU's one generator stands for the device's; seeds must really be set, or ranks draw the same numbers"
+_RANDOM = "the CPU's one generator stands for the device's; seeds must be set, or ranks draw the same"
 _MEMORY = "memory reports read it; on a CPU it is the process's own memory"
 _PLACE = "tensors asked for on cuda are made on the CPU"
 
@@ -238,7 +240,9 @@ REDIRECTS: tuple[Redirect, ...] = (
     Redirect(_cuda, "memory_stats", lambda *_arguments, **_named: defaultdict(int), _MEMORY),
     Redirect(_cuda, "mem_get_info", _memory_info, _MEMORY),
     Redirect(_cuda, "default_generators", _Generators(), _RANDOM),
-    Redirect(_cuda, "_lazy_call", _call_now, "torch would queue the call until a driver starts, that is for ever"),
+    Redirect(
+        _cuda, "_lazy_call", _call_now, "torch would queue the call until a driver starts, that is for ever"
+    ),
     *(
         Redirect(owner, name, to, _RANDOM)
         for owner in (_cuda, _cuda.random)
@@ -249,19 +253,40 @@ REDIRECTS: tuple[Redirect, ...] = (
             ("manual_seed_all", _seed),
         )
     ),
-    *(Redirect(_cuda.nvtx, name, _always(None), "no profiler listens") for name in ("range_push", "range_pop")),
+    *(
+        Redirect(_cuda.nvtx, name, _always(None), "no profiler listens")
+        for name in ("range_push", "range_pop")
+    ),
     *(Redirect(torch, name, _factory(name), _PLACE) for name in _FACTORIES),
     Redirect(torch.Tensor, "to", _to, _PLACE),
     Redirect(torch.Tensor, "cuda", _itself, _PLACE),
     Redirect(torch.nn.Module, "cuda", _itself, _PLACE),
     Redirect(torch.Tensor, "pin_memory", _itself, "pinning asks the driver"),
     Redirect(torch.Tensor, "record_stream", _always(None), _ORDER),
-    Redirect(torch.Tensor, "type", _type, "the optimizer compares this text with `torch.cuda.FloatTensor` and the like"),
-    Redirect(torch.accelerator, "is_available", _always(value=False), "DataLoader would pin memory through the driver"),
+    Redirect(
+        torch.Tensor,
+        "type",
+        _type,
+        "the optimizer compares this text with `torch.cuda.FloatTensor` and the like",
+    ),
+    Redirect(
+        torch.accelerator,
+        "is_available",
+        _always(value=False),
+        "DataLoader would pin memory through the driver",
+    ),
     Redirect(torch.accelerator, "current_accelerator", _always(None), "as above"),
     *(
         Redirect(_cuda, name, getattr(torch, name), "typed tensors made by name")
-        for name in ("BoolTensor", "ByteTensor", "DoubleTensor", "FloatTensor", "HalfTensor", "IntTensor", "LongTensor")
+        for name in (
+            "BoolTensor",
+            "ByteTensor",
+            "DoubleTensor",
+            "FloatTensor",
+            "HalfTensor",
+            "IntTensor",
+            "LongTensor",
+        )
     ),
 )
 """Everything that is replaced, and why."""
@@ -288,7 +313,8 @@ def _redirect_megatron() -> None:
 
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
-    # Here the two generators are one, so a change of the CPU's state inside a forked context is what is meant.
+    # Here the two generators are one, so a change of the CPU's state inside a forked context is what is
+    # meant.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )

@@ -14,7 +14,7 @@ __all__ = ["provide", "reads_data"]
 
 
 def reads_data() -> bool:
-    """Whether this rank needs batches: the ends of the pipeline do, and all do if masks come from the data."""
+    """Whether this rank needs batches: the pipeline's ends do, and all do if masks come from the data."""
     ends = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
     return bool(ends or get_args().create_attention_mask_in_dataloader)
 

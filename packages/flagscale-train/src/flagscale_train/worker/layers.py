@@ -1,4 +1,4 @@
-"""Layers for devices without Transformer Engine: Megatron's local layers with a norm that knows sequence parallel.
+"""Layers without Transformer Engine: Megatron's local ones with a norm that knows sequence parallel.
 
 With Transformer Engine Megatron's own choice of layers is used, so nothing here is.
 """
@@ -18,14 +18,16 @@ __all__ = ["Norm", "local_spec"]
 class Norm:
     """Builds the norm the configuration names, with its parameters marked for sequence parallel.
 
-    Megatron's wrapper of torch's norms refuses sequence parallel, although all it takes is the mark on the parameters
-    that makes Megatron sum their gradients over the tensor-parallel group.
+    Megatron's wrapper of torch's norms refuses sequence parallel, although all it takes is the mark on the
+    parameters that makes Megatron sum their gradients over the tensor-parallel group.
     """
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_options: Any) -> Any:
         """Return a torch module; `config` is Megatron's TransformerConfig."""
         if config.layernorm_zero_centered_gamma:
-            raise ValueError("layernorm_zero_centered_gamma needs Transformer Engine: remove it on this device")
+            raise ValueError(
+                "layernorm_zero_centered_gamma needs Transformer Engine: remove it on this device"
+            )
         kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
         norm = kinds[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
@@ -53,22 +55,16 @@ def local_spec(config: Any, vp_stage: int | None = None) -> Any:
 
 def _replace(node: Any, seen: set[int]) -> None:
     """Walk the nested specification and swap the norm wherever it stands."""
-    if id(node) in seen or isinstance(node, (str, int, float, type, type(None))) or inspect.isroutine(node):
+    if id(node) in seen or inspect.isroutine(node) or isinstance(node, (str, type)):
         return
     seen.add(id(node))
     if isinstance(node, (list, tuple)):
         for item in node:
             _replace(item, seen)
         return
-    if isinstance(node, dict):
-        for key, value in list(node.items()):
-            if value is WrappedTorchNorm:
-                node[key] = Norm
-            else:
-                _replace(value, seen)
-        return
-    for name, value in list(getattr(node, "__dict__", {}).items()):
+    places = node if isinstance(node, dict) else getattr(node, "__dict__", {})
+    for name, value in list(places.items()):
         if value is WrappedTorchNorm:
-            setattr(node, name, Norm)
+            places[name] = Norm
         else:
             _replace(value, seen)

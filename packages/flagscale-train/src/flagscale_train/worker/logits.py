@@ -1,21 +1,21 @@
 """Computes the logits of a checkpoint by Megatron itself, to compare another engine with.
 
-`python -m flagscale_train.worker.logits --flagscale-tokens IN.json --flagscale-output OUT.safetensors <megatron
-arguments>`: one process, fp32; the input is a JSON list of equally long lists of token ids, the output one tensor
-`logits` of shape [batch, sequence, vocabulary without padding].
+`python -m flagscale_train.worker.logits --flagscale-tokens IN.json --flagscale-output OUT.safetensors
+<megatron arguments>`: one process, fp32; the input is a JSON list of equally long lists of token ids, the
+output one tensor `logits` of shape [batch, sequence, vocabulary without padding].
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from flagscale_train.events import Journal
-from flagscale_train.worker.session import Refusal, prepare
+from flagscale_train.worker.refusal import Refusal
+from flagscale_train.worker.session import prepare
 from flagscale_train.worker.settings import Settings
 
 __all__ = ["main"]
@@ -50,7 +50,9 @@ def _compute(tokens_path: Path, output_path: Path, settings: Settings) -> None:
     tokens = torch.tensor(json.loads(tokens_path.read_text(encoding="utf-8")), dtype=torch.long)
     vocab_size = int(get_tokenizer().vocab_size)
     if int(tokens.max()) >= args.padded_vocab_size:
-        raise Refusal(f"{tokens_path}: token {int(tokens.max())}: the model knows 0 to {args.padded_vocab_size - 1}")
+        raise Refusal(
+            f"{tokens_path}: token {int(tokens.max())}: the model knows 0 to {args.padded_vocab_size - 1}"
+        )
     rows = []
     with torch.no_grad():
         for row in tokens:  # one at a time: logits of a large vocabulary are what fills the memory
@@ -60,7 +62,7 @@ def _compute(tokens_path: Path, output_path: Path, settings: Settings) -> None:
             rows.append(logits_1sv[..., :vocab_size].float().cpu())
     partial = output_path.with_name(output_path.name + ".partial")
     save_file({"logits": torch.cat(rows).contiguous()}, partial)
-    os.replace(partial, output_path)
+    partial.replace(output_path)
 
 
 def _load_model(args: Any, journal: Journal) -> Any:

@@ -1,8 +1,9 @@
 """Turns what Megatron's trainer does into events.
 
-Megatron has no callbacks, so its functions are wrapped where `train()` looks them up by name: `train_step` for the time
-and the learning rate a step really used, `training_log` for the loss and gradient norm of that one step, `evaluate` for
-held-out losses. The writing rank is the last pipeline stage's first, the only kind that knows the loss.
+Megatron has no callbacks, so its functions are wrapped where `train()` looks them up by name: `train_step`
+for the time and the learning rate a step really used, `training_log` for the loss and gradient norm of that
+one step, `evaluate` for held-out losses. The writing rank is the last pipeline stage's first, the only kind
+that knows the loss.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ class Recorder:
         """Whether this rank is the one that writes."""
         if not mpu.model_parallel_is_initialized():
             return False
-        first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+        first = (
+            mpu.get_tensor_model_parallel_rank() == 0
+            and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+        )
         return bool(first and mpu.is_pipeline_last_stage(ignore_virtual=True))
 
     def write(self, event: str, **fields: Any) -> None:
@@ -76,7 +80,9 @@ class Recorder:
             reason = "interrupted by a limit"
         self.write("end", iteration=self._iteration, reason=reason)
 
-    def _on_train(self, real: Callable[..., Any], forward: Any, model: list[Any], *arguments: Any, **named: Any) -> Any:
+    def _on_train(
+        self, real: Callable[..., Any], forward: Any, model: list[Any], *arguments: Any, **named: Any
+    ) -> Any:
         self._iteration = get_args().iteration
         num_parameters = _count_parameters(model)
         self.write("start", **_facts(num_parameters))
@@ -89,8 +95,11 @@ class Recorder:
         self._started_s = time.perf_counter()
         return real(*arguments, **named)
 
-    def _on_training_log(self, real: Callable[..., Any], losses: dict[str, Any], *arguments: Any, **named: Any) -> Any:
-        # Positions after the losses: total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag,
+    def _on_training_log(
+        self, real: Callable[..., Any], losses: dict[str, Any], *arguments: Any, **named: Any
+    ) -> Any:
+        # Positions after the losses: total_loss_dict, learning_rate, iteration, loss_scale,
+        # report_memory_flag,
         # skipped_iter, grad_norm.
         self._iteration = int(arguments[2])
         if self.writes():
@@ -137,7 +146,8 @@ class Recorder:
 def _count_parameters(model: list[Any]) -> int:
     """Count the parameters of the whole model; every rank must take part.
 
-    Copies of one parameter (norms under tensor parallel, an embedding tied across pipeline stages) count once.
+    Copies of one parameter (norms under tensor parallel, an embedding tied across pipeline stages) count
+    once.
     """
     count = 0
     first = mpu.get_tensor_model_parallel_rank() == 0

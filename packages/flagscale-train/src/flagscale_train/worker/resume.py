@@ -1,7 +1,8 @@
 """Loads the newest whole checkpoint and proves that what was saved is whole.
 
-Megatron believes its tracker file: if the run was killed while saving, or the disk was full, it may point at nothing or
-at half a checkpoint. Here the files decide (`flagscale_train.checkpoints`); the tracker is not read.
+Megatron believes its tracker file: if the run was killed while saving, or the disk was full, it may point at
+nothing or at half a checkpoint. Here the files decide (`flagscale_train.checkpoints`); the tracker is not
+read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron.training import checkpointing, get_args, training
 
 from flagscale_train.checkpoints import Choice, choose, fault
 from flagscale_train.worker.recorder import Recorder
+from flagscale_train.worker.refusal import Refusal
 
 __all__ = ["Keeper", "chosen"]
 
@@ -46,7 +48,9 @@ class Keeper:
     def attach(self) -> None:
         """Wrap Megatron's functions; call once, before `pretrain()`."""
         checkpointing.read_metadata = self._read_tracker
-        checkpointing.checkpoint_exists = lambda root: root is not None and chosen(Path(root)).path is not None
+        checkpointing.checkpoint_exists = lambda root: (
+            root is not None and chosen(Path(root)).path is not None
+        )
         self._wrap("load_checkpoint", self._load)
         self._wrap("save_checkpoint", self._save)
 
@@ -67,13 +71,27 @@ class Keeper:
         for sentence in choice.skipped:
             self._note(sentence)
         if args.ckpt_step and choice.path is None:
-            raise FileNotFoundError(f"ckpt_step: {args.ckpt_step}: no whole checkpoint of that step in {args.load}")
+            raise FileNotFoundError(
+                f"ckpt_step: {args.ckpt_step}: no whole checkpoint of that step in {args.load}"
+            )
         if choice.path is not None:
-            # Megatron looks for the tracker before it looks for a checkpoint; an asked-for step goes before both.
+            # Megatron looks for the tracker before it looks for a checkpoint; an asked-for step goes before
+            # both.
             args.ckpt_step = choice.iteration or None
             self._loaded = choice.path
             self._note(f"resuming from {choice.path}")
-        return real(*arguments, **named)
+        try:
+            return real(*arguments, **named)
+        except AssertionError as error:
+            if "OptimizerParamScheduler" not in str(error):
+                raise
+            raise Refusal(
+                f"{choice.path}: it was trained with another learning-rate schedule ({error}): set "
+                "lr_decay_iters (and lr_warmup_iters) to what they were, "
+                "override_opt_param_scheduler: true to take the new "
+                "schedule, or "
+                "use_checkpoint_opt_param_scheduler: true to keep the old one"
+            ) from None
 
     def _note(self, text: str) -> None:
         if torch.distributed.get_rank() == 0:
@@ -94,28 +112,33 @@ class Keeper:
         return result
 
     def _clear(self, path: Path) -> None:
-        """Remove an earlier attempt at this very checkpoint: files of another layout would stay between the new ones."""
+        """Remove an earlier attempt at this checkpoint: its files could stay between the new ones."""
         if torch.distributed.get_rank() == 0 and path.exists():
             shutil.rmtree(path)
         torch.distributed.barrier()
 
     def _verify(self, iteration: int, path: Path, save_time_s: float) -> None:
         if get_args().async_save:
-            self._recorder.write("checkpoint", iteration=iteration, path=path, verified=False, save_time_s=save_time_s)
+            self._recorder.write(
+                "checkpoint", iteration=iteration, path=path, verified=False, save_time_s=save_time_s
+            )
             return
         problem = [fault(path) if torch.distributed.get_rank() == 0 else None]
         torch.distributed.broadcast_object_list(problem, src=0)
         if problem[0] is not None:
             raise OSError(f"checkpoint {path} is not whole after saving: {problem[0]}")
-        self._recorder.write("checkpoint", iteration=iteration, path=path, verified=True, save_time_s=save_time_s)
+        self._recorder.write(
+            "checkpoint", iteration=iteration, path=path, verified=True, save_time_s=save_time_s
+        )
 
 
 @contextlib.contextmanager
 def _unstoppable() -> Iterator[None]:
     """Hold SIGTERM back while saving, here and in the writer processes that saving starts.
 
-    A run that is stopped sends SIGTERM to every process it has, new ones too. Megatron saves because of that signal, so it
-    must not hit the writers. A blocked signal is inherited by them, and here it is delivered afterwards.
+    A run that is stopped sends SIGTERM to every process it has, new ones too. Megatron saves because of that
+    signal, so it must not hit the writers. A blocked signal is inherited by them, and here it is delivered
+    afterwards.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:

@@ -1,4 +1,4 @@
-"""One training process from arguments to exit: prepare, check, hand over to `megatron.training.pretrain()`."""
+"""One training process from arguments to exit: prepare, check, call `megatron.training.pretrain()`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 from flagscale_train.events import Journal
+from flagscale_train.worker.refusal import Refusal
 from flagscale_train.worker.settings import Settings
 
-__all__ = ["Refusal", "main", "prepare"]
-
-
-class Refusal(Exception):
-    """What was asked for cannot be trained, found out only inside the worker; shown without a traceback."""
+__all__ = ["main", "prepare"]
 
 
 def main() -> int:
     """Train with the Megatron arguments of the command line.
 
     Returns:
-        0, also when a signal or a limit ended the training early; 1 when it was refused. Other failures raise, so
-        that the traceback reaches the log and torchrun sees the failure.
+        0, also when a signal or a limit ended the training early; 1 when it was refused. Other failures
+        raise, so that the traceback reaches the log and torchrun sees the failure.
     """
     settings = Settings.from_environment()
     journal = Journal(settings.events)
@@ -31,7 +28,9 @@ def main() -> int:
     except SystemExit as ending:
         # Megatron leaves by sys.exit() after a signal or at a limit, having saved before.
         if ending.code not in (None, 0):
-            journal.write("error", rank=_rank(), type="SystemExit", text=f"Megatron exited with {ending.code}")
+            journal.write(
+                "error", rank=_rank(), type="SystemExit", text=f"Megatron exited with {ending.code}"
+            )
             raise
     except Refusal as refusal:
         journal.write("error", rank=_rank(), type="Refusal", text=str(refusal))
@@ -60,8 +59,8 @@ def prepare(settings: Settings) -> Callable[[], Any]:
         settings: the worker's own settings.
 
     Returns:
-        A function that parses and checks the arguments of the command line, sets Megatron's globals and returns the
-        arguments. It is separate so that callers can patch Megatron in between.
+        A function that parses and checks the arguments of the command line, sets Megatron's globals and
+        returns the arguments. It is separate so that callers can patch Megatron in between.
     """
     if settings.platform == "cpu":
         from flagscale_train.worker import cpu
@@ -75,7 +74,7 @@ def prepare(settings: Settings) -> Callable[[], Any]:
 
 
 def _skip_helper_build() -> None:
-    """The wheel carries the dataset helper compiled but not its Makefile, and a failed build exits the process."""
+    """The wheel has the dataset helper compiled but no Makefile; a failed build exits the process."""
     from megatron.core.datasets import helpers_cpp, utils
 
     del helpers_cpp  # imported to fail here, with its name, if the wheel lacks it
@@ -92,8 +91,8 @@ def _arguments() -> Any:
     vocab_size = get_tokenizer().vocab_size
     if vocab_size > args.padded_vocab_size:
         raise Refusal(
-            f"padded_vocab_size: {args.padded_vocab_size}: the tokenizer has {vocab_size} tokens, so some would have no "
-            "embedding: raise it, or remove it to have it computed"
+            f"padded_vocab_size: {args.padded_vocab_size}: the tokenizer has {vocab_size} tokens, so some "
+            "would have no embedding: raise it, or remove it to have it computed"
         )
     return args
 
