@@ -23,8 +23,8 @@ INVALID = [
       "train.model.num_attention_heads=12", "train.model.hidden_size=96",
       "+train.system.tensor_model_parallel_size=2"],
      "train.model.num_query_groups",
-     ("3 query groups are neither multiple nor divisor of tensor_model_parallel_size 2; use 2 or 4, or tensor "
-      "parallelism 1, 3")),
+     ("3 query groups are neither multiple nor divisor of tensor_model_parallel_size 2; use 2 or 4, "
+      "or tensor parallelism 1, 3")),
     (["+train.model.ffn_hidden_size=101", "+train.system.tensor_model_parallel_size=2"],
      "train.model.ffn_hidden_size",
      "101 is not a multiple of tensor_model_parallel_size 2; use 100 or 102"),

@@ -1,6 +1,8 @@
 """Our verdicts are Megatron's: the same options go through its parser, its checks and its process groups."""
 
+import argparse
 import contextlib
+import io
 import itertools
 import json
 import sys
@@ -49,6 +51,15 @@ def megatron():
     patch.undo()
 
 
+def own_parser(arguments):
+    """Return Megatron's parser; building it warns about Python 3.14."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments.add_megatron_arguments(parser)
+    return parser
+
+
 def parsed(arguments, words, world_size=1):
     """Return what Megatron's own parser makes of a command line."""
     patch = pytest.MonkeyPatch()
@@ -56,7 +67,7 @@ def parsed(arguments, words, world_size=1):
     patch.setenv("WORLD_SIZE", str(world_size))
     patch.setenv("RANK", "0")
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(open(os.devnull, "w")):
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             return arguments.parse_args()
     finally:
@@ -71,7 +82,7 @@ def refusal_of_megatron(arguments, options, world_size):
     from megatron.core.utils import divide
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    with warnings.catch_warnings(), contextlib.redirect_stdout(open(os.devnull, "w")):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             args = parsed(arguments, render_megatron(options), world_size)
@@ -101,7 +112,7 @@ def refusal_of_megatron(arguments, options, world_size):
 
 
 def _check_layers(config):
-    """Count the layers Megatron would build in each stage; some impossible splits it builds without a word."""
+    """Count the layers Megatron would build in each stage; some splits it builds wrongly, silently."""
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     chunks = config.virtual_pipeline_model_parallel_size
@@ -345,10 +356,7 @@ def _example(option):
 
 def test_the_table_is_megatrons_parser(megatron):
     """The shipped table was made from the installed version, and nothing of it is missing."""
-    import argparse
-
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    megatron.add_megatron_arguments(parser)
+    parser = own_parser(megatron)
     flags = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
     table = option_table("megatron")
     ours = {flag for option in table.options.values() for flag in option.flags}
@@ -357,10 +365,7 @@ def test_the_table_is_megatrons_parser(megatron):
 
 
 def test_every_option_reads_back_as_it_was_given(megatron):
-    import argparse
-
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    megatron.add_megatron_arguments(parser)
+    parser = own_parser(megatron)
     count = 0
     for option in option_table("megatron").options.values():
         if option.name == "cuda_graph_modules" or option.name.startswith("cuda_graph_scope"):
@@ -383,10 +388,7 @@ def test_every_option_reads_back_as_it_was_given(megatron):
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_many_options_together_read_back(data, megatron):
-    import argparse
-
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    megatron.add_megatron_arguments(parser)
+    parser = own_parser(megatron)
     plain = [o for o in option_table("megatron").options.values() if o.type not in {"expr", "bool"}]
     chosen = data.draw(st.lists(st.sampled_from(plain), max_size=20, unique_by=lambda o: o.attribute))
     options = {option.name: data.draw(st.sampled_from(_example(option))) for option in chosen}

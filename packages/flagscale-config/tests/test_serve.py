@@ -6,6 +6,8 @@ from flagscale_config import check, load
 
 HEAD = "experiment: {exp_name: s, exp_dir: out, task: {type: serve}}\nserve:\n"
 
+DTYPES = "auto, bfloat16, float, float16, float32, half"
+
 
 def lines(source: str, *overrides: str, severity: str = "error") -> list[str]:
     return [str(problem) for problem in check(source, overrides) if problem.severity == severity]
@@ -106,9 +108,9 @@ def test_overrides_reach_into_items(serve):
             "must be an integer ('two' given)",
         ),
         (
-            "serve_id: m, engine_args: {dtype: flot16}",
+            "serve_id: m, engine_args: {dtype: bfloat15}",
             "3:31: serve.0.engine_args.dtype",
-            "must be one of auto, bfloat16, float, float16, float32, half ('flot16' given); did you mean float16?",
+            f"must be one of {DTYPES} ('bfloat15' given); did you mean bfloat16?",
         ),
         ("engine: vllm", "3:3: serve.0", "serve_id is required"),
         (

@@ -25,7 +25,7 @@ __all__ = ["Document", "read_document", "shown_path"]
 
 MAX_BYTES = 4 * 1024 * 1024
 MAX_DEPTH = 60
-MAX_NODES = 200_000
+MAX_NODES = 100_000
 
 _REQUIRED = re.compile(r"\$\{\s*[\w.]+\s*:?\s*\?{2,3}\s*\}")
 _MERGE = "tag:yaml.org,2002:merge"

@@ -13,7 +13,7 @@ from flagscale_config.places import Path, dotted
 
 __all__ = ["MISSING", "resolve"]
 
-MAX_VALUES = 200_000
+MAX_VALUES = 50_000
 MAX_DEPTH = 60
 
 
