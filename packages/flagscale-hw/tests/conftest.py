@@ -58,6 +58,10 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def carrying(text: str) -> list[int]:
     """Return the living processes that have a text in their environment or their command line."""
     found = []
@@ -115,6 +119,7 @@ class Keeper:
     patience_s = PATIENCE_S
     until = staticmethod(until)
     start_time = staticmethod(start_time)
+    parent = staticmethod(parent)
     carrying = staticmethod(carrying)
     survivors = staticmethod(survivors)
     tree_of = staticmethod(tree_of)

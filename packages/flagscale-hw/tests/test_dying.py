@@ -118,14 +118,14 @@ def _launched_by_another(keeper, tmp_path, mode, life_s):
 def test_a_launcher_killed_while_launching_leaves_nothing(keeper, tmp_path):
     plan_file = tmp_path / "plan.json"
     plan_file.write_text(keeper.plan(keeper.shell("setsid sleep 600")).to_json(masked=False))
-    for number in range(8):
+    for number in range(5):
         place = tmp_path / f"killed{number}"
         words = [str(plan_file), str(place), "bound", "600"]
         launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, *words], stdout=subprocess.DEVNULL)
         if number:
             keeper.until(place.exists)
         try:
-            launcher.wait(0.015 * number)
+            launcher.wait(0.02 * number)
         except subprocess.TimeoutExpired:
             launcher.kill()
         launcher.wait()

@@ -277,9 +277,10 @@ import os, signal, sys, threading, time
 from flagscale_hw import Plan, Process, launch
 plan = Plan(kind="t", name="t", processes=(Process(name="a", argv=("/bin/sleep", "600")),))
 delay = float(sys.argv[2])
-threading.Thread(target=lambda: (time.sleep(delay), os.kill(os.getpid(), signal.SIGINT))).start()
+bomb = threading.Thread(target=lambda: (time.sleep(delay), os.kill(os.getpid(), signal.SIGINT)))
 try:
     try:
+        bomb.start()
         run = launch(plan, sys.argv[1])
     except KeyboardInterrupt:
         print("interrupted", flush=True)
@@ -293,10 +294,10 @@ except KeyboardInterrupt:
 
 def test_ctrl_c_while_launching_leaves_nothing(keeper, tmp_path):
     seen = set()
-    for number in range(10):
+    for number in range(7):
         place = tmp_path / f"interrupted{number}"
         done = subprocess.run(
-            [sys.executable, "-c", INTERRUPTED, str(place), str(0.007 * number)],
+            [sys.executable, "-c", INTERRUPTED, str(place), str(0.009 * number)],
             capture_output=True,
             text=True,
             timeout=keeper.patience_s,

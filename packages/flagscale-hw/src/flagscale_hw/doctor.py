@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from flagscale_hw.backend import backends
@@ -73,8 +75,17 @@ def _launcher(host: Host) -> Iterator[Finding]:
     if host.read("/proc/self/stat") is None:
         yield Finding(is_good=False, subject="launcher", text="/proc cannot be read", hint="mount it")
     folder = index_dir()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    is_writable = os.access(existing, os.W_OK)
+    is_writable = _can_write(folder)
     text = f"{folder} can{'' if is_writable else 'not'} be written"
     hint = "" if is_writable else "set FLAGSCALE_STATE_DIR to a folder of yours, or runs will not be listed"
     yield Finding(is_good=is_writable, subject="index of runs", text=text, hint=hint)
+
+
+def _can_write(folder: Path) -> bool:
+    """Try it: rights alone do not tell, least of all for root."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

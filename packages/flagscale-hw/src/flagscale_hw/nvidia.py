@@ -23,6 +23,7 @@ _UNKNOWN = re.compile(
 )
 _REJECTED = re.compile(r'Field "([\w.]+)" is not a valid field')
 _GPUS = "/proc/driver/nvidia/gpus"
+_MAX_COMMAS = 3
 _HIDE_ALL = ("-1", "NoDevFiles")
 
 # nvidia-smi's column -> our field.
@@ -63,6 +64,8 @@ def look(host: Host, timeout_s: float) -> Found:
         found = Found(tool.devices, found.problems + tool.problems if not tool.devices else tool.problems)
     if not found.devices or has_hung:
         found = Found(_complete_from_files(host, found.devices), found.problems)
+    if not found.devices and not found.problems:
+        return Found(problems=(Problem(where=CHIP, text="the driver is loaded but lists no device"),))
     return found
 
 
@@ -150,6 +153,8 @@ def _device(header: list[str], cells: list[str]) -> Device | None:
     titles = [title.partition("[")[0].strip() for title in header]
     surplus = len(cells) - len(titles)
     if not titles or surplus < 0 or (surplus and "name" not in titles):
+        return None
+    if surplus > _MAX_COMMAS:
         return None
     if surplus:
         at = titles.index("name")  # the only column in which a comma may stand

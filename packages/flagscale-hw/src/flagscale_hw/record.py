@@ -14,7 +14,7 @@ from flagscale_hw.status import ProcessStatus, RunState, RunStatus
 
 __all__ = ["Record", "say"]
 
-_FINAL_TRIES_S = 10.0
+_FINAL_TRIES_S = 3.0
 
 
 class Record:
@@ -83,7 +83,7 @@ class Record:
         """Record the end, manifest first, so that whoever sees the end also sees a whole manifest.
 
         Returns:
-            False when the disk did not take it for ten seconds.
+            False when the disk did not take it for three seconds.
         """
         self.directory.release_reserve()
         self.status = replace(self.status, state=state, reason=reason, ended_at=time.time())

@@ -227,13 +227,19 @@ class Supervisor:
         if self._launcher in ready:
             self._lose_launcher()
         for probe in [probe for probe in self._probes if probe.handle in ready]:
-            probe.read()
+            self._read_probe(probe)
         if self._is_asked_to_stop:
             self._is_asked_to_stop = False
             self._ask_to_end(_Outcome("stopped", "stopped on request", self._requested_grace_s()))
         reap(self._record.ended)
         if not self._record.is_saved:
             self._record.save()
+
+    def _read_probe(self, probe: ProbeRun) -> None:
+        before = probe.last_answer
+        probe.read()
+        if not probe.has_passed and probe.last_answer != before:
+            self._record.change("starting", f"waiting for {probe.probe.url}: {probe.last_answer}")
 
     def _read_lifeline(self) -> None:
         if self._lifeline is None:
