@@ -275,8 +275,7 @@ def test_a_failure_in_training_is_told_with_its_cause(command, experiment, whole
     folder = place / "other"
     start_at(folder, whole, 5)
     err = command.run("run", experiment, exp_dir(folder), "train.model.num_layers=3", code=4)
-    assert "num_layers" in err
-    assert "rank 0: AssertionError" in err
+    assert "a checkpoint of another model: num_layers: 3: it has 2" in err
     assert "Traceback" not in err
     assert "num_layers" in json.loads(command.run("status", folder, "--json"))["what_happened"]
 
@@ -327,6 +326,7 @@ def test_logits_do_not_depend_on_who_asks(command, experiment, whole, place):
     assert abs(load_file(out)["logits"][0] - logits[1][:10]).max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing torch's compiler raises some
 def test_megatrons_reader_reads_what_tokenize_wrote(command, place):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from transformers import AutoTokenizer

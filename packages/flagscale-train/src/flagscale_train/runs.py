@@ -49,7 +49,7 @@ class TrainStatus:
         if self.killed:
             return self.killed
         if error is not None:
-            return f"rank {error.get('rank')}: {error.get('type')}: {error.get('text')} ({self.run.reason})"
+            return f"rank {error.get('rank')}: {error.get('type')}: {error.get('text')}"
         return self.run.reason
 
     def to_dict(self) -> dict[str, Any]:

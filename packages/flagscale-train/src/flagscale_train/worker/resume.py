@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import checkpointing, get_args, training
 
 from flagscale_train.checkpoints import Choice, choose, fault
@@ -24,6 +26,13 @@ from flagscale_train.worker.recorder import Recorder
 from flagscale_train.worker.refusal import Refusal
 
 __all__ = ["Keeper", "chosen"]
+
+_SHAPE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "swiglu", "normalization", "qk_layernorm", "add_bias_linear", "add_qkv_bias", "position_embedding_type",
+    "untie_embeddings_and_output_weights", "num_experts", "multi_latent_attention", "padded_vocab_size",
+)  # fmt: skip
+"""Megatron's arguments that decide which tensors a model has and what they mean."""
 
 
 def chosen(root: Path, iteration: int | None = None) -> Choice:
@@ -53,6 +62,7 @@ class Keeper:
         )
         self._wrap("load_checkpoint", self._load)
         self._wrap("save_checkpoint", self._save)
+        _allow_longer_training()
 
     @staticmethod
     def _wrap(name: str, around: Callable[..., Any]) -> None:
@@ -80,6 +90,7 @@ class Keeper:
             args.ckpt_step = choice.iteration or None
             self._loaded = choice.path
             self._note(f"resuming from {choice.path}")
+            _same_model(choice.path)
         try:
             return real(*arguments, **named)
         except AssertionError as error:
@@ -130,6 +141,40 @@ class Keeper:
         self._recorder.write(
             "checkpoint", iteration=iteration, path=path, verified=True, save_time_s=save_time_s
         )
+
+
+def _same_model(path: Path) -> None:
+    """Compare the model with the checkpoint's before Megatron compares tensors and names none of this.
+
+    Raises:
+        Refusal: it has another shape.
+    """
+    saved = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    args = get_args()
+    differ = [
+        f"{name}: {getattr(args, name, None)}: it has {getattr(saved, name)}"
+        for name in _SHAPE
+        if getattr(saved, name, None) not in (None, getattr(args, name, None))
+    ]
+    if differ:
+        raise Refusal(
+            f"{path}: a checkpoint of another model: {'; '.join(differ)}: give another exp_dir or load"
+        )
+
+
+def _allow_longer_training() -> None:
+    """Let `train_iters` grow while the weight decay is constant.
+
+    Megatron compares the length of the weight-decay schedule, `train_iters`, even where there is none.
+    """
+    real = OptimizerParamScheduler._check_and_set
+
+    def check(self: Any, ours: Any, saved: Any, name: str) -> Any:
+        if "weight decay iterations" in name and self.start_wd == self.end_wd:
+            return ours
+        return real(self, ours, saved, name)
+
+    OptimizerParamScheduler._check_and_set = check
 
 
 @contextlib.contextmanager
