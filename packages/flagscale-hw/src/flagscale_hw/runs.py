@@ -228,9 +228,9 @@ def launch(plan: Plan, run_dir: str | os.PathLike[str], *, detach: bool = True) 
         else:
             starting.keep()
     except BaseException:  # also Ctrl-C: whatever stops a launch, nothing may stay
-        starting.abort()
         if starting.is_let_go:
             run.stop(grace_s=0.0)
+        starting.abort()
         _remove(directory, plan, is_new=is_new)
         raise
     return run

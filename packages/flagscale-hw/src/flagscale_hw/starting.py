@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import uuid
+from io import FileIO
 from pathlib import Path
 
 from flagscale_hw.__about__ import __version__
@@ -47,6 +48,7 @@ class Start:
         self._directory = directory
         self._lifeline = -1
         self._answer = -1
+        self._lent: list[FileIO] = []
         self.is_let_go = False
         """Whether the run may have been told that it can live without us."""
 
@@ -74,37 +76,45 @@ class Start:
             raise LaunchError(f"{self._directory.path}: the supervisor ended before it had begun: {text}")
 
     def _start_guardian(self, order: Order) -> None:
-        passed: list[int] = []
-        try:
-            told = _nameless_file(order.to_json())
-            passed.append(told)
-            listen, report = os.pipe()
-            self._answer = listen
-            passed.append(report)
-            hang, hold = os.pipe()
-            self._lifeline = hold
-            passed.append(hang)
-            log = os.open(self._directory.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            passed.append(log)
-            # Moved out of the way first: a target number may be one of the sources.
-            sources = [_move_up(passed, handle) for handle in (told, log, log, report, hang)]
-            package_root = str(Path(__file__).resolve().parents[1])
-            pid = os.posix_spawn(
-                sys.executable,
-                # -I -S: neither the user's site nor a json.py in the working directory has a say in the
-                # supervisor.
-                [sys.executable, "-I", "-S", "-c", _START, package_root, str(self._directory.path)],
-                os.environ,
-                file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(sources)],
-                setsid=True,
-                setsigmask=(),
-                # A launcher that ignores SIGCHLD would pass that on, and no wait would ever return a child.
-                setsigdef=(signal.SIGCHLD, signal.SIGTERM, signal.SIGINT),
-            )
-            _guardians.add(pid)
-        finally:
-            for handle in passed:
-                os.close(handle)
+        told = self._lend(_nameless_file(order.to_json()))
+        self._answer, report = os.pipe()
+        self._lend(report)
+        hang, self._lifeline = os.pipe()
+        self._lend(hang)
+        log = self._lend(
+            os.open(self._directory.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        )
+        # Moved out of the way first: a target number may be one of the sources.
+        sources = [
+            self._lend(fcntl.fcntl(handle, fcntl.F_DUPFD_CLOEXEC, 10))
+            for handle in (told, log, log, report, hang)
+        ]
+        package_root = str(Path(__file__).resolve().parents[1])
+        pid = os.posix_spawn(
+            sys.executable,
+            # -I -S: neither the user's site nor a json.py in the working directory has a say in it.
+            [sys.executable, "-I", "-S", "-c", _START, package_root, str(self._directory.path)],
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(sources)],
+            setsid=True,
+            setsigmask=(),
+            # A launcher that ignores SIGCHLD would pass that on, and no wait would ever return a child.
+            setsigdef=(signal.SIGCHLD, signal.SIGTERM, signal.SIGINT),
+        )
+        _guardians.add(pid)
+        self._close_lent()
+
+    def _lend(self, handle: int) -> int:
+        """Note a handle that only the guardian needs.
+
+        As a file object it can be closed twice without harm, which an interrupted `_close_lent` leads to.
+        """
+        self._lent.append(os.fdopen(handle, "rb", buffering=0))
+        return handle
+
+    def _close_lent(self) -> None:
+        for file in self._lent:
+            file.close()
 
     def _wait_for_answer(self) -> dict[str, str]:
         data = b""
@@ -135,6 +145,7 @@ class Start:
 
     def abort(self) -> None:
         """End what has been started, and wait until it is gone."""
+        self._close_lent()
         lifeline, self._lifeline = self._lifeline, -1
         if lifeline >= 0:
             os.close(lifeline)
@@ -160,15 +171,10 @@ def _nameless_file(text: str) -> int:
     return handle
 
 
-def _move_up(opened: list[int], handle: int) -> int:
-    moved = fcntl.fcntl(handle, fcntl.F_DUPFD_CLOEXEC, 10)
-    opened.append(moved)
-    return moved
-
-
 def _is_readable(handle: int, deadline: float) -> bool:
-    ready, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
-    return bool(ready)
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
 
 
 def _last_words(log: Path) -> str:
