@@ -202,7 +202,7 @@ def _print_plan(plan: Plan, run_dir: Path) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from flagscale_serve.runs import check, prepare, start, status_of
+    from flagscale_serve.runs import check, prepare, start
 
     prepared = prepare(arguments.target, arguments.overrides, _options(arguments))
     for warning in prepared.plan.facts["warnings"]:
@@ -210,21 +210,32 @@ def _run(arguments: argparse.Namespace) -> int:
     check(prepared)
     _say(f"starting {prepared.plan.name} on {prepared.plan.facts['chip']}; run directory {prepared.run_dir}")
     _interrupt_on_signals()
-    began = time.monotonic()
-    run = start(prepared, detach=arguments.detach)
-    if arguments.detach and arguments.no_wait:
-        print(run.dir)
-        return 0
     try:
+        began = time.monotonic()
+        run = start(prepared, detach=arguments.detach)
+        if arguments.detach and arguments.no_wait:
+            print(run.dir)
+            return 0
         return _follow(run, prepared, began, arguments)
     except KeyboardInterrupt:
-        _say("stopping")
-        try:
-            run.stop()
-        except KeyboardInterrupt:
-            run.stop(0.0)
-        _say(f"{status_of(run).state}: nothing of it is left")
+        return _stop_interrupted(prepared.run_dir)
+
+
+def _stop_interrupted(run_dir: Path) -> int:
+    """End what was started before Ctrl-C, at whatever moment it came; a second Ctrl-C spares the grace."""
+    from flagscale_hw import RunNotFound, open_run
+
+    try:
+        run = open_run(run_dir)
+    except RunNotFound:
         return _INTERRUPTED
+    _say("stopping")
+    try:
+        now = run.stop()
+    except KeyboardInterrupt:
+        now = run.stop(0.0)
+    _say(f"{now.state}: nothing of it is left")
+    return _INTERRUPTED
 
 
 def _follow(run: Run, prepared: Prepared, began: float, arguments: argparse.Namespace) -> int:

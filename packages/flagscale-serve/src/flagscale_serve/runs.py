@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -394,14 +395,18 @@ def _new_run_dir(home: Path) -> Path:
 
 
 def _point_to(run_dir: Path) -> None:
-    """Let `latest` beside the run mean this run; replaced at once, so it never points nowhere."""
+    """Let `latest` beside the run mean this run; replaced at once, so it never points nowhere.
+
+    A file system without links, or without space, is no reason to fail: the run has started.
+    """
     link = run_dir.parent / "latest"
     if link.exists() and not link.is_symlink():
         return
     beside = run_dir.parent / f".latest.{os.getpid()}"
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(run_dir.name, target_is_directory=True)
-    beside.replace(link)
+    with suppress(OSError):
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(run_dir.name, target_is_directory=True)
+        beside.replace(link)
 
 
 def _plan_of(run: hw.Run) -> dict[str, Any]:
