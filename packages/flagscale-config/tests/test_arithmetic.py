@@ -122,6 +122,13 @@ def test_all_contradictions_come_at_once(tiny):
     assert len(found) == 3
 
 
+def test_a_path_still_to_be_given_does_not_hide_contradictions(tiny):
+    found = check(tiny, ["train.data.data_path=???", "train.model.global_batch_size=7"])
+    assert [problem.code for problem in found] == ["config/required", "config/arithmetic"]
+    (only,) = check(tiny, ["train.model.micro_batch_size=???", "train.model.global_batch_size=7"])
+    assert only.code == "config/required"
+
+
 def test_switches_without_effect_are_noted(tiny):
     found = check(tiny, ["++train.model.num_query_groups=2", "++train.system.sequence_parallel=true"])
     assert [problem.severity for problem in found] == ["note", "note"]
@@ -134,6 +141,12 @@ def test_parallelism_is_read_from_the_options(tiny):
     parallelism = load(tiny, sizes).train.parallelism
     assert parallelism.model_size == 8
     assert parallelism.expert_model_parallel_size == 1
+    assert parallelism.virtual_pipeline_stages is None
+    pipeline = ["++train.system.pipeline_model_parallel_size=2", "train.model.num_layers=8"]
+    for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        assert (
+            load(tiny, [*pipeline, f"++train.system.{name}=2"]).train.parallelism.virtual_pipeline_stages == 2
+        )
 
 
 @pytest.mark.parametrize("number", [1, 2, 12, 97, 360, 4096])

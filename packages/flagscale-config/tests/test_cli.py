@@ -69,6 +69,14 @@ def test_show_prints_values_and_origins(tiny, capsys):
     assert "runner.nproc_per_node: 2    # conf/tiny.yaml:7:42" in out
 
 
+def test_show_all_tells_defaults_from_values(tiny, capsys):
+    assert cli.main(["show", tiny, "--origin", "--all"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "runner.ray_port: 6379    # default" in out
+    assert "runner.nnodes: 1    # conf/tiny.yaml:7:31" in out
+    assert not any(line.startswith("cwd") and "#" in line and "default" not in line for line in out)
+
+
 def test_show_as_json_holds_the_experiment(tiny, capsys):
     assert cli.main(["show", tiny, "--json", "--origin"]) == 0
     found = json.loads(capsys.readouterr().out)

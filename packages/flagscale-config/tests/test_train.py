@@ -137,6 +137,13 @@ def test_an_unknown_key_names_the_nearest(edited):
     )
 
 
+def test_a_misspelt_required_option_is_one_error(edited):
+    source = edited("conf/train/tiny.yaml", "micro_batch_size", "micro_batch_sise")
+    assert one(source).endswith("micro_batch_sise: unknown key; did you mean micro_batch_size?")
+    source = edited("conf/train/tiny.yaml", "hidden_size", "hiden_size")
+    assert one(source).endswith("hiden_size: unknown key; did you mean hidden_size?")
+
+
 @pytest.mark.parametrize(
     ("where", "expected"),
     [

@@ -13,7 +13,7 @@ from flagscale_config.findings import Findings
 from flagscale_config.options import option_table
 from flagscale_config.runner import Runner
 
-__all__ = ["check_train"]
+__all__ = ["check_train", "virtual_stages"]
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "seq_length")
 _POSITIVE = (
@@ -121,7 +121,8 @@ def _check_sizes(options: Options) -> bool:
         for name in _REQUIRED:
             twin = {"num_layers": "encoder_num_layers", "seq_length": "encoder_seq_length"}.get(name, name)
             is_derived = name == "num_layers" and options.has("hybrid_layer_pattern")
-            if not options.has(name) and not options.has(twin) and not is_derived:
+            is_excused = is_derived or name in options.findings.excused
+            if not options.has(name) and not options.has(twin) and not is_excused:
                 message = f"{name} is required; set it in train.model"
                 options.findings.error("config/required", ("train",), message)
     return len(options.findings.problems) == before
@@ -345,6 +346,15 @@ def _check_virtual(options: Options) -> None:
         allowed = _listed(divisors(wrong))
         message = f"{chunks} chunks do not divide the {wrong} layers of a stage; use one of {allowed}"
         options.error(given[0], message)
+
+
+def virtual_stages(given: Mapping[str, Any]) -> int | None:
+    """Return the model chunks per pipeline stage of checked options, None when stages are not interleaved."""
+    per_chunk = given.get("num_layers_per_virtual_pipeline_stage")
+    if per_chunk is None:
+        return given.get("num_virtual_stages_per_pipeline_rank")
+    layers = given["num_layers"] + sum(bool(given.get(name)) for name in _SPLITS)
+    return int(layers // given.get("pipeline_model_parallel_size", 1) // per_chunk)
 
 
 def _check_schedule(options: Options) -> None:

@@ -51,9 +51,10 @@ class Problem:
     severity: str = "error"
 
     def __str__(self) -> str:
-        """Return the problem as one line: `place: key: message`."""
+        """Return the problem as one line: `place: key: message`, control characters escaped."""
         parts = [str(self.origin) if self.origin else "", self.key, self.message]
-        return ": ".join(part for part in parts if part)
+        line = ": ".join(part for part in parts if part)
+        return line if line.isprintable() else "".join(_printable(character) for character in line)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the problem as JSON can hold it."""
@@ -75,6 +76,10 @@ class Problem:
             "given": given,
             **place,
         }
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else repr(character)[1:-1]
 
 
 def show(value: Any) -> str:

@@ -126,6 +126,31 @@ class ServeInstance(Model):
     """Words passed to the engine as they are."""
 
 
+_MOVED = {
+    "name": "experiment.exp_name",
+    "shortcuts": "experiment",
+    "node_envs": "experiment.envs",
+    "device_type_envs": "experiment.envs",
+    "train.parallelism.virtual_pipeline_stages": "train.options.num_virtual_stages_per_pipeline_rank",
+    "train.parallelism": "train.options",
+    "train.micro_batch_size": "train.options.micro_batch_size",
+    "train.global_batch_size": "train.options.global_batch_size",
+    "train.train_iters": "train.options.train_iters",
+}
+_OF_NO_FILE = ("cwd", "source", "schema_version", "notes")
+
+
+def _path_in_file(key: str) -> str:
+    """Return where a field of an experiment stands in the file; a path in the file is returned as it is."""
+    head = key.partition(".")[0]
+    if head in _OF_NO_FILE:
+        return ""
+    for field, home in _MOVED.items():
+        if key == field or key.startswith(f"{field}."):
+            return home + key[len(field) :]
+    return f"experiment.{key}" if head in Experiment.model_fields and head not in {"train", "serve"} else key
+
+
 class Experiment(Model):
     """What one experiment file asks for, composed, resolved and checked."""
 
@@ -181,10 +206,11 @@ class Experiment(Model):
     def origin(self, key: str) -> Origin:
         """Return where a value comes from.
 
-        `key` is its path in the file (`train.model.num_layers`) or, for a Megatron option, its place in the
-        experiment (`train.options.num_layers`). A key inside a value has the origin of the nearest key around
-        it; a default has the origin of the file as a whole.
+        `key` is a path in the file (`experiment.runner.nnodes`, `train.model.lr`) or in this experiment
+        (`runner.nnodes`, `train.options.lr`). A key inside a value has the origin of the nearest key around
+        it; what no file says (`cwd`, a whole section left out) has the origin of the file as a whole.
         """
+        key = _path_in_file(key)
         while key and key not in self._origins:
             key = key.rpartition(".")[0]
         return self._origins.get(key, Origin(self.source))

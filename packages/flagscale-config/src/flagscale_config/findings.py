@@ -15,7 +15,8 @@ __all__ = ["Findings"]
 class Findings:
     """Problems and notes of one experiment, each with key and place.
 
-    `option_paths` says where each Megatron option was set, `origins` where each dotted path comes from.
+    `option_paths` says where each Megatron option was set, `origins` where each dotted path comes from,
+    `excused` holds options that a reported key probably meant, so that they are not called missing as well.
     """
 
     def __init__(self, composed: Composed) -> None:
@@ -23,6 +24,7 @@ class Findings:
         self.problems = [problem for problem in composed.problems if problem.severity == "error"]
         self.notes = [problem for problem in composed.problems if problem.severity == "note"]
         self.option_paths: dict[str, Path] = {}
+        self.excused: set[str] = set()
         self.origins: dict[str, Origin] = {
             dotted(path): place for path, place in composed.places.items() if path
         }

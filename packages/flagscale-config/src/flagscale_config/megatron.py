@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
-from flagscale_config.arithmetic import check_train
+from flagscale_config.arithmetic import check_train, virtual_stages
 from flagscale_config.errors import show
 from flagscale_config.experiment import Parallelism, Train
 from flagscale_config.findings import Findings
@@ -47,10 +47,12 @@ class _Reader:
 
     def read(self, key: str, value: Any, path: Path) -> None:
         """Read one leaf of the tree."""
-        if value is MISSING:
-            self.is_incomplete = True
-            return
         name = spelled(key)
+        if value is MISSING:
+            found = self.table.find(_own()["renamed"].get(name, name))
+            # A path still to be given takes part in no arithmetic; a number or a switch may.
+            self.is_incomplete |= found is None or found[0].is_switch or found[0].type != "str"
+            return
         if not self._is_ours(name, path):
             return
         renamed = _own()["renamed"].get(name)
@@ -80,6 +82,7 @@ class _Reader:
 
     def _unknown(self, name: str, path: Path) -> None:
         hint = suggestion(name, self.table, path)
+        self.findings.excused.add(self.table.nearest(name) or "")
         self.findings.error("config/unknown-key", path, f"unknown key{hint or _ESCAPE}")
 
     def _set(self, option: Option, is_opposite: bool, value: Any, path: Path) -> None:  # noqa: FBT001
@@ -206,18 +209,16 @@ def _remember(findings: Findings, reader: _Reader) -> None:
 def _build(reader: _Reader, extra_args: tuple[str, ...]) -> Train | None:
     options = reader.options
     if "micro_batch_size" not in options:
-        if not reader.is_incomplete:
-            reader.findings.error(
-                "config/required",
-                ("train",),
-                "micro_batch_size is required; set train.system.micro_batch_size",
-            )
+        if not reader.is_incomplete and "micro_batch_size" not in reader.findings.excused:
+            message = "micro_batch_size is required; set train.system.micro_batch_size"
+            reader.findings.error("config/required", ("train",), message)
+        return None
+    if reader.findings.problems:
         return None
     sizes = {name: options[name] for name in Parallelism.model_fields if name in options}
-    stages = options.get("num_virtual_stages_per_pipeline_rank")
     return Train(
         options=options,
-        parallelism=Parallelism(**sizes, virtual_pipeline_stages=stages),
+        parallelism=Parallelism(**sizes, virtual_pipeline_stages=virtual_stages(options)),
         micro_batch_size=options["micro_batch_size"],
         global_batch_size=options.get("global_batch_size"),
         train_iters=options.get("train_iters"),
