@@ -59,7 +59,10 @@ def start_time(pid: int) -> int | None:
 
 
 def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def carrying(text: str) -> list[int]:
@@ -152,7 +155,9 @@ class Keeper:
 
     def start_tree(self, **rest: object) -> tuple[Run, list[tuple[int, int]]]:
         run = self.start(python(TREE), **rest)
-        return run, tree_of(run.dir)
+        members = tree_of(run.dir)
+        until(lambda: run.status().state == "running")  # so that pids are on record
+        return run, members
 
     def end(self) -> None:
         for run in self.runs:

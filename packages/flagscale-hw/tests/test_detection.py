@@ -194,11 +194,16 @@ def test_an_old_driver_is_asked_for_what_it_knows(nvidia):
         ([""], 9, "ended with code 9 and no message"),
     ],
 )
-def test_a_tool_that_fails_leaves_what_the_driver_says(nvidia, lines, code, said):
+@pytest.mark.parametrize(
+    "version",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar 5 22:23:56 UTC 2024\n",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build\nGCC: 12",
+    ],
+)
+def test_a_tool_that_fails_leaves_what_the_driver_says(nvidia, lines, code, said, version):
     nvidia.prints(*lines, code=code)
-    nvidia.write(
-        "proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue\n"
-    )
+    nvidia.write("proc/driver/nvidia/version", version)
     info = "Model: \t\t NVIDIA L20\nIRQ: 1\nGPU UUID: \t GPU-77\nBus Location: 0000:3b:00.0\n"
     nvidia.write("proc/driver/nvidia/gpus/0000:3b:00.0/information", info)
     nvidia.write(

@@ -160,6 +160,18 @@ def test_a_directory_holds_one_run(keeper):
         launch(keeper.plan(keeper.shell("exit 0")), run.dir)
 
 
+def test_a_file_system_without_links_will_do(keeper, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    run = keeper.start(keeper.shell("exit 0"))
+    assert run.wait(keeper.patience_s).state == "succeeded"
+    with pytest.raises(LaunchError, match=r"holds a run already \(succeeded\)"):
+        launch(keeper.plan(keeper.shell("exit 0")), run.dir)
+    assert [path for path in run.dir.iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_directory_that_cannot_be_made_is_named(keeper, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LaunchError, match=r"file/run: cannot hold a run: Not a directory"):

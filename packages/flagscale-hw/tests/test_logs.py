@@ -21,7 +21,7 @@ def test_following_shows_lines_while_the_run_goes_on(keeper):
     run = keeper.start(keeper.shell("echo first; while ! test -e go; do sleep 0.05; done; echo last"))
     lines = run.logs(follow=True)
     assert next(lines).text == "first"
-    assert run.status().state == "running"
+    assert not run.status().is_over
     (run.dir / "go").touch()
     assert [line.text for line in lines] == ["last"]
 

@@ -102,5 +102,6 @@ def test_structures_have_the_size_of_nvidias_header():
     from flagscale_hw import nvml
 
     assert ctypes.sizeof(nvml._Memory) == 24
+    assert ctypes.sizeof(nvml._Memory2) == 40
     assert ctypes.sizeof(nvml._Utilisation) == 8
     assert ctypes.sizeof(nvml._Pci) == 68

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -93,7 +94,13 @@ def test_a_server_that_drips_cannot_hold_the_supervisor(keeper):
     dripping = threading.Event()
 
     def drip(listening: socket.socket) -> None:
-        connection, _ = listening.accept()
+        listening.settimeout(0.1)
+        connection = None
+        while connection is None and not dripping.is_set():
+            with contextlib.suppress(TimeoutError):
+                connection, _ = listening.accept()
+        if connection is None:
+            return
         with connection:
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
             while not dripping.wait(0.05):
@@ -190,10 +197,12 @@ def test_a_prober_that_was_killed_is_replaced(keeper, answering):
     keeper.until(lambda: run.status().processes[0].pid)
     process = run.status().processes[0].pid
     supervisor = keeper.pid_of(run, "supervisor")
-    helpers = [
-        pid for pid in keeper.carrying(str(run.dir)) if keeper.parent(pid) == supervisor and pid != process
-    ]
-    assert len(helpers) == 1
-    keeper.kill(helpers[0])
+
+    def helpers() -> list[int]:
+        found = keeper.carrying(str(run.dir))
+        return [pid for pid in found if keeper.parent(pid) == supervisor and pid != process]
+
+    keeper.until(lambda: len(helpers()) == 1)
+    keeper.kill(helpers()[0])
     answers["/x"] = (200, b"")
     assert run.wait_ready(keeper.patience_s).state == "ready"

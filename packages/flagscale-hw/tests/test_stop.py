@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -38,6 +40,13 @@ def test_stop_of_a_finished_run_changes_nothing(keeper):
     assert run.stop() == before
 
 
+def test_nothing_lives_any_more_when_the_end_is_on_record(keeper):
+    run, members = keeper.start_tree(stop=StopPolicy(grace_s=0.1))
+    os.kill(keeper.pid_of(run, "supervisor"), signal.SIGTERM)
+    keeper.until(lambda: '"is_over": true' in (run.dir / "state.json").read_text())
+    assert keeper.survivors(members) == []
+
+
 def test_patience_is_kept(keeper):
     code = "trap 'sleep 1; echo saved; exit 0' TERM; echo up; while :; do sleep 0.05; done"
     run = keeper.start(keeper.shell(code))
@@ -60,7 +69,7 @@ def test_a_second_stop_can_be_more_urgent(keeper):
 
 def test_the_first_cause_stays_when_a_stop_follows(keeper):
     run = keeper.start(keeper.python(keeper.tree_code), keeper.shell("test -e go || sleep 0.1; exit 9"))
-    keeper.until(lambda: run.status().state == "stopping")
+    keeper.until(lambda: run.status().state in {"stopping", "failed"})
     assert run.stop(grace_s=0.0).reason == "b: exited with code 9"
 
 
@@ -117,14 +126,17 @@ def test_half_a_state_file_is_not_believed(keeper):
 def test_a_full_disk_keeps_the_last_good_state_and_the_end_is_recorded_when_it_can_be(keeper):
     run = keeper.start(keeper.shell("while ! test -e go; do sleep 0.05; done"))
     keeper.until(lambda: run.status().state == "running")
-    supervisor = keeper.pid_of(run, "supervisor")
-    before = resource.prlimit(supervisor, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    watchers = [keeper.pid_of(run, role) for role in ("supervisor", "guardian")]
+    for pid in watchers:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     (run.dir / "go").touch()
     process = run.status().processes[0].pid
     keeper.until(lambda: keeper.start_time(process) is None)
     time.sleep(0.5)
     assert json.loads((run.dir / "state.json").read_text())["state"] == "running"
-    resource.prlimit(supervisor, resource.RLIMIT_FSIZE, before)
+    for pid in reversed(watchers):
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert run.wait(keeper.patience_s).state == "succeeded"
 
 
@@ -133,7 +145,7 @@ def test_a_full_disk_does_not_keep_a_run_alive(keeper):
     keeper.until(lambda: run.status().state == "running")
     for role in ("supervisor", "guardian"):
         resource.prlimit(keeper.pid_of(run, role), resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-    os.kill(keeper.pid_of(run, "supervisor"), 15)
+    os.kill(keeper.pid_of(run, "supervisor"), signal.SIGTERM)
     keeper.until(lambda: keeper.survivors(members) == [])
     assert run.wait(keeper.patience_s).state == "lost"  # nobody could write how it ended
 

@@ -191,7 +191,7 @@ def _complete_from_files(host: Host, known: tuple[Device, ...]) -> tuple[Device,
     """Add the devices of which only the driver's files or the bus tell."""
     listed = [short_address(name) for name in host.names(_GPUS)]
     addresses = listed or [function.address for function in pci_functions(host, _VENDOR, _CLASSES)]
-    version = re.search(r"Kernel Module\D*\s(\d+\.[\d.]+)", host.read("/proc/driver/nvidia/version") or "")
+    version = re.search(r"Kernel Module.*?\s(\d+\.\d[\d.]*)", host.read("/proc/driver/nvidia/version") or "")
     driver = version[1] if version else None
     by_bus = {device.pci_bus: device for device in known}
     devices = [

@@ -29,6 +29,18 @@ class _Memory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
+class _Memory2(ctypes.Structure):
+    """As `_Memory`, but what the driver keeps for itself does not count as used."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint),
+        ("total", ctypes.c_ulonglong),
+        ("reserved", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    )
+
+
 class _Utilisation(ctypes.Structure):
     _fields_ = (("gpu", ctypes.c_uint), ("memory", ctypes.c_uint))
 
@@ -130,9 +142,14 @@ def _device(library: _Library, index: int, driver: str | None) -> Iterator[dict[
 
 
 def _memory(library: _Library, handle: ctypes.c_void_p) -> tuple[int, int]:
-    memory = _Memory()
-    library.call("nvmlDeviceGetMemoryInfo", handle, ctypes.byref(memory))
-    return memory.total, memory.used
+    precise = _Memory2(version=ctypes.sizeof(_Memory2) | 2 << 24)
+    try:
+        library.call("nvmlDeviceGetMemoryInfo_v2", handle, ctypes.byref(precise))
+    except _Failure:  # drivers before 510
+        memory = _Memory()
+        library.call("nvmlDeviceGetMemoryInfo", handle, ctypes.byref(memory))
+        return memory.total, memory.used
+    return precise.total, precise.used
 
 
 def _utilisation(library: _Library, handle: ctypes.c_void_p) -> float:

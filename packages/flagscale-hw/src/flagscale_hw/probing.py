@@ -106,6 +106,8 @@ def ask(probe: Probe) -> tuple[bool, str]:
     except TimeoutError:
         return False, f"no answer within {probe.request_timeout_s:g} s"
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(getattr(error, "reason", None), TimeoutError):
+            return False, f"no connection within {probe.request_timeout_s:g} s"
         return False, _quote(str(getattr(error, "reason", "") or error or type(error).__name__).encode())
 
 

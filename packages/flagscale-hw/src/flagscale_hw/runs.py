@@ -24,7 +24,7 @@ from flagscale_hw.index import remembered
 from flagscale_hw.logs import LogLine, follow_logs, read_logs
 from flagscale_hw.order import here
 from flagscale_hw.plan import Plan
-from flagscale_hw.rundir import RunDirectory
+from flagscale_hw.rundir import Claim, RunDirectory
 from flagscale_hw.starting import Start, reap_guardians
 from flagscale_hw.status import RunStatus
 
@@ -217,52 +217,36 @@ def launch(plan: Plan, run_dir: str | os.PathLike[str], *, detach: bool = True) 
             f"plan {plan.name}: host {elsewhere[0]!r}: this version starts processes on `local` only"
         )
     directory = RunDirectory(Path(run_dir).absolute())
-    is_new = not directory.path.exists()
-    _claim(directory, plan)
-    starting = Start(directory)
     run = Run(directory.path)
+    claim = Claim(directory)
+    starting = Start(directory)
     try:
+        _take(claim, run, plan)
         starting.begin(plan)
         if detach:
             starting.let_go()
         else:
             starting.keep()
+        claim.settle()
     except BaseException:  # also Ctrl-C: whatever stops a launch, nothing may stay
         if starting.is_let_go:
             run.stop(grace_s=0.0)
         starting.abort()
-        _remove(directory, plan, is_new=is_new)
+        claim.give_up(run.dir / "logs" / f"{process.name}.log" for process in plan.processes)
         raise
     return run
 
 
-def _claim(directory: RunDirectory, plan: Plan) -> None:
+def _take(claim: Claim, run: Run, plan: Plan) -> None:
     try:
-        is_ours = directory.claim(plan.to_json())
+        is_taken = not claim.take(plan.to_json())
     except OSError as error:
         raise LaunchError(
-            f"{directory.path}: cannot hold a run: {error.strerror}: choose another directory"
+            f"{run.dir}: cannot hold a run: {error.strerror}: choose another directory"
         ) from error
-    if not is_ours:
-        state = Run(directory.path).status().state
-        raise LaunchError(
-            f"{directory.path}: holds a run already ({state}): choose a new directory for each run"
-        )
-
-
-def _remove(directory: RunDirectory, plan: Plan, *, is_new: bool) -> None:
-    """Take away what a launch that failed has put there, and nothing else."""
-    import shutil
-
-    if is_new:
-        shutil.rmtree(directory.path, ignore_errors=True)
-        return
-    # The directory was somebody's before: files of the plan have been taken back by the supervisor.
-    for path in (*directory.files(), *(directory.log(process.name) for process in plan.processes)):
-        with contextlib.suppress(OSError):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        directory.logs.rmdir()
+    if is_taken:
+        state = run.status().state
+        raise LaunchError(f"{run.dir}: holds a run already ({state}): choose a new directory for each run")
 
 
 def open_run(run_dir: str | os.PathLike[str]) -> Run:
