@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import checkpointing, get_args, training
+from torch.distributed.checkpoint.api import CheckpointException
 
 from flagscale_train.checkpoints import Choice, choose, fault
 from flagscale_train.worker.recorder import Recorder
 from flagscale_train.worker.refusal import Refusal
 
-__all__ = ["Keeper", "chosen"]
+__all__ = ["Keeper", "SaveError", "chosen"]
 
 _SHAPE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
@@ -44,6 +47,10 @@ def chosen(root: Path, iteration: int | None = None) -> Choice:
     choice = answer[0]
     assert choice is not None  # noqa: S101 -- rank 0 always sends one
     return choice
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written."""
 
 
 class Keeper:
@@ -117,8 +124,11 @@ class Keeper:
             return None
         self._clear(path)
         started_s = time.perf_counter()
-        with _unstoppable():
-            result = real(iteration, *arguments, **named)
+        try:
+            with _unstoppable():
+                result = real(iteration, *arguments, **named)
+        except (RuntimeError, OSError, CheckpointException) as error:
+            raise _save_failure(path, error) from error
         self._verify(iteration, path, time.perf_counter() - started_s)
         return result
 
@@ -137,10 +147,28 @@ class Keeper:
         problem = [fault(path) if torch.distributed.get_rank() == 0 else None]
         torch.distributed.broadcast_object_list(problem, src=0)
         if problem[0] is not None:
-            raise OSError(f"checkpoint {path} is not whole after saving: {problem[0]}")
+            raise SaveError(f"checkpoint {path} is not whole after saving: {problem[0]}")
         self._recorder.write(
             "checkpoint", iteration=iteration, path=path, verified=True, save_time_s=save_time_s
         )
+
+
+def _save_failure(path: Path, error: BaseException) -> SaveError:
+    """Say why saving failed; torch's writer loses what the system said, so the system is asked again."""
+    files = sorted(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    try:
+        with (files[-1] if files else path / "probe").open("ab") as stream:
+            stream.write(bytes(1 << 16))
+            stream.flush()
+            os.fsync(stream.fileno())
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
+    except OSError as answer:
+        cause = answer.strerror or str(answer)
+    free_gib = shutil.disk_usage(path.parent).free / (1 << 30)
+    return SaveError(
+        f"checkpoint {path} could not be saved: {cause} ({free_gib:.1f} GiB are free there): make room; the "
+        "checkpoints before it are untouched"
+    )
 
 
 def _same_model(path: Path) -> None:
@@ -185,6 +213,8 @@ def _unstoppable() -> Iterator[None]:
     signal, so it must not hit the writers. A blocked signal is inherited by them, and here it is delivered
     afterwards.
     """
+    # Starting Python's resource tracker unblocks SIGTERM, so it must be there before.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
