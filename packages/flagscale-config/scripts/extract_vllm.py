@@ -1,0 +1,274 @@
+# ruff: noqa: INP001, S101 - scripts beside each other, run by hand on one engine version; a surprise must stop them.
+"""Extract the options of `vllm serve` from vLLM's sources, without importing them.
+
+vLLM builds its parser from dataclasses whose import needs torch and a platform, so this script reads the
+sources: which flag is registered with which configuration field (`add_cli_args`), the field's annotation and
+default, and then applies the rules of `vllm.engine.arg_utils._compute_kwargs` for turning an annotation into
+an argument. Run on an unpacked wheel:
+
+    pip download vllm==0.25.1 --no-deps && unzip vllm-*.whl 'vllm/*.py' && \
+    python extract_vllm.py vllm 0.25.1 ../src/flagscale_config/data/vllm-0.25.json
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+import option_file
+
+_UNITS = {
+    "max_num_batched_tokens",
+    "kv_cache_memory_bytes",
+    "safetensors_prefetch_block_size",
+    "max_model_len",
+}
+
+
+class Sources:
+    """Every class and every module-level alias in the part of vLLM that defines options."""
+
+    def __init__(self, root: Path) -> None:
+        self.classes: dict[str, ast.ClassDef] = {}
+        self.aliases: dict[str, ast.expr] = {}
+        self.files: dict[str, ast.Module] = {}
+        for path in sorted(root.rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            self.files[str(path.relative_to(root))] = tree
+            for node in tree.body:
+                self._keep(node)
+
+    def _keep(self, node: ast.stmt) -> None:
+        if isinstance(node, ast.ClassDef):
+            self.classes.setdefault(node.name, node)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            self.aliases.setdefault(node.targets[0].id, node.value)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            self.aliases.setdefault(node.target.id, node.value)
+
+    def fields(self, name: str) -> dict[str, tuple[ast.expr, ast.expr | None, str]]:
+        """Return annotation, default and doc text of each field of a class, inherited ones first."""
+        cls = self.classes[name]
+        found: dict[str, tuple[ast.expr, ast.expr | None, str]] = {}
+        for base in cls.bases:
+            if isinstance(base, ast.Name) and base.id in self.classes:
+                found.update(self.fields(base.id))
+        for index, node in enumerate(cls.body):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                after = cls.body[index + 1] if index + 1 < len(cls.body) else None
+                found[node.target.id] = (node.annotation, node.value, _text_of(after))
+        return found
+
+    def parts(self, hint: ast.expr) -> list[ast.expr]:
+        """Return the members of a union, aliases and `Annotated` unwrapped."""
+        if isinstance(hint, ast.BinOp):
+            return self.parts(hint.left) + self.parts(hint.right)
+        if isinstance(hint, ast.Constant) and isinstance(hint.value, str):
+            return self.parts(ast.parse(hint.value, mode="eval").body)
+        if isinstance(hint, ast.Name) and hint.id in self.aliases:
+            return self.parts(self.aliases[hint.id])
+        if isinstance(hint, ast.Subscript) and _name(hint) in {"Annotated", "SkipValidation"}:
+            inner = hint.slice.elts[0] if isinstance(hint.slice, ast.Tuple) else hint.slice
+            return self.parts(inner)
+        if isinstance(hint, ast.Subscript) and _name(hint) in {"Optional", "Union"}:
+            members = hint.slice.elts if isinstance(hint.slice, ast.Tuple) else [hint.slice]
+            extra: list[ast.expr] = [ast.Constant(None)] if _name(hint) == "Optional" else []
+            return [part for member in members for part in self.parts(member)] + extra
+        return [hint]
+
+
+def _text_of(node: ast.stmt | None) -> str:
+    """Return the docstring that follows a field, if one does."""
+    if (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ):
+        return " ".join(node.value.value.split())
+    return ""
+
+
+def _name(node: ast.expr) -> str:
+    """Return the outer name of an annotation: `list` of `list[int]`."""
+    if isinstance(node, ast.Subscript):
+        return _name(node.value)
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _literals(sources: Sources, node: ast.expr) -> list[Any]:
+    """Return the values of a `Literal[...]`, nested aliases included."""
+    assert isinstance(node, ast.Subscript)
+    members = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    values: list[Any] = []
+    for member in members:
+        if isinstance(member, ast.Constant):
+            values.append(member.value)
+        elif isinstance(member, ast.Starred):
+            values += _literals(sources, sources.parts(member.value.slice)[0])  # type: ignore[attr-defined]
+        else:
+            values += _literals(sources, sources.parts(member)[0])
+    return values
+
+
+def _element(sources: Sources, node: ast.expr) -> dict[str, Any]:
+    """Return type and choices of the elements of a list, tuple or set."""
+    inner: ast.expr = ast.Name("str")
+    if isinstance(node, ast.Subscript):
+        inner = node.slice.elts[0] if isinstance(node.slice, ast.Tuple) else node.slice
+    parts = sources.parts(inner)
+    if _name(parts[0]) == "Literal":
+        return {"type": "str", "choices": sorted(_literals(sources, parts[0]))}
+    return {"type": _name(parts[0]) if len(parts) == 1 and _name(parts[0]) in {"int", "float"} else "str"}
+
+
+def _argument(sources: Sources, field: str, hint: ast.expr) -> dict[str, Any]:
+    """Turn an annotation into kind, type and choices, by vLLM's own order of rules."""
+    by_name = {_name(part): part for part in sources.parts(hint)}
+    if any(name.endswith(("Config", "LoRAModulePath")) and name in sources.classes for name in by_name):
+        return {"kind": "json"}
+    if "bool" in by_name:
+        is_optional_text = set(by_name) == {"bool", "str", ""}
+        return {"kind": "optional", "type": "str"} if is_optional_text else {"kind": "pair"}
+    if "Literal" in by_name:
+        values = _literals(sources, by_name["Literal"])
+        plain = "int" if isinstance(values[0], int) else "str"
+        return {"kind": "value", "type": plain, "choices": [] if "str" in by_name else sorted(values)}
+    collection = next((name for name in ("tuple", "list", "set") if name in by_name), None)
+    if collection is not None:
+        return {"kind": "list", "nargs": "+", **_element(sources, by_name[collection])}
+    return _scalar(field, set(by_name))
+
+
+def _scalar(field: str, names: set[str]) -> dict[str, Any]:
+    """Return kind and type of an option with one value that is neither a switch nor a choice."""
+    if "int" in names:
+        return {"kind": "value", "type": "size" if field in _UNITS else "int"}
+    if "float" in names:
+        return {"kind": "value", "type": "float"}
+    return {"kind": "json"} if "dict" in names else {"kind": "value", "type": "str"}
+
+
+def _default(node: ast.expr | None) -> Any:
+    """Return a default that is written as a literal; a computed one is not data."""
+    if isinstance(node, ast.Call):
+        given = [word.value for word in node.keywords if word.arg == "default"]
+        node = given[0] if given else (node.args[0] if node.args else None)
+    try:
+        return None if node is None else ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def _from_field(sources: Sources, cls: str, field: str, flags: list[str]) -> dict[str, Any]:
+    """Return one option registered with a configuration field."""
+    hint, default, text = sources.fields(cls)[field]
+    flag = next(flag for flag in flags if flag.startswith("--"))
+    described = {"name": flag[2:].replace("-", "_"), "flags": [flag], **_argument(sources, field, hint)}
+    if described["kind"] == "pair":
+        described["negative"] = "--no-" + flag[2:]
+    return {**described, "default": option_file.jsonable(_default(default)), "help": text}
+
+
+def _from_call(call: ast.Call, flags: list[str]) -> dict[str, Any]:
+    """Return one option whose argument is spelled out in the call."""
+    words = {word.arg: word.value for word in call.keywords if word.arg}
+    flag = next(flag for flag in flags if flag.startswith("--"))
+    kinds = {"store_true": "true", "append": "append"}
+    action = words.get("action")
+    kind = kinds.get(action.value, "value") if isinstance(action, ast.Constant) else "value"
+    if isinstance(action, ast.Attribute):
+        kind = "pair"
+    described: dict[str, Any] = {"name": flag[2:].replace("-", "_"), "flags": [flag], "kind": kind}
+    if kind == "pair":
+        described["negative"] = "--no-" + flag[2:]
+    if kind == "value":
+        described["type"] = (
+            _name(words["type"]) if _name(words.get("type", ast.Name("str"))) in {"int", "float"} else "str"
+        )
+    described["default"] = option_file.jsonable(_default(words.get("default")))
+    described["help"] = " ".join(str(_default(words.get("help")) or "").split())
+    return described
+
+
+def _registered(sources: Sources, function: ast.FunctionDef) -> list[dict[str, Any]]:
+    """Return the options one `add_cli_args` registers, in either of vLLM's two spellings."""
+    owners: dict[str, str] = {}
+    found: list[dict[str, Any]] = []
+    for node in ast.walk(function):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and _name(node.value.func) == "get_kwargs"
+        ):
+            owners[_name(node.targets[0])] = _name(node.value.args[0])
+    for node in ast.walk(function):
+        if not (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "add_argument"
+        ):
+            continue
+        flags = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        if not any(str(flag).startswith("--") for flag in flags):
+            continue
+        field = _field_of(node, owners)
+        found.append(_from_field(sources, *field, flags) if field else _from_call(node, flags))
+    return found
+
+
+def _field_of(call: ast.Call, owners: dict[str, str]) -> tuple[str, str] | None:
+    """Return configuration class and field of `add_argument(..., **kwargs["field"])`, if it is that form."""
+    for word in call.keywords:
+        for node in ast.walk(word.value) if word.arg is None else ():
+            if (
+                isinstance(node, ast.Subscript)
+                and _name(node.value) in owners
+                and isinstance(node.slice, ast.Constant)
+            ):
+                return owners[_name(node.value)], str(node.slice.value)
+    return None
+
+
+def _frontend(sources: Sources) -> list[dict[str, Any]]:
+    """Return the options of the HTTP server: every field of `FrontendArgs` is one."""
+    found = []
+    for field in sources.fields("FrontendArgs"):
+        option = _from_field(sources, "FrontendArgs", field, ["--" + field.replace("_", "-")])
+        found.append(option)
+        # `_customize_cli_kwargs` of vLLM changes these by hand.
+        if field in {"allowed_origins", "allowed_methods", "allowed_headers", "default_chat_template_kwargs"}:
+            option.update(kind="json", nargs=None, type=None)
+        if field == "middleware":
+            option.update(kind="append", nargs=None, type="str")
+        if field == "lora_modules":
+            option.update(kind="list", nargs="+", type="str")
+    return found
+
+
+def main() -> int:
+    """Write the table: ROOT VERSION OUTPUT."""
+    sources = Sources(Path(sys.argv[1]))
+    functions = [
+        node
+        for file, owner in (("engine/arg_utils.py", "EngineArgs"), ("engine/arg_utils.py", "AsyncEngineArgs"))
+        for node in sources.classes[owner].body
+        if isinstance(node, ast.FunctionDef) and node.name == "add_cli_args" and file in sources.files
+    ]
+    cli = sources.files["entrypoints/openai/cli_args.py"]
+    functions += [
+        node for node in cli.body if isinstance(node, ast.FunctionDef) and node.name == "make_arg_parser"
+    ]
+    options = {option["name"]: option for option in _frontend(sources)}
+    for function in functions:
+        options.update({option["name"]: option for option in _registered(sources, function)})
+    option_file.write(Path(sys.argv[3]), "vllm", sys.argv[2], list(options.values()))
+    sys.stdout.write(f"{len(options)} options of vllm {sys.argv[2]}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,81 @@
+"""The frame of every command line of the project: errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+
+__all__ = ["parse", "run"]
+
+_INTERRUPTED = 130
+_BUG = 1
+
+
+def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Call a command's `main` with its arguments and return the process's exit code.
+
+    An exception with an int `exit_code` is the user's: `error: ...` on standard error and that code. Ctrl-C
+    is 130, a reader that closed the pipe ends the command quietly, anything else is a bug: one line that says
+    so and 1. With `--debug` (anywhere before `--`; it is removed) or FLAGSCALE_DEBUG=1 tracebacks are shown.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    limit = words.index("--") if "--" in words else len(words)
+    is_debug = "--debug" in words[:limit] or os.environ.get("FLAGSCALE_DEBUG") == "1"
+    words = [word for word in words[:limit] if word != "--debug"] + words[limit:]
+    try:
+        code = main(words)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as error:  # argparse
+        return _exit_code(error)
+    except Exception as error:  # noqa: BLE001  the one place where a bug becomes a line and exit code 1
+        return _failed(error, is_debug=is_debug)
+    return code
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """Parse a command line whose overrides may stand anywhere among the options.
+
+    They are a list argument named `overrides`. argparse itself understands them in one place only: `FILE
+    --json a.b=c` would be an error.
+    """
+    options, rest = parser.parse_known_args(argv)
+    wrong = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _exit_code(error: SystemExit) -> int:
+    if isinstance(error.code, str):
+        sys.stderr.write(f"error: {error.code}\n")
+        return 2
+    return error.code or 0
+
+
+def _failed(error: Exception, *, is_debug: bool) -> int:
+    """Say what went wrong and return the exit code."""
+    if is_debug:
+        import traceback
+
+        traceback.print_exception(error)
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        sys.stderr.write(
+            "".join(f"error: {line}\n" for line in str(error).splitlines() or [type(error).__name__])
+        )
+        return code
+    what = " ".join(str(error).split())
+    sys.stderr.write(
+        f"error: bug in flagscale: {type(error).__name__}: {what}; run again with --debug and report it\n"
+    )
+    return _BUG

@@ -1,0 +1,229 @@
+"""One YAML file, read once: its values as OmegaConf reads them, and the position of each of them.
+
+Every byte-level fault (encoding, tabs, syntax, duplicate keys, alias bombs, depth, size) is found here and
+located. What does not live here: defaults lists and merging (`compose.py`), meaning (`experiment.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import grammar_parser
+from omegaconf._utils import get_yaml_loader
+from omegaconf.errors import GrammarParseError
+
+from flagscale_config.errors import ConfigError, Origin, Problem
+from flagscale_config.places import Path as KeyPath
+from flagscale_config.places import Places, dotted
+
+__all__ = ["Document", "read_document", "shown_path"]
+
+MAX_BYTES = 4 * 1024 * 1024
+MAX_DEPTH = 60
+MAX_NODES = 100_000
+
+_REQUIRED = re.compile(r"\$\{\s*[\w.]+\s*:?\s*\?{2,3}\s*\}")
+_MERGE = "tag:yaml.org,2002:merge"
+_REMOVED_ENV = re.compile(r"\$\{env:")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML file as data.
+
+    `places` maps each path to where its key (for list items: the item) stands; the empty path is the file's
+    start. `problems` are duplicate keys, of which the first was kept, and notes.
+    """
+
+    path: Path
+    text: str
+    data: Any
+    places: Places
+    problems: tuple[Problem, ...] = ()
+
+
+# OmegaConf's own YAML loader: `1e-5` is a float there, dates stay text.
+_LOADER: Any = get_yaml_loader()
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as the user would type it: relative when it lies below the working directory."""
+    absolute = Path(os.path.normpath(path.absolute()))
+    try:
+        return str(absolute.relative_to(Path.cwd()))
+    except ValueError:
+        return str(absolute)
+
+
+def _fail(code: str, origin: Origin, message: str) -> ConfigError:
+    return ConfigError([Problem(code=code, message=message, origin=origin)])
+
+
+def _read_text(path: Path) -> str:
+    """Return the file's text.
+
+    Raises:
+        ConfigError: missing, a directory, unreadable, too big or not UTF-8.
+    """
+    name = Origin(file=shown_path(path))
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            limit = MAX_BYTES // 2**20
+            raise _fail(
+                "config/too-big", name, f"the file is larger than {limit} MiB; this is not a configuration"
+            )
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise _fail("config/no-file", name, "no such file; check the path") from None
+    except OSError as error:
+        raise _fail("config/no-file", name, f"cannot be read: {error.strerror}") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        column = error.start - (raw.rfind(b"\n", 0, error.start) + 1) + 1
+        place = Origin(name.file, line, column)
+        message = f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        raise _fail("config/encoding", place, message) from None
+
+
+@dataclass
+class _Walk:
+    """One pass over a file's node graph: positions, limits, and spellings that need reading.
+
+    It mends the graph where the value can be read all the same, so that one fault does not hide the others.
+    """
+
+    file: str
+    places: Places = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    count: int = 0
+
+    def origin(self, node: Any) -> Origin:
+        """Return where a node starts."""
+        return Origin(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
+
+    def add(self, code: str, node: Any, message: str, path: KeyPath, severity: str = "error") -> None:
+        """Add a problem with a node."""
+        key = dotted(path)
+        self.problems.append(
+            Problem(code=code, message=message, key=key, origin=self.origin(node), severity=severity)
+        )
+
+    def visit(self, node: Any, path: KeyPath) -> None:
+        """Visit a node; an aliased one is visited once per use, which is what the limit is for."""
+        self.count += 1
+        if self.count > MAX_NODES:
+            message = f"more than {MAX_NODES} values, aliases expanded"
+            raise _fail("config/too-big", self.origin(node), message)
+        if len(path) > MAX_DEPTH:
+            raise _fail("config/too-big", self.origin(node), f"nested more than {MAX_DEPTH} levels deep")
+        if isinstance(node, yaml.MappingNode):
+            self._mapping(node, path)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self.places[(*path, index)] = self.origin(item)
+                self.visit(item, (*path, index))
+        elif isinstance(node, yaml.ScalarNode):
+            self._scalar(node, path)
+
+    def _mapping(self, node: Any, path: KeyPath) -> None:
+        """Visit the pairs of a mapping; a key given twice keeps its first value."""
+        for key, merged in node.value:
+            if key.tag == _MERGE:  # before the mapping's own keys, which win over merged ones
+                self._merge(merged, path)
+        first: dict[str, Any] = {}
+        kept = []
+        for key_node, value_node in node.value:
+            key = key_node.value
+            if key_node.tag != _MERGE and not isinstance(key, str):
+                self.add("config/key-type", key_node, "a key must be text, not a list or a mapping", path)
+                continue
+            if key_node.tag != _MERGE and key in first:
+                line = first[key].start_mark.line + 1
+                message = f"duplicate key; first given at line {line}; keep one"
+                self.add("config/duplicate-key", key_node, message, (*path, key))
+                continue
+            kept.append((key_node, value_node))
+            if key_node.tag != _MERGE:
+                first[key] = key_node
+                self.places[(*path, key)] = self.origin(key_node)
+                self.visit(value_node, (*path, key))
+        node.value = kept
+
+    def _merge(self, node: Any, path: KeyPath) -> None:
+        """Visit what `<<` merges in; of several the first wins."""
+        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        for source in reversed(sources):
+            self.visit(source, path)
+
+    def _scalar(self, node: Any, path: KeyPath) -> None:
+        text = node.value
+        if "${" not in text:
+            return
+        if _REQUIRED.fullmatch(text.strip()):
+            node.value = "???"  # FlagScale's spelling of OmegaConf's "required from the user"
+        elif _REMOVED_ENV.search(text):
+            node.value = _REMOVED_ENV.sub("${oc.env:", text)
+            message = "`${env:X}` is no longer known to OmegaConf and is read as `${oc.env:X}`; write that"
+            self.add("config/removed-resolver", node, message, path, severity="note")
+        try:
+            grammar_parser.parse(node.value)
+        except GrammarParseError as error:
+            detail = str(error).split("\n", maxsplit=1)[0]
+            message = f"{text!r} is not an interpolation: {detail}; write ${{key}}, or \\${{ for the text"
+            self.add("config/interpolation", node, message, path)
+            node.tag, node.value = "tag:yaml.org,2002:null", "null"
+
+
+def _syntax_error(file: str, error: Any) -> ConfigError:
+    """Turn PyYAML's complaint into one line."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    place = Origin(file, mark.line + 1, mark.column + 1) if mark else Origin(file)
+    what = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"
+    context = getattr(error, "context", None)
+    hint = "; indent with spaces, YAML allows no tabs there" if "'\\t'" in str(what) else ""
+    return _fail("config/syntax", place, f"YAML syntax: {what}{f' {context}' if context else ''}{hint}")
+
+
+def _check_characters(file: str, text: str) -> None:
+    """Refuse control characters, which PyYAML reports without a usable position."""
+    bad = yaml.reader.Reader.NON_PRINTABLE.search(text)
+    if bad:
+        line = text.count("\n", 0, bad.start()) + 1
+        column = bad.start() - text.rfind("\n", 0, bad.start())
+        message = f"control character U+{ord(bad.group()):04X} is not allowed in YAML; remove it"
+        raise _fail("config/encoding", Origin(file, line, column), message)
+
+
+def read_document(path: Path) -> Document:
+    """Read one YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read or is not YAML; each fault has its line and column.
+    """
+    text = _read_text(path)
+    file = shown_path(path)
+    _check_characters(file, text)
+    loader = _LOADER(text)
+    walk = _Walk(file)
+    walk.places[()] = Origin(file, 1, 1)
+    try:
+        node = loader.get_single_node()
+        if node is not None:
+            walk.visit(node, ())
+        data = loader.construct_document(node) if node is not None else None
+    except yaml.YAMLError as error:
+        raise _syntax_error(file, error) from None
+    except (RecursionError, ValueError, OverflowError) as error:
+        # PyYAML recurses per level, and builds numbers by int() of thousands of digits.
+        message = f"cannot be read as YAML: {error}"
+        raise _fail("config/syntax", Origin(file), message) from None
+    finally:
+        loader.dispose()
+    return Document(path, text, data, walk.places, tuple(walk.problems))

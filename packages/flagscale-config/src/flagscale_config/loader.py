@@ -1,0 +1,244 @@
+"""From a file to an `Experiment`: the one entry of this package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path as FilePath
+from typing import Any
+
+from flagscale_config.compose import compose
+from flagscale_config.errors import ConfigError, Origin, Problem, show, sort_problems
+from flagscale_config.experiment import Experiment
+from flagscale_config.experiment_section import SHORTCUTS, ExperimentSection
+from flagscale_config.findings import Findings
+from flagscale_config.megatron import read_train
+from flagscale_config.recipe import recipes
+from flagscale_config.resolve import MISSING, resolve
+from flagscale_config.sections import read_model
+from flagscale_config.serving import read_serve
+from flagscale_config.suggest import suggestion
+
+__all__ = ["check", "load"]
+
+_TASKS = ("train", "serve", "inference", "compress", "rl")
+_TOP = ("experiment", "action", "hydra", "defaults", "device_type_specific", "node_specific", *_TASKS)
+_ENV_SECTIONS = {
+    "device_type_specific": "device_type_envs",
+    "node_specific": "node_envs",
+    "nodes_envs": "node_envs",
+}
+
+
+def load(
+    source: str | PathLike[str], overrides: Sequence[str] = (), *, task: str | None = None
+) -> Experiment:
+    """Load a FlagScale experiment file, or a recipe by name such as `qwen3/0_6b`.
+
+    Args:
+        source: path of the experiment file; the files its defaults list names lie next to it.
+        overrides: in Hydra's grammar: `a.b=c`, `+a.b=c`, `++a.b=c`, `~a.b`, `group=name`.
+        task: which recipe is meant where a name is offered for several tasks, such as `train` and `serve`.
+
+    Raises:
+        ConfigError: everything that is wrong with the files and overrides, each with its place.
+    """
+    experiment, problems = _load(find(source, task), overrides)
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors or experiment is None:
+        raise ConfigError(errors)
+    return experiment
+
+
+def check(source: str | PathLike[str], overrides: Sequence[str] = ()) -> tuple[Problem, ...]:
+    """Return all errors and notes about an experiment file; an empty tuple when there is nothing to say."""
+    try:
+        return sort_problems(_load(find(source), overrides)[1])
+    except ConfigError as error:
+        return error.problems
+
+
+def _load(path: FilePath, overrides: Sequence[str]) -> tuple[Experiment | None, list[Problem]]:
+    composed = compose(path, overrides)
+    data, unresolved = resolve(composed)
+    findings = Findings(composed)
+    findings.problems += unresolved
+    experiment = _read(data, findings, path)
+    return experiment, findings.problems + findings.notes
+
+
+def find(source: str | PathLike[str], task: str | None = None) -> FilePath:
+    """Return the path of an experiment file given by path, without its suffix, or by recipe name.
+
+    Raises:
+        ConfigError: there is no such file and no such recipe.
+    """
+    path = FilePath(source)
+    if path.is_file():
+        return path
+    if path.with_name(path.name + ".yaml").is_file():
+        return path.with_name(path.name + ".yaml")
+    known = recipes(task)
+    name = os.fspath(source)
+    if name in known:
+        return known[name]
+    place = Origin(file=name)
+    qualified = [known_name for known_name in known if known_name.endswith(f":{name}")]
+    if qualified:
+        message = f"offered for several tasks; say {' or '.join(qualified)}"
+    elif path.is_dir():
+        message = "is a directory; name an experiment file in it"
+    elif path.suffix or not known:
+        message = "no such file; check the path"
+    else:
+        message = "no such file and no such recipe" + suggestion(name, None, (), sections=list(known))
+    raise ConfigError([Problem(code="config/no-file", message=message, origin=place, given=name)])
+
+
+def _read(data: Mapping[str, Any], findings: Findings, source: FilePath) -> Experiment | None:
+    """Read the whole composed file; None when something needed for an `Experiment` is missing."""
+    for key in data:
+        if key not in _TOP:
+            findings.error(
+                "config/unknown-key", (key,), f"unknown key{suggestion(key, None, (key,), sections=_TOP)}"
+            )
+    section = _section(data.get("experiment"), findings)
+    task = _task_type(data, section)
+    _refuse_other_tasks(task, findings)
+    runner = section.runner if section is not None else None
+    train = (
+        read_train(data.get("train"), runner, findings)
+        if task == "train" and _has(data, task, findings)
+        else None
+    )
+    serve = read_serve(data.get("serve"), findings) if task == "serve" and _has(data, task, findings) else ()
+    if section is None:
+        return None
+    if findings.problems:
+        return None
+    fields = _fields(section, source, findings)
+    if findings.problems:
+        return None
+    return Experiment.located(findings.origins, findings.notes, **fields, train=train, serve=serve)
+
+
+def _section(tree: Any, findings: Findings) -> ExperimentSection | None:
+    """Read the `experiment` section, after moving what older files have elsewhere."""
+    if not isinstance(tree, Mapping):
+        if tree is not MISSING:
+            message = "experiment is required: a mapping with exp_name, exp_dir and task"
+            findings.error("config/required", ("experiment",) if tree is not None else (), message)
+        return None
+    content = {key: value for key, value in tree.items() if value is not None or key == "exp_name"}
+    runner = content.get("runner")
+    if isinstance(runner, Mapping):
+        content["runner"] = _runner(runner, findings)
+    if isinstance(content.get("deploy"), Mapping):
+        findings.note(
+            "config/moved", ("experiment", "deploy"), "moved to experiment.runner.deploy; write it there"
+        )
+        moved = content.pop("deploy")
+        content["runner"] = {
+            **content.get("runner", {}),
+            "deploy": {**content.get("runner", {}).get("deploy", {}), **moved},
+        }
+    return read_model(ExperimentSection, content, ("experiment",), findings)
+
+
+def _runner(tree: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+    """Leave out what is null, so that defaults apply, and explain a misplaced `type`."""
+    content = {key: value for key, value in tree.items() if value is not None}
+    if content.get("type") == "torchrun":
+        message = "torchrun is a backend, not a type: write backend: torchrun (read so)"
+        findings.note("config/moved", ("experiment", "runner", "type"), message, "torchrun")
+        del content["type"]
+    return content
+
+
+def _task_type(data: Mapping[str, Any], section: ExperimentSection | None) -> str | None:
+    """Return the task's type, from the raw text when the section is broken elsewhere."""
+    if section is not None:
+        return section.task.type
+    experiment = data.get("experiment")
+    task = experiment.get("task") if isinstance(experiment, Mapping) else None
+    kind = task.get("type") if isinstance(task, Mapping) else None
+    if kind in _TASKS:
+        return str(kind)
+    present = [name for name in _TASKS if data.get(name) is not None]
+    return present[0] if len(present) == 1 else None
+
+
+def _has(data: Mapping[str, Any], task: str, findings: Findings) -> bool:
+    """Whether the file holds the section its task needs."""
+    if data.get(task) is not None:
+        return data[task] is not MISSING
+    message = f"there is no `{task}` section; name its file in defaults (- {task}: NAME) or write it here"
+    findings.error("config/required", (task,), message)
+    return False
+
+
+def _refuse_other_tasks(task: str | None, findings: Findings) -> None:
+    """Say clearly what this version cannot run."""
+    where = ("experiment", "task", "type")
+    if task in {"inference", "compress", "rl"}:
+        findings.error(
+            "config/unsupported",
+            where,
+            f"{task} tasks cannot be run by this version; train and serve can",
+            task,
+        )
+
+
+def _fields(section: ExperimentSection, source: FilePath, findings: Findings) -> dict[str, Any]:
+    """Return the fields of an `Experiment` that come from the `experiment` section."""
+    cwd = FilePath.cwd()
+    exp_dir = section.exp_dir if "exp_dir" in section.model_fields_set else f"outputs/{section.exp_name}"
+    if section.task.entrypoint is not None:
+        message = "is not used: the engine is started by the runner itself"
+        findings.note(
+            "config/no-effect", ("experiment", "task", "entrypoint"), message, section.task.entrypoint
+        )
+    return {
+        "name": section.exp_name,
+        "exp_dir": str(cwd / exp_dir),
+        "cwd": str(cwd),
+        "source": str(source.absolute()),
+        "seed": section.seed,
+        "shortcuts": {key: getattr(section, key) for key in SHORTCUTS if getattr(section, key) is not None},
+        "task": section.task,
+        "runner": section.runner,
+        "cmds": section.cmds or {},
+        "node_args": section.node_args or {},
+        "auto_tuner": section.auto_tuner,
+        "notes": tuple(str(note) for note in sort_problems(findings.notes)),
+        **_environments(section.envs or {}, findings),
+    }
+
+
+def _environments(tree: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+    """Split `envs` into what holds everywhere, per device type and per host; values become text."""
+    found: dict[str, dict[str, Any]] = {"envs": {}, "device_type_envs": {}, "node_envs": {}}
+    for key, value in tree.items():
+        path = ("experiment", "envs", key)
+        if key not in _ENV_SECTIONS:
+            found["envs"].update(_variable(key, value, path, findings))
+            continue
+        if not isinstance(value, Mapping):
+            findings.error(
+                "config/value", path, f"must be a mapping of names to variables ({show(value)} given)"
+            )
+            continue
+        for name, variables in value.items():
+            target = found[_ENV_SECTIONS[key]].setdefault(name, {})
+            for variable, text in (variables or {}).items():
+                target.update(_variable(variable, text, (*path, name, variable), findings))
+    return found
+
+
+def _variable(key: str, value: Any, path: tuple[str, ...], findings: Findings) -> dict[str, str]:
+    """Return one environment variable as text; null means unset."""
+    if isinstance(value, (Mapping, list)):
+        findings.error("config/value", path, f"an environment variable is text ({show(value)} given)")
+        return {}
+    return {} if value is None or value is MISSING else {key: str(value)}

@@ -1,0 +1,280 @@
+"""The parts of a file's `experiment:` section, key by key: task, runner, deployment, commands.
+
+These models are the vocabulary; an unknown key in any of them is an error. Sections of newer FlagScale
+versions (heartbeat, tracing, profilers) are typed here too, whether or not a runner of ours acts on them yet.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from flagscale_config.base import FrozenMap, Model
+
+__all__ = ["CliArgs", "Cmds", "Deploy", "Heartbeat", "Request", "Runner", "Task", "Tracing"]
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+def _text(value: Any) -> Any:
+    """Let a number stand where text is meant: ids and addresses are often digits."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+
+
+class Task(Model):
+    """What is to be done, and by which engine."""
+
+    type: Literal["train", "serve", "inference", "compress", "rl"]
+    """The kind of task; `train` and `serve` can be run."""
+    backend: str | None = None
+    """The engine: `megatron` for training; `vllm`, `sglang`, `llama_cpp`, `transformers` for serving."""
+    entrypoint: str | None = None
+    """FlagScale's script path. Accepted and not used: the engines are started by the runners themselves."""
+
+
+class Request(Model):
+    """One field of the request of a composed application."""
+
+    arg: str
+    """Name of the field."""
+    type: str
+    """A Python type as text: `str`, `Optional[str]`, `Optional[list]`."""
+    required: bool = True
+    """Whether a request without it is refused."""
+    default: Any = None
+    """Taken when the field is absent."""
+
+
+class Deploy(Model):
+    """How a served model is offered."""
+
+    use_fs_serve: bool = True
+    """True: several instances behind one router; false: the engine's own server."""
+    port: Port | None = None
+    """Public port; the engine's own by default."""
+    name: str | None = None
+    """Route prefix of a composed application."""
+    enable_composition: bool = False
+    """Whether the serve items form a graph of classes."""
+    request: tuple[Request, ...] = ()
+    """Request fields of a composed application."""
+    working_dir: str | None = None
+    """Working directory of a composed application."""
+    prefill_decode_disaggregation: bool = False
+    """Whether prompt processing and generation run in different instances."""
+    prefill_num: Annotated[int, Field(ge=1)] | None = None
+    """Number of prefill instances."""
+    decode_num: Annotated[int, Field(ge=1)] | None = None
+    """Number of decode instances."""
+    prefill_address: Text | None = None
+    """Host of the prefill instances."""
+    decode_address: Text | None = None
+    """Host of the decode instances."""
+    prefill_decode_strategy: Literal["slo", "random", "robin"] = "slo"
+    """How requests are spread over the pairs."""
+    prefill_decode_log_dir: str | None = None
+    """Where the instances of a disaggregated deployment log."""
+    pd_proxy_port: Port | None = None
+    """Registration port of the router."""
+
+
+class HardwareHealth(Model):
+    """Health checks of the accelerators."""
+
+    enabled: bool = False
+    """Whether to check."""
+    interval_s: float = 60
+    """Seconds between checks."""
+    command_timeout_s: float = 10
+    """Seconds one check may take."""
+    stale_after_s: float | None = None
+    """Seconds after which a result counts as missing."""
+
+
+class Heartbeat(Model):
+    """Signs of life of the training processes."""
+
+    enabled: bool = False
+    """Whether processes are watched."""
+    log_dir: str | None = None
+    """Where heartbeats are written."""
+    publish_interval_s: float = 5
+    """Seconds between two signs of life."""
+    initial_process_timeout_s: float = 30
+    """Seconds until the first sign of life is due."""
+    process_timeout_s: float = 30
+    """Seconds of silence after which a process counts as dead."""
+    initial_progress_timeout_s: float = 600
+    """Seconds until the first step is due."""
+    progress_timeout_s: float = 300
+    """Seconds without a step after which the run counts as hung."""
+    checkpoint_timeout_s: float = 1800
+    """Seconds a checkpoint may take."""
+    failure_grace_period_s: float | None = None
+    """Seconds between a failure and the stop."""
+    scan_interval_s: float | None = None
+    """Seconds between two looks at the heartbeats."""
+    monitor_nice: int = 10
+    """Scheduling priority of the watcher."""
+    expected_world_size: int | None = None
+    """Number of processes to wait for."""
+    hardware_health: HardwareHealth = HardwareHealth()
+    """Checks of the accelerators."""
+
+
+class Inspector(Model):
+    """The collective-communication inspector of a traced run."""
+
+    enabled: bool = False
+    """Whether to inspect."""
+    plugin_library: str | None = None
+    """Path of the plug-in."""
+    dump_dir: str | None = None
+    """Where it writes."""
+    dump_interval_us: int | None = None
+    """Microseconds between two dumps."""
+    min_size_bytes: int | None = None
+    """Smallest message looked at."""
+    require_kernel_timing: bool | None = None
+    """Whether kernel times are needed."""
+    correlation_window_s: float | None = None
+    """Seconds within which two events belong together."""
+
+
+class Tracing(Model):
+    """Tracing of collective operations."""
+
+    enabled: bool = False
+    """Whether to trace."""
+    log_dir: str | None = None
+    """Where traces are written."""
+    probe_library: str | None = None
+    """Path of the probe."""
+    collective_timeout_s: float = 60
+    """Seconds a collective may take."""
+    delayed_enter_threshold_s: float = 30
+    """Seconds after which a late rank is named."""
+    checkpoint_timeout_s: float | None = None
+    """Seconds a checkpoint may take."""
+    p2p_timeout_s: float | None = None
+    """Seconds a point-to-point message may take."""
+    p2p_match_window_s: float | None = None
+    """Seconds within which both ends must be seen."""
+    missing_exit_timeout_s: float | None = None
+    """Seconds until a missing exit is reported."""
+    failure_grace_period_s: float | None = None
+    """Seconds between a failure and the stop."""
+    scan_interval_s: float | None = None
+    """Seconds between two looks at the traces."""
+    monitor_nice: int | None = None
+    """Scheduling priority of the watcher."""
+    inspector: Inspector = Inspector()
+    """The collective-communication inspector."""
+
+
+class CliArgs(Model):
+    """What FlagScale's command line passes into a file."""
+
+    model_path: str | None = None
+    """Model to serve."""
+    port: Port | None = None
+    """Public port."""
+    engine_args: FrozenMap[str, Any] | str | None = None
+    """Engine options, as a mapping or JSON text."""
+
+
+class Runner(Model):
+    """Where and how processes are started."""
+
+    type: Literal["ssh", "cloud"] = "ssh"
+    """How other hosts are reached; without a hostfile everything runs on this host."""
+    backend: Literal["torchrun"] = "torchrun"
+    """Launcher of training processes."""
+    hostfile: str | None = None
+    """Path of the list of hosts; none means this host."""
+    nnodes: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^\d+(:\d+)?$")] | None = None
+    """Number of hosts, or `min:max`; all hosts of the hostfile by default."""
+    nproc_per_node: Annotated[int, Field(ge=1)] | None = None
+    """Processes per host; the host's slots by default."""
+    node_rank: Annotated[int, Field(ge=0)] | None = None
+    """Rank of this host in a static rendezvous."""
+    master_addr: Text | None = None
+    """Address of the first host."""
+    master_port: Port | None = None
+    """Rendezvous port on the first host."""
+    rdzv_backend: str | None = None
+    """Rendezvous backend of torchrun: `c10d` or `static`."""
+    rdzv_endpoint: Text | None = None
+    """Rendezvous `host:port`."""
+    rdzv_id: Text | None = None
+    """Rendezvous name."""
+    tee: Annotated[int, Field(ge=0, le=3)] | None = None
+    """torchrun's console output: 1 stdout, 2 stderr, 3 both."""
+    redirects: Annotated[int, Field(ge=0, le=3)] | None = None
+    """torchrun's log redirection: 1 stdout, 2 stderr, 3 both."""
+    log_dir: str | None = None
+    """Where logs go; the run directory by default."""
+    per_node_task: bool = False
+    """One process per host, without torchrun."""
+    no_shared_fs: bool = False
+    """Whether each host has a file system of its own."""
+    ssh_port: Port | None = None
+    """Port of the hosts' ssh servers."""
+    docker: str | None = None
+    """Container in which commands run."""
+    device_type: str | None = None
+    """Kind of device, on a cloud runner."""
+    ray_port: Port = 6379
+    """Port of Ray's head."""
+    ray_dashboard_port: Port = 8265
+    """Port of Ray's dashboard."""
+    runtime_env: FrozenMap[str, Any] | str | None = None
+    """Ray's runtime environment."""
+    enable_monitoring: bool = False
+    """Whether a hung or failed run is detected."""
+    enable_gpu_health_check: bool = False
+    """Whether accelerators are checked before the run."""
+    hang_detection_timeout: Annotated[float, Field(gt=0)] = 1800
+    """Seconds without progress after which a run counts as hung."""
+    cli_args: CliArgs = CliArgs()
+    """What FlagScale's command line passes into a file."""
+    deploy: Deploy = Deploy()
+    """How a served model is offered."""
+    heartbeat: Heartbeat = Heartbeat()
+    """Signs of life of the training processes."""
+    tracing: Tracing = Tracing()
+    """Tracing of collective operations."""
+    nsys_bin_path: str | None = None
+    """Path of NVIDIA's profiler."""
+    nsys_rep_file_path: str | None = None
+    """Report file of NVIDIA's profiler."""
+    hipprof_bin_path: str | None = None
+    """Path of the HIP profiler."""
+    hipprof_output_dir: str | None = None
+    """Output folder of the HIP profiler."""
+
+    @property
+    def num_nodes(self) -> int | None:
+        """Number of hosts: the minimum of `min:max`, 1 without a hostfile, None when the hostfile says it."""
+        if self.nnodes is None:
+            return 1 if self.hostfile is None else None
+        return int(str(self.nnodes).partition(":")[0])
+
+    @property
+    def world_size(self) -> int | None:
+        """Number of processes when the file says it, else None."""
+        nodes = self.num_nodes
+        return None if nodes is None or self.nproc_per_node is None else nodes * self.nproc_per_node
+
+
+class Cmds(Model):
+    """Shell text of the user, run around the task."""
+
+    before_start: str | None = None
+    """Run on each host before its processes start."""
+    after_stop: str | None = None
+    """Run on each host after its processes have stopped."""

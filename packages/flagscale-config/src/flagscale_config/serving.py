@@ -1,0 +1,141 @@
+"""FlagScale's `serve:` list read as instances, their options typed by the engines' tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flagscale_config.errors import show
+from flagscale_config.experiment import ServeInstance
+from flagscale_config.findings import Findings
+from flagscale_config.options import OptionError, option_table, spelled
+from flagscale_config.places import Path
+from flagscale_config.resolve import MISSING
+from flagscale_config.sections import read_model
+from flagscale_config.suggest import suggestion
+
+__all__ = ["read_serve"]
+
+_TABLES = ("vllm", "transformers")
+_GONE = {
+    "disable_log_requests": "vLLM no longer logs requests unless enable_log_requests is set",
+    "swap_space": "vLLM 0.25 has no CPU swap space",
+    "num_scheduler_steps": "vLLM 0.25 has no multi-step scheduling",
+    "use_v2_block_manager": "vLLM 0.25 has one block manager",
+    "max_seq_len_to_capture": "vLLM 0.25 reads compilation_config instead",
+}
+_NO_TABLE = frozenset({"sglang", "llama_cpp", "native"})
+
+
+def read_serve(tree: Any, findings: Findings) -> tuple[ServeInstance, ...]:
+    """Return the instances of a file's `serve` section; broken ones are reported and left out."""
+    if not isinstance(tree, list) or not tree:
+        findings.error(
+            "config/value", ("serve",), f"must be a list of items, each with a serve_id ({show(tree)} given)"
+        )
+        return ()
+    instances = []
+    for index, item in enumerate(tree):
+        instance = _read_item(item, ("serve", index), findings)
+        if instance is not None:
+            instances.append(instance)
+    _check_ids(instances, findings)
+    return tuple(instances)
+
+
+def _read_item(item: Any, path: Path, findings: Findings) -> ServeInstance | None:
+    if not isinstance(item, Mapping):
+        findings.error("config/value", path, f"must be a mapping with a serve_id ({show(item)} given)")
+        return None
+    engine = item.get("engine")
+    is_class = item.get("module") is not None
+    content = dict(item)
+    args = item.get("engine_args")
+    if isinstance(args, Mapping) and not is_class and engine != "native":
+        content["engine_args"] = _typed(args, "vllm", (*path, "engine_args"), findings)
+    specific = item.get("engine_args_specific")
+    if isinstance(specific, Mapping):
+        content["engine_args_specific"] = _specific(specific, (*path, "engine_args_specific"), findings)
+    for key in ("engine_args", "engine_args_specific", "resources"):
+        if content.get(key) is None:
+            content.pop(key, None)
+    return read_model(ServeInstance, content, path, findings)
+
+
+def _specific(tree: Mapping[str, Any], path: Path, findings: Findings) -> dict[str, Any]:
+    """Type the options of each engine that has a table; the rest pass as they are."""
+    typed: dict[str, Any] = {}
+    for engine, options in tree.items():
+        if engine not in _TABLES and engine not in _NO_TABLE:
+            allowed = ", ".join(sorted({*_TABLES, *_NO_TABLE}))
+            findings.error("config/unknown-key", (*path, engine), f"unknown engine; allowed: {allowed}")
+        elif options is None:
+            typed[engine] = {}
+        elif not isinstance(options, Mapping):
+            findings.error("config/value", (*path, engine), f"must be a mapping ({show(options)} given)")
+        elif engine in _TABLES:
+            typed[engine] = _typed(options, engine, (*path, engine), findings)
+        else:
+            typed[engine] = {spelled(key): value for key, value in options.items()}
+    return typed
+
+
+def _typed(tree: Mapping[str, Any], engine: str, path: Path, findings: Findings) -> dict[str, Any]:
+    """Return engine options by canonical name, typed by the engine's table."""
+    table = option_table(engine)
+    typed: dict[str, Any] = {}
+    for key, value in _joined(tree).items():
+        here = (*path, key)
+        name = spelled(key)
+        found = table.find(key)
+        if value is None or value is MISSING:
+            continue
+        if found is None and name in _GONE:
+            findings.note("config/no-effect", here, f"has no effect: {_GONE[name]}")
+            continue
+        if found is None:
+            hint = suggestion(key, table, path)
+            findings.error("config/unknown-key", here, f"unknown option of {engine} {table.version}{hint}")
+            continue
+        try:
+            coerced = found[0].coerce(value)
+        except OptionError as error:
+            findings.error("config/value", here, str(error), value)
+            continue
+        option, is_opposite = found
+        coerced = not coerced if is_opposite else coerced
+        if option.name in typed and typed[option.name] != coerced:
+            message = (
+                f"given twice: {show(coerced)} here, {show(typed[option.name])} in another spelling; keep one"
+            )
+            findings.error("config/conflict", here, message, value)
+        typed[option.name] = coerced
+    return typed
+
+
+def _joined(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect vLLM's dotted keys (`limit_mm_per_prompt.image: 8`) into the mapping they mean."""
+    joined: dict[str, Any] = {}
+    for key, value in tree.items():
+        outer, dot, inner = key.partition(".")
+        if dot and isinstance(joined.get(outer, {}), dict):
+            joined.setdefault(outer, {})[inner] = value
+        else:
+            joined[key] = value
+    return joined
+
+
+def _check_ids(instances: list[ServeInstance], findings: Findings) -> None:
+    """Refuse ids given twice and dependencies on nothing."""
+    ids = [instance.serve_id for instance in instances]
+    for index, instance in enumerate(instances):
+        if instance.serve_id in ids[:index]:
+            findings.error(
+                "config/conflict",
+                ("serve", index, "serve_id"),
+                f"{instance.serve_id!r} is used twice; ids are unique",
+            )
+        for wanted in instance.depends:
+            if wanted not in ids:
+                message = f"depends on {wanted!r}, which is no serve_id of this file; known: {', '.join(ids)}"
+                findings.error("config/value", ("serve", index, "depends"), message)

@@ -1,0 +1,203 @@
+"""Carry out a plan: read, rearrange, write, a few megabytes at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flagscale_convert.errors import Unsupported
+from flagscale_convert.layout import FilePlan, Item
+from flagscale_convert.model import require_fit
+from flagscale_convert.plan import Plan
+from flagscale_convert.staging import Staging, write_failure
+from flagscale_convert.tensors import Source
+from flagscale_convert.verification import first_difference
+
+__all__ = ["Progress", "Report", "convert"]
+
+_BUFFER_BYTES = 16 << 20
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all, from any thread, one call at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did."""
+
+    destination: Path
+    files: tuple[str, ...]
+    num_parameters: int
+    written_bytes: int
+    resumed_bytes: int
+    """Bytes an earlier, unfinished attempt had written already."""
+    seconds: float
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the report as plain data."""
+        return {
+            "destination": str(self.destination),
+            "files": list(self.files),
+            "num_parameters": self.num_parameters,
+            "written_bytes": self.written_bytes,
+            "resumed_bytes": self.resumed_bytes,
+            "seconds": round(self.seconds, 3),
+            "notes": list(self.notes),
+        }
+
+
+class _Cancelled(Exception):
+    """Another thread failed or the user stopped the run."""
+
+
+def convert(
+    plan: Plan, *, progress: Progress | None = None, workers: int = 2, overwrite: bool = False
+) -> Report:
+    """Carry out a plan.
+
+    Peak memory is about `workers` times 16 MB (twice that with a dtype given), whatever the size of the
+    model. Stopped at any moment, the destination holds nothing that loads, and the same call finishes the
+    work.
+
+    Args:
+        plan: from `make_plan`.
+        progress: told about bytes done.
+        workers: threads, at least 1; more than two help on fast disks only.
+        overwrite: replace an earlier checkpoint in the destination.
+
+    Raises:
+        Unsupported: the plan has problems.
+        DestinationRefused: the destination holds something else.
+        SourceDamaged: the source ends early or changed.
+        WriteFailed: the destination could not be written.
+    """
+    started = time.monotonic()
+    require_fit(plan.model, plan.source)
+    for one, other in plan.must_equal:
+        _require_equal(plan, one, other)
+    staging = Staging(plan, overwrite=overwrite)
+    with staging.opened():
+        done = sum(file.size_bytes for file in plan.files if staging.is_done(file.path))
+        counter = _Counter(sum(file.size_bytes for file in plan.files), done, progress)
+        for file in plan.files:
+            if not staging.is_done(file.path):
+                _write_file(plan.view, file, staging.folder / file.path, counter, workers)
+                staging.mark_done(file.path)
+        staging.commit()
+    return Report(
+        destination=plan.destination,
+        files=(*(file.path for file in plan.files), *plan.copies, *plan.texts),
+        num_parameters=plan.num_parameters,
+        written_bytes=plan.total_bytes - done,
+        resumed_bytes=done,
+        seconds=time.monotonic() - started,
+        notes=plan.notes,
+    )
+
+
+def _require_equal(plan: Plan, one: str, other: str) -> None:
+    source = plan.model.source
+    infos = source.tensors()
+    if infos[one] != infos[other] or first_difference(source, one, source, other) is not None:
+        raise Unsupported(
+            f"{plan.source}: `{one}` differs from `{other}` although tie_word_embeddings is true: one of the"
+            " two would be"
+            " lost: set tie_word_embeddings to false in config.json if the model was trained untied"
+        )
+
+
+class _Counter:
+    """Bytes done, over all threads, and whether to stop."""
+
+    def __init__(self, total_bytes: int, done_bytes: int, progress: Progress | None) -> None:
+        self._total, self._done, self._progress = total_bytes, done_bytes, progress
+        self._lock = threading.Lock()
+        self.is_cancelled = False
+        self.add(0)
+
+    def add(self, size_bytes: int) -> None:
+        """Count bytes written.
+
+        Raises:
+            _Cancelled: the work is to stop.
+        """
+        if self.is_cancelled:
+            raise _Cancelled
+        with self._lock:
+            self._done += size_bytes
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+
+def _write_file(view: Source, file: FilePlan, path: Path, counter: _Counter, workers: int) -> None:
+    """Write one file by several threads, each a tensor at a time, roughly from front to back."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise write_failure(path, error) from error
+    try:
+        _write_at(descriptor, path, file.head, 0)
+        counter.add(len(file.head))
+        with ThreadPoolExecutor(max(1, workers), thread_name_prefix="convert") as pool:
+            futures = [pool.submit(_write_item, view, item, descriptor, path, counter) for item in file.items]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                # Also reached by Ctrl-C: threads stop at their next buffer.
+                counter.is_cancelled = any(not future.done() for future in futures)
+                pool.shutdown(cancel_futures=True)
+            _raise_first(futures)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise write_failure(path, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def _raise_first(futures: list[Future[None]]) -> None:
+    """Raise what really went wrong, not that the others were stopped because of it."""
+    errors = [future.exception() for future in futures if not future.cancelled()]
+    for error in errors:
+        if error is not None and not isinstance(error, _Cancelled):
+            raise error
+
+
+def _write_item(view: Source, item: Item, descriptor: int, path: Path, counter: _Counter) -> None:
+    info = view.tensors()[item.tensor]
+    rows_at_once = max(1, _BUFFER_BYTES // max(1, info.row_bytes))
+    buffer: np.ndarray = np.empty((min(rows_at_once, info.rows), info.row_bytes), np.uint8)
+    position, checksum = item.offset, 0
+    for start in range(0, info.rows, rows_at_once):
+        rows = buffer[: min(rows_at_once, info.rows - start)]
+        view.read_rows(item.tensor, start, rows)
+        if item.frame is not None:
+            checksum = zlib.crc32(rows, checksum)
+        _write_at(descriptor, path, rows, position)
+        position += rows.size
+        counter.add(rows.size)
+    if item.frame is not None:
+        head, tail = item.frame.render(checksum)
+        _write_at(descriptor, path, head, item.offset - len(head))
+        _write_at(descriptor, path, tail, position)
+        counter.add(len(head) + len(tail))
+
+
+def _write_at(descriptor: int, path: Path, data: bytes | np.ndarray, offset: int) -> None:
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        try:
+            done += os.pwrite(descriptor, view[done:], offset + done)
+        except OSError as error:
+            raise write_failure(path, error) from error

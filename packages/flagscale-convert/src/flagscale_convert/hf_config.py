@@ -1,0 +1,266 @@
+"""`config.json` of the dense families, both ways.
+
+Every field is mapped, must have the one value under which the model is what Megatron computes, or is known to
+change nothing; what is left is reported by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flagscale_convert.architecture import Architecture, RopeScaling
+from flagscale_convert.errors import Unsupported
+from flagscale_convert.families import FAMILIES, Family
+from flagscale_convert.tensors import TORCH_NAMES
+
+__all__ = ["ReadConfig", "read_config", "write_config"]
+
+_MAPPED = frozenset(
+    {
+        "architectures",
+        "head_dim",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "max_position_embeddings",
+        "model_type",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "tie_word_embeddings",
+        "vocab_size",
+    }
+)
+_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "attention_dropout": (0, None),
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False, None),
+    "pretraining_tp": (1, None),
+    "sliding_window_pattern": (None,),
+    "use_sliding_window": (False, None),
+    "quantization_config": (None,),
+    "auto_map": (None,),
+    "partial_rotary_factor": (1, None),
+    "layer_types": (None,),
+}
+"""Fields with the only values under which Megatron's model computes the same."""
+_HARMLESS = frozenset(
+    {
+        "_name_or_path",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "keys_to_ignore_at_inference",
+        "max_window_layers",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "return_dict",
+        "sliding_window",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+_LLAMA3_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadConfig:
+    """A `config.json` understood."""
+
+    architecture: Architecture
+    notes: tuple[str, ...]
+    """What was defaulted or left out, one sentence each."""
+
+
+def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 128) -> ReadConfig:
+    """Understand a `config.json`.
+
+    Args:
+        config: the parsed file.
+        where: names the file in messages.
+        vocab_divisor: Megatron pads the vocabulary to a multiple of this.
+
+    Raises:
+        Unsupported: another architecture, or a field Megatron's dense model has no equal for.
+    """
+    family = _family(config, where)
+    notes: list[str] = []
+    _check_fields(config, where, notes)
+    theta, scaling = _rope(config, where, notes)
+    heads = _positive(config, "num_attention_heads", where)
+    hidden = _positive(config, "hidden_size", where)
+    kv_heads = _defaulted(config, "num_key_value_heads", heads, where, notes)
+    if heads % kv_heads:
+        raise Unsupported(
+            f"{where}: num_key_value_heads ({kv_heads}): must divide num_attention_heads ({heads})"
+        )
+    # Qwen3 has its own default for a missing head_dim, the other families divide.
+    head_default = 128 if family.name == "qwen3" else hidden // heads
+    vocab = _positive(config, "vocab_size", where)
+    is_tied = config.get("tie_word_embeddings")
+    if is_tied is None:
+        notes.append("tie_word_embeddings: absent, false assumed")
+    return ReadConfig(
+        Architecture(
+            family=family.name,
+            num_layers=_positive(config, "num_hidden_layers", where),
+            hidden_size=hidden,
+            ffn_size=_positive(config, "intermediate_size", where),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_size=_defaulted(config, "head_dim", head_default, where, notes),
+            vocab_size=vocab,
+            padded_vocab_size=-(-vocab // vocab_divisor) * vocab_divisor,
+            norm_epsilon=_number(config, "rms_norm_eps", 1e-6, where, notes),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_positions=_positive(config, "max_position_embeddings", where),
+            is_tied=bool(is_tied),
+            has_qkv_bias=family.name == "qwen2",
+            has_qk_norm=family.name == "qwen3",
+            init_std=_number(config, "initializer_range", 0.02, where, notes),
+        ),
+        tuple(notes),
+    )
+
+
+def _family(config: Mapping[str, Any], where: str) -> Family:
+    named = config.get("architectures") or []
+    for family in FAMILIES.values():
+        if family.architecture in named or (not named and family.model_type == config.get("model_type")):
+            return family
+    known = ", ".join(family.architecture for family in FAMILIES.values())
+    raise Unsupported(
+        f"{where}: architectures ({named or config.get('model_type')}): can be converted are {known}"
+    )
+
+
+def _check_fields(config: Mapping[str, Any], where: str, notes: list[str]) -> None:
+    for name, allowed in _ONLY.items():
+        value = config.get(name)
+        if name == "layer_types" and value and set(value) == {"full_attention"}:
+            continue
+        if name in config and value not in allowed:
+            raise Unsupported(
+                f"{where}: {name} ({value}): only {' or '.join(str(item) for item in allowed)} has an equal"
+                " in"
+                " Megatron's dense model: this model cannot be converted faithfully"
+            )
+    unknown = sorted(set(config) - _MAPPED - set(_ONLY) - _HARMLESS)
+    notes.extend(
+        f"{name} ({config[name]}): unknown field, left out" for name in unknown if config[name] is not None
+    )
+
+
+def _rope(config: Mapping[str, Any], where: str, notes: list[str]) -> tuple[float, RopeScaling | None]:
+    """Read theta and scaling from transformers 5's `rope_parameters` or the classic two fields."""
+    merged = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = merged.get("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        theta = 10000.0
+        notes.append("rope_theta: absent, 10000 assumed")
+    kind = merged.get("rope_type", merged.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind == "linear":
+        return float(theta), RopeScaling("linear", _factor(merged, where))
+    if kind == "llama3":
+        for name, only in _LLAMA3_BANDS.items():
+            if merged.get(name, only) != only:
+                raise Unsupported(
+                    f"{where}: rope {name} ({merged[name]}): Megatron's llama3 scaling has {only} built in"
+                )
+        return float(theta), RopeScaling("llama3", _factor(merged, where))
+    raise Unsupported(
+        f"{where}: rope_type ({kind}): Megatron's dense model has default, linear and llama3: if the scaling"
+        " only"
+        " serves longer contexts at inference, take it out of config.json and put it back after training"
+    )
+
+
+def _factor(rope: Mapping[str, Any], where: str) -> float:
+    factor = rope.get("factor")
+    if not isinstance(factor, int | float) or factor < 1:
+        raise Unsupported(f"{where}: rope factor ({factor}): a number of at least 1 is needed")
+    return float(factor)
+
+
+def _positive(config: Mapping[str, Any], name: str, where: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise Unsupported(f"{where}: {name} ({value!r}): a positive integer is needed")
+    return value
+
+
+def _defaulted(config: Mapping[str, Any], name: str, default: int, where: str, notes: list[str]) -> int:
+    if config.get(name) is None:
+        notes.append(f"{name}: absent, {default} assumed")
+        return default
+    return _positive(config, name, where)
+
+
+def _number(config: Mapping[str, Any], name: str, default: float, where: str, notes: list[str]) -> float:
+    value = config.get(name)
+    if value is None:
+        notes.append(f"{name}: absent, {default} assumed")
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise Unsupported(f"{where}: {name} ({value!r}): a positive number is needed")
+    return float(value)
+
+
+def write_config(arch: Architecture, *, dtype: str, tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a `config.json`.
+
+    The classic `rope_theta` and `rope_scaling` are written: transformers 4 and 5, vLLM and SGLang all read
+    them.
+
+    Args:
+        arch: the model.
+        dtype: safetensors code of most weights.
+        tokens: `bos_token_id`, `eos_token_id`, `pad_token_id` as far as known.
+    """
+    family = FAMILIES[arch.family]
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": arch.head_size,
+        "hidden_act": "silu",
+        "hidden_size": arch.hidden_size,
+        "initializer_range": arch.init_std,
+        "intermediate_size": arch.ffn_size,
+        "max_position_embeddings": arch.max_positions,
+        "model_type": family.model_type,
+        "num_attention_heads": arch.num_heads,
+        "num_hidden_layers": arch.num_layers,
+        "num_key_value_heads": arch.num_kv_heads,
+        "rms_norm_eps": arch.norm_epsilon,
+        "rope_scaling": _write_scaling(arch.rope_scaling),
+        "rope_theta": arch.rope_theta,
+        "tie_word_embeddings": arch.is_tied,
+        "torch_dtype": TORCH_NAMES[dtype],
+        "use_cache": True,
+        "vocab_size": arch.vocab_size,
+    }
+    if family.name == "llama":
+        config["mlp_bias"] = False
+    else:
+        config["use_sliding_window"] = False
+    return dict(sorted({**config, **tokens}.items()))
+
+
+def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    bands = _LLAMA3_BANDS if scaling.kind == "llama3" else {}
+    return {"rope_type": scaling.kind, "factor": scaling.factor, **bands}

@@ -1,0 +1,165 @@
+"""A checkpoint understood: its architecture, its rules applied, and what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flagscale_convert.architecture import Architecture
+from flagscale_convert.arrange import compare_names
+from flagscale_convert.errors import Unsupported
+from flagscale_convert.families import FAMILIES, Family
+from flagscale_convert.hf_config import read_config
+from flagscale_convert.huggingface import CONFIG, HuggingFaceSource, read_json
+from flagscale_convert.locate import Opened
+from flagscale_convert.megatron_args import read_args
+from flagscale_convert.rules import Binding, bind
+from flagscale_convert.tensors import Source
+from flagscale_convert.tokenizer import find_tokenizer
+from flagscale_convert.torch_dist import TorchDistSource
+
+__all__ = ["Model", "require_fit", "understand"]
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint with its meaning."""
+
+    architecture: Architecture
+    family: Family
+    bindings: tuple[Binding, ...]
+    source: Source
+    is_megatron: bool
+    problems: tuple[str, ...]
+    """Tensors that are missing, unknown or of the wrong shape."""
+    notes: tuple[str, ...]
+    skipped_tensors: int
+    must_equal: tuple[tuple[str, str], ...]
+    knows_vocabulary: bool
+    """False when padding could not be told from the vocabulary, and all rows were taken for it."""
+    tokenizer_places: tuple[Path, ...]
+    """Where its tokenizer may lie, likeliest first."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors, tied ones once, padding of the vocabulary not counted."""
+        total = 0
+        for binding in self.bindings:
+            for rows, *columns in binding.part_shapes:
+                size = rows
+                for column in columns:
+                    size *= column
+                total += size
+        return total
+
+
+def understand(
+    opened: Opened, *, tokenizer: Path | None = None, vocab_size: int | None = None, vocab_divisor: int = 128
+) -> Model:
+    """Read the configuration of a checkpoint and compare its tensors with the family's rules.
+
+    Args:
+        opened: the checkpoint.
+        tokenizer: directory given by the user.
+        vocab_size: true vocabulary given by the user.
+        vocab_divisor: what a Hugging Face vocabulary will be padded to a multiple of.
+
+    Raises:
+        Unsupported: an architecture or value that cannot be converted.
+    """
+    if isinstance(opened.source, TorchDistSource):
+        return _understand_megatron(opened, opened.source, tokenizer, vocab_size)
+    return _understand_huggingface(opened, opened.source, vocab_divisor)
+
+
+def _understand_huggingface(opened: Opened, source: HuggingFaceSource, vocab_divisor: int) -> Model:
+    where = opened.directory / CONFIG
+    read = read_config(read_json(where), where=str(where), vocab_divisor=vocab_divisor)
+    arch = read.architecture
+    family = FAMILIES[arch.family]
+    bindings = bind(family.rules, arch)
+    infos = source.tensors()
+    dropped = {name.format(i=layer) for name in family.dropped for layer in range(arch.num_layers)} & set(
+        infos
+    )
+    notes = list(read.notes)
+    if dropped:
+        notes.append(
+            f"{len(dropped)} tensors of rotary frequencies left out: they follow from the configuration"
+        )
+    must_equal: tuple[tuple[str, str], ...] = ()
+    if arch.is_tied and _HEAD in infos:
+        dropped.add(_HEAD)
+        must_equal = ((_HEAD, _EMBEDDING),)
+        notes.append(
+            f"{_HEAD} left out: tie_word_embeddings is true, so it must equal {_EMBEDDING} (will be checked)"
+        )
+    return Model(
+        architecture=arch,
+        family=family,
+        bindings=bindings,
+        source=source,
+        is_megatron=False,
+        problems=compare_names(infos, bindings, is_megatron=False, ignored=dropped).problems,
+        notes=tuple(notes),
+        skipped_tensors=0,
+        must_equal=must_equal,
+        knows_vocabulary=True,
+        tokenizer_places=(opened.directory,),
+    )
+
+
+def _understand_megatron(
+    opened: Opened, source: TorchDistSource, tokenizer: Path | None, vocab_size: int | None
+) -> Model:
+    saved = source.common.args
+    named = saved.get("tokenizer_model")
+    places = (opened.root / "tokenizer", *((Path(named),) if isinstance(named, str) and named else ()))
+    notes: list[str] = []
+    given = vocab_size
+    if given is None and not saved.get("vocab_size"):
+        found = find_tokenizer(tokenizer, places)
+        if found is not None and found.num_tokens is not None:
+            given = found.num_tokens
+            notes.append(f"vocab_size: {given}, from the tokenizer in {found.directory}")
+    read = read_args(saved, where=str(opened.directory), vocab_size=given)
+    arch = read.architecture
+    family = FAMILIES[arch.family]
+    infos = source.tensors()
+    bindings = bind(family.rules, arch, infos)
+    problems = list(compare_names(infos, bindings, is_megatron=True).problems)
+    problems += [f"`{name}`: its chunks do not tile its shape" for name in source.gaps()]
+    if source.optimizer_tensors:
+        notes.append(f"{len(source.optimizer_tensors)} optimizer tensors skipped: only weights are converted")
+    return Model(
+        architecture=arch,
+        family=family,
+        bindings=bindings,
+        source=source,
+        is_megatron=True,
+        problems=tuple(problems),
+        notes=(*notes, *read.notes),
+        skipped_tensors=len(source.optimizer_tensors),
+        must_equal=(),
+        knows_vocabulary=read.knows_vocabulary,
+        tokenizer_places=places,
+    )
+
+
+def require_fit(model: Model, where: Path) -> None:
+    """Refuse a model whose tensors do not fit its configuration.
+
+    Raises:
+        Unsupported: with every problem, the first ones in full.
+    """
+    if not model.problems:
+        return
+    shown = model.problems[:10]
+    more = len(model.problems) - len(shown)
+    listed = "\n  ".join((*shown, *((f"and {more} more",) if more else ())))
+    raise Unsupported(
+        f"{where}: {len(model.problems)} tensors do not fit the {model.family.name} family:\n  {listed}\n"
+        "nothing was written: check that configuration and weights belong together"
+    )

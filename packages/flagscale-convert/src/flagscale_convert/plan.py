@@ -1,0 +1,231 @@
+"""The plan of a conversion, made from headers and metadata only, before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from flagscale_convert.architecture import Architecture
+from flagscale_convert.arrange import as_huggingface, as_megatron
+from flagscale_convert.cast import Cast
+from flagscale_convert.errors import Unsupported
+from flagscale_convert.hf_config import write_config
+from flagscale_convert.huggingface import CONFIG
+from flagscale_convert.layout import FilePlan, lay_out_safetensors
+from flagscale_convert.locate import TRACKER, open_checkpoint
+from flagscale_convert.megatron_args import write_args
+from flagscale_convert.model import Model, understand
+from flagscale_convert.tensors import Source
+from flagscale_convert.tokenizer import Tokenizer, find_tokenizer
+
+__all__ = ["DTYPE_CODES", "Format", "Plan", "make_plan"]
+
+Format = Literal["hf", "torch_dist"]
+DTYPE_CODES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_RELEASE = "release"
+_TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do."""
+
+    source: Path
+    """Directory the tensors are read from."""
+    destination: Path
+    to: Format
+    architecture: Architecture
+    files: tuple[FilePlan, ...]
+    """Big files, in the order they are written."""
+    texts: Mapping[str, bytes]
+    """Small files by relative path; put in place after the big ones, in this order."""
+    copies: Mapping[str, Path]
+    """Files carried along as they are, by relative path."""
+    notes: tuple[str, ...]
+    """What was defaulted, passed over or left out."""
+    problems: tuple[str, ...]
+    """Why it cannot be run; empty when it can."""
+    skipped_tensors: int
+    """Optimizer states not converted."""
+    must_equal: tuple[tuple[str, str], ...]
+    """Pairs of source tensors of which one is dropped as the copy of the other; compared before writing."""
+    digest: str
+    """Names this conversion: same sources, same options, same layout."""
+    model: Model = field(compare=False, repr=False)
+    view: Source = field(compare=False, repr=False)
+    """The source as the destination will have it."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files to write."""
+        carried = sum(path.stat().st_size for path in self.copies.values())
+        return sum(file.size_bytes for file in self.files) + sum(map(len, self.texts.values())) + carried
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors, tied ones once, padding of the vocabulary not counted."""
+        return self.model.num_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the plan as plain data."""
+        dtypes = Counter(info.dtype for info in self.view.tensors().values())
+        return {
+            "source": str(self.source),
+            "destination": str(self.destination),
+            "to": self.to,
+            "family": self.architecture.family,
+            "num_parameters": self.num_parameters,
+            "num_tensors": len(self.view.tensors()),
+            "dtypes": dict(dtypes),
+            "total_bytes": self.total_bytes,
+            "files": {file.path: file.size_bytes for file in self.files}
+            | {path: len(data) for path, data in self.texts.items()}
+            | {path: origin.stat().st_size for path, origin in self.copies.items()},
+            "skipped_optimizer_tensors": self.skipped_tensors,
+            "notes": list(self.notes),
+            "problems": list(self.problems),
+        }
+
+
+def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
+    src: str | PathLike[str],
+    dst: str | PathLike[str],
+    *,
+    to: Format,
+    tokenizer: str | PathLike[str] | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+    vocab_size: int | None = None,
+    vocab_divisor: int = 128,
+) -> Plan:
+    """Plan a conversion.
+
+    Args:
+        src: a Hugging Face model directory, a Megatron iteration directory or a training directory.
+        dst: directory to write; need not exist.
+        to: `hf` or `torch_dist`.
+        tokenizer: directory whose tokenizer is carried along; else the one the checkpoint names, if there.
+        dtype: `bf16`, `fp16` or `fp32`; None keeps what is stored.
+        shard_bytes: largest size of a file, if no single tensor is larger.
+        vocab_size: true vocabulary, when the checkpoint does not tell it or tells it wrong.
+        vocab_divisor: `torch_dist` pads the vocabulary to a multiple of this.
+
+    Raises:
+        SourceNotFound: no checkpoint there.
+        SourceDamaged: half-written or truncated.
+        Unsupported: a format, architecture or option that cannot be converted.
+        UnsafePickle: a pickle in it names something no checkpoint needs.
+    """
+    if to not in ("hf", "torch_dist"):
+        raise Unsupported(f"to ({to}): hf or torch_dist")
+    if dtype is not None and dtype not in DTYPE_CODES:
+        raise Unsupported(f"dtype ({dtype}): one of {', '.join(DTYPE_CODES)}")
+    opened = open_checkpoint(Path(src))
+    asked = None if tokenizer is None else Path(tokenizer)
+    model = understand(opened, tokenizer=asked, vocab_size=vocab_size, vocab_divisor=vocab_divisor)
+    hf_view: Source = as_huggingface(model.source, model.bindings) if model.is_megatron else model.source
+    view: Source = _only_bound(hf_view, model) if to == "hf" else as_megatron(hf_view, model.bindings)
+    if dtype is not None:
+        view = Cast(view, DTYPE_CODES[dtype])
+    destination = Path(dst)
+    parts = _Parts(
+        model, view, destination, shard_bytes, vocab_divisor, find_tokenizer(asked, model.tokenizer_places)
+    )
+    files, texts, copies = (
+        ((), {}, {}) if model.problems else parts.hf() if to == "hf" else parts.torch_dist()
+    )
+    plan = Plan(
+        source=opened.directory,
+        destination=destination,
+        to=to,
+        architecture=model.architecture,
+        files=files,
+        texts=texts,
+        copies=copies,
+        notes=(*opened.notes, *model.notes, *parts.notes),
+        problems=model.problems,
+        skipped_tensors=model.skipped_tensors,
+        must_equal=model.must_equal,
+        digest="",
+        model=model,
+        view=view,
+    )
+    return replace(plan, digest=_digest(plan))
+
+
+def _only_bound(view: Source, model: Model) -> Source:
+    """Leave out of a Hugging Face source what carries nothing, by seeing it through the rules and back."""
+    if model.is_megatron:
+        return view
+    return as_huggingface(as_megatron(view, model.bindings), model.bindings)
+
+
+@dataclass
+class _Parts:
+    """What the two layouts share."""
+
+    model: Model
+    view: Source
+    destination: Path
+    shard_bytes: int
+    vocab_divisor: int
+    tokenizer: Tokenizer | None
+    notes: list[str] = field(default_factory=list)
+
+    def hf(self) -> tuple[tuple[FilePlan, ...], dict[str, bytes], dict[str, Path]]:
+        """Lay out a model directory; the configuration comes last, without it nothing loads the directory."""
+        infos = self.view.tensors()
+        files, index = lay_out_safetensors(infos, shard_bytes=self.shard_bytes)
+        copies = self._carried("")
+        tokens = dict(self.tokenizer.ids) if self.tokenizer is not None else {}
+        if self.tokenizer is None:
+            self.notes.append(
+                "tokenizer: none found, give one with --tokenizer DIR to make the model usable for text"
+            )
+        texts: dict[str, bytes] = {}
+        if "generation_config.json" not in copies:
+            texts["generation_config.json"] = _json({"_from_model_config": True, **tokens})
+        dtype = Counter(info.dtype for info in infos.values()).most_common(1)[0][0]
+        config = write_config(self.model.architecture, dtype=dtype, tokens=tokens)
+        return files, {**texts, **index, CONFIG: _json(config)}, copies
+
+    def torch_dist(self) -> tuple[tuple[FilePlan, ...], dict[str, bytes], dict[str, Path]]:
+        """Lay out a training directory with one `release` checkpoint; the tracker comes last."""
+        from flagscale_convert.dcp_layout import lay_out_torch_dist
+
+        copies = self._carried(f"{_TOKENIZER_FOLDER}/")
+        arch = self.model.architecture
+        tokenizer = str((self.destination / _TOKENIZER_FOLDER).absolute()) if copies else None
+        args = write_args(arch, tokenizer=tokenizer, vocab_divisor=self.vocab_divisor)
+        files, texts = lay_out_torch_dist(
+            self.view.tensors(), arch, args, folder=_RELEASE, shard_bytes=self.shard_bytes
+        )
+        return files, {**texts, TRACKER: _RELEASE.encode()}, copies
+
+    def _carried(self, folder: str) -> dict[str, Path]:
+        if self.tokenizer is None:
+            return {}
+        return {f"{folder}{name}": self.tokenizer.directory / name for name in self.tokenizer.files}
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _digest(plan: Plan) -> str:
+    """Name a conversion by its sources (names, sizes, times) and by the layout of what it writes."""
+    sources = sorted(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in plan.source.iterdir()
+        if path.is_file()
+    )
+    dtypes = sorted({info.dtype for info in plan.view.tensors().values()})
+    layout = [(file.path, file.size_bytes) for file in plan.files]
+    described = json.dumps([plan.to, str(plan.source.resolve()), sources, dtypes, layout])
+    return hashlib.sha256(described.encode()).hexdigest()

@@ -1,0 +1,168 @@
+"""How tensors of the two worlds correspond: declared once, read in both directions.
+
+A rule names the Hugging Face tensors that make up one Megatron tensor and an operation that says which rows
+of which part are which rows of the whole. An operation is only that list of row spans, so its inverse is the
+same list read the other way, and no tensor is needed to plan with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flagscale_convert.architecture import Architecture
+from flagscale_convert.tensors import TensorInfo
+
+__all__ = ["Binding", "Copy", "Gated", "Op", "Qkv", "Rule", "Span", "Vocab", "bind"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows that go together: `rows` of part number `part` from `part_row` are the whole's from `row`."""
+
+    part: int
+    part_row: int
+    row: int
+    rows: int
+
+
+Size = Callable[[Architecture], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """Which rows of the parts are which rows of the whole."""
+
+    def part_rows(self, arch: Architecture) -> tuple[int, ...]:
+        """Rows of each part."""
+        raise NotImplementedError
+
+    def whole_rows(self, arch: Architecture) -> int:
+        """Rows of the whole; rows no span reaches are padding."""
+        return sum(self.part_rows(arch))
+
+    def spans(self, arch: Architecture) -> tuple[Span, ...]:
+        """Parts one behind the other, unless an operation says otherwise."""
+        spans, row = [], 0
+        for part, rows in enumerate(self.part_rows(arch)):
+            spans.append(Span(part, 0, row, rows))
+            row += rows
+        return tuple(spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy(Op):
+    """The tensor as it is."""
+
+    rows: Size
+
+    def part_rows(self, arch: Architecture) -> tuple[int, ...]:
+        """One part."""
+        return (self.rows(arch),)
+
+
+@dataclass(frozen=True, slots=True)
+class Gated(Op):
+    """SwiGLU's first projection: all gate rows, then all up rows."""
+
+    def part_rows(self, arch: Architecture) -> tuple[int, ...]:
+        """Gate and up."""
+        return (arch.ffn_size, arch.ffn_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocab(Op):
+    """Rows per token; the whole is padded to Megatron's divisor."""
+
+    def part_rows(self, arch: Architecture) -> tuple[int, ...]:
+        """The true vocabulary."""
+        return (arch.vocab_size,)
+
+    def whole_rows(self, arch: Architecture) -> int:
+        """The padded vocabulary."""
+        return arch.padded_vocab_size
+
+
+@dataclass(frozen=True, slots=True)
+class Qkv(Op):
+    """Megatron's fused projection: for each key/value head its query heads, its key, its value."""
+
+    def part_rows(self, arch: Architecture) -> tuple[int, ...]:
+        """Query, key and value."""
+        return (arch.query_size, arch.kv_size, arch.kv_size)
+
+    def spans(self, arch: Architecture) -> tuple[Span, ...]:
+        """Interleave by key/value head."""
+        head = arch.head_size
+        queries = arch.num_heads // arch.num_kv_heads * head
+        group = queries + 2 * head
+        return tuple(
+            span
+            for index in range(arch.num_kv_heads)
+            for span in (
+                Span(0, index * queries, index * group, queries),
+                Span(1, index * head, index * group + queries, head),
+                Span(2, index * head, index * group + queries + head, head),
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One correspondence; `{i}` in the names is the layer."""
+
+    hf: tuple[str, ...]
+    """The parts, in the operation's order."""
+    megatron: str
+    op: Op
+    columns: Size | None = None
+    """Second axis of every part and of the whole; None for vectors."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the whole seen in checkpoints; read, never written."""
+    when: Callable[[Architecture], bool] = lambda _arch: True
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A rule for one layer of one model, with every shape known."""
+
+    hf: tuple[str, ...]
+    megatron: str
+    spans: tuple[Span, ...]
+    part_shapes: tuple[tuple[int, ...], ...]
+    whole_shape: tuple[int, ...]
+
+
+def bind(
+    rules: Iterable[Rule], arch: Architecture, present: Mapping[str, TensorInfo] | Sequence[str] = ()
+) -> tuple[Binding, ...]:
+    """Apply a family's rules to one model, in the order of the model: before, through and behind the layers.
+
+    Args:
+        rules: the family's table.
+        arch: the model.
+        present: names in the Megatron checkpoint to read, by which a rule chooses among its aliases.
+    """
+    applicable = [rule for rule in rules if rule.when(arch)]
+    layered = [rule for rule in applicable if "{i}" in rule.megatron]
+    first = applicable.index(layered[0]) if layered else 0
+    flat = [rule for rule in applicable if rule not in layered]
+    before = [rule for rule in flat if applicable.index(rule) < first]
+    behind = [rule for rule in flat if applicable.index(rule) >= first]
+    bound = [_bind(rule, arch, 0, present) for rule in before]
+    bound += [_bind(rule, arch, layer, present) for layer in range(arch.num_layers) for rule in layered]
+    return tuple(bound + [_bind(rule, arch, 0, present) for rule in behind])
+
+
+def _bind(
+    rule: Rule, arch: Architecture, layer: int, present: Mapping[str, TensorInfo] | Sequence[str]
+) -> Binding:
+    columns = () if rule.columns is None else (rule.columns(arch),)
+    names = [name.format(i=layer) for name in (rule.megatron, *rule.aliases)]
+    return Binding(
+        hf=tuple(name.format(i=layer) for name in rule.hf),
+        megatron=next((name for name in names if name in present), names[0]),
+        spans=rule.op.spans(arch),
+        part_shapes=tuple((rows, *columns) for rows in rule.op.part_rows(arch)),
+        whole_shape=(rule.op.whole_rows(arch), *columns),
+    )

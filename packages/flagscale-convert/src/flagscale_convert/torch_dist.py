@@ -1,0 +1,285 @@
+"""Read Megatron's `torch_dist` checkpoints, tensor by tensor, without Megatron or torch.
+
+Every dialect gives the same logical tensors, named per layer (`decoder.layers.3.mlp.linear_fc1.weight`)
+however they are stored: one stacked tensor with a leading layer axis, or a tensor per layer; with or without
+a `model.` prefix; in any grid of chunks that any tensor-parallel or pipeline-parallel layout left.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flagscale_convert import torch_zip, unpickle
+from flagscale_convert.dcp_metadata import Chunk, DcpMetadata, Location, read_metadata
+from flagscale_convert.errors import SourceDamaged
+from flagscale_convert.positioned import PositionedFiles
+from flagscale_convert.tensors import DTYPES, TensorInfo
+
+__all__ = ["COMMON_STATE", "CommonState", "TorchDistSource"]
+
+COMMON_STATE = "common_state/shard_0_1"
+_PREFIX = re.compile(r"^(?:model\.|module\.)+(?=decoder\.|embedding\.|output_layer\.|mtp\.)")
+_STACKED = re.compile(r"^decoder\.layers\.(?!\d+\.)(?P<rest>.+)$")
+_OPTIMIZER = re.compile(r"^(?:optimizer\b|chained_\d+\.|opt_param_scheduler)")
+
+
+@dataclass(frozen=True, slots=True)
+class CommonState:
+    """What a checkpoint says about itself."""
+
+    args: Mapping[str, Any]
+    """Megatron's arguments of the run that saved it; values of other libraries' types are inert records."""
+    iteration: int | None
+    checkpoint_version: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a logical tensor is kept: the whole of a stored one, or one index of its layer axis."""
+
+    name: str
+    layer: int | None
+
+
+@dataclass
+class _Located:
+    """Payload positions already found; one archive is opened once."""
+
+    payloads: dict[Location, torch_zip.Payload] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class TorchDistSource:
+    """One iteration directory of a `torch_dist` checkpoint as a source of logical tensors.
+
+    Args:
+        directory: holds `.metadata` and the `.distcp` files.
+
+    Raises:
+        SourceNotFound: no such checkpoint, or a data file is missing.
+        SourceDamaged: half-written or truncated.
+        UnsafePickle: a pickle in it names something no checkpoint needs.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.metadata: DcpMetadata = read_metadata(directory / ".metadata")
+        self.files = PositionedFiles(directory)
+        self.optimizer_tensors = tuple(name for name in self.metadata.tensors if _OPTIMIZER.match(name))
+        self.prefix = ""
+        """What stood before every model tensor's name, such as `model.`."""
+        self.is_stacked = False
+        """True when layers share one tensor with a leading layer axis."""
+        self._tensors: dict[str, TensorInfo] = {}
+        self._stored: dict[str, _Stored] = {}
+        self._located = _Located()
+        for name, info in self.metadata.tensors.items():
+            if not _OPTIMIZER.match(name):
+                self._add(name, info)
+        self._check_files()
+        self.common = self._read_common()
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimizer state, which is not converted."""
+        return sum(self.metadata.tensors[name].size_bytes for name in self.optimizer_tensors)
+
+    @property
+    def extra_states(self) -> tuple[str, ...]:
+        """Names of the `_extra_state` objects."""
+        return tuple(name for name in self.metadata.objects if "._extra_state" in name)
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name every logical model tensor."""
+        return self._tensors
+
+    def close(self) -> None:
+        """Close the files."""
+        self.files.close()
+
+    def _add(self, name: str, info: TensorInfo) -> None:
+        prefix = _PREFIX.match(name)
+        if prefix is not None:
+            self.prefix = prefix.group()
+        logical = name.removeprefix(self.prefix) if prefix is not None else name
+        stacked = _STACKED.match(logical)
+        if stacked is None or not info.shape:
+            self._tensors[logical] = info
+            self._stored[logical] = _Stored(name, None)
+            return
+        self.is_stacked = True
+        for layer in range(info.shape[0]):
+            per_layer = f"decoder.layers.{layer}.{stacked['rest']}"
+            self._tensors[per_layer] = TensorInfo(info.dtype, info.shape[1:])
+            self._stored[per_layer] = _Stored(name, layer)
+
+    def _locations(self) -> Iterator[tuple[str, Location]]:
+        for name, chunks in self.metadata.chunks.items():
+            for chunk in chunks:
+                yield name, chunk.location
+        yield from self.metadata.objects.items()
+
+    def _check_files(self) -> None:
+        """Refuse a directory whose files are missing or shorter than the metadata says."""
+        ends: dict[str, tuple[int, str]] = {}
+        for name, location in self._locations():
+            end = location.offset + location.length
+            if end > ends.get(location.file, (0, ""))[0]:
+                ends[location.file] = (end, name)
+        for file, (end, name) in sorted(ends.items()):
+            size = self.files.size(file)
+            if size < end:
+                raise SourceDamaged(
+                    f"{self.directory / file}: has {size} bytes, `{name}` ends at {end}: the file is"
+                    " truncated:"
+                    " copy the checkpoint again, or use an older iteration"
+                )
+
+    def _read_common(self) -> CommonState:
+        """Read arguments and iteration, from the common-state object or from an older `common.pt`."""
+        legacy = self.directory / "common.pt"
+        if legacy.exists():
+            with PositionedFiles(self.directory) as files:
+                state = torch_zip.read_object(
+                    files.descriptor(legacy.name), 0, files.size(legacy.name), where=str(legacy)
+                )
+        elif COMMON_STATE in self.metadata.objects:
+            state = self.read_object(COMMON_STATE)
+        else:
+            state = {}
+        if isinstance(state, list | tuple):
+            state = state[0] if state else {}
+        common = unpickle.as_mapping(state)
+        iteration, version = common.get("iteration"), common.get("checkpoint_version")
+        return CommonState(
+            unpickle.as_mapping(common.get("args")),
+            iteration if isinstance(iteration, int) else None,
+            float(version) if isinstance(version, int | float) else None,
+        )
+
+    def read_object(self, name: str) -> Any:
+        """Read a saved object as plain containers and inert records."""
+        location = self.metadata.objects[name]
+        return torch_zip.read_object(
+            self.files.descriptor(location.file),
+            location.offset,
+            location.length,
+            where=f"{self.directory / location.file}: {name}",
+        )
+
+    def gaps(self) -> tuple[str, ...]:
+        """Name the logical tensors whose chunks do not tile their shape exactly once."""
+        return tuple(name for name in self._tensors if not self._is_tiled(name))
+
+    def _is_tiled(self, name: str) -> bool:
+        boxes = [(chunk.offsets, chunk.sizes) for chunk in self._chunks(name)]
+        volume = sum(math.prod(sizes) for _, sizes in boxes)
+        return volume == self._tensors[name].num_elements and not _any_overlap(boxes)
+
+    def _chunks(self, name: str) -> Iterator[Chunk]:
+        """Give the chunks of a logical tensor, their layer axis cut away."""
+        stored = self._stored[name]
+        for chunk in self.metadata.chunks[stored.name]:
+            if stored.layer is None:
+                yield chunk
+            elif chunk.offsets[0] <= stored.layer < chunk.offsets[0] + chunk.sizes[0]:
+                yield Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.location)
+
+    def read_rows(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill `out` with the rows of a logical tensor from `start` on."""
+        stored, info = self._stored[name], self._tensors[name]
+        item_bytes = DTYPES[info.dtype]
+        filled = 0
+        for chunk in self.metadata.chunks[stored.name]:
+            skipped = 0
+            offsets, sizes = chunk.offsets, chunk.sizes
+            if stored.layer is not None:
+                if not offsets[0] <= stored.layer < offsets[0] + sizes[0]:
+                    continue
+                skipped = (stored.layer - offsets[0]) * math.prod(sizes[1:])
+                offsets, sizes = offsets[1:], sizes[1:]
+            box = _Box(offsets or (0,), sizes or (1,), item_bytes, skipped * item_bytes)
+            filled += self._read_box(name, chunk, box, start, out)
+        if filled != out.size:
+            raise SourceDamaged(
+                f"{self.directory}: `{name}`: chunks give {filled} of {out.size} bytes of rows {start} to"
+                f" {start + len(out)}: the checkpoint has gaps or overlaps: use an older iteration"
+            )
+
+    def _read_box(self, name: str, chunk: Chunk, box: _Box, start: int, out: np.ndarray) -> int:
+        first = max(start, box.first_row)
+        last = min(start + len(out), box.first_row + box.num_rows)
+        if first >= last:
+            return 0
+        payload = self._payload(name, chunk)
+        offset = payload.offset + box.skip_bytes + (first - box.first_row) * box.row_bytes
+        target = out[first - start : last - start, box.column_byte : box.column_byte + box.row_bytes]
+        what = f"`{name}`"
+        if target.flags.c_contiguous:
+            self.files.read_into(chunk.location.file, offset, target, what=what)
+        else:
+            scratch = np.empty(target.shape, np.uint8)
+            self.files.read_into(chunk.location.file, offset, scratch, what=what)
+            target[...] = scratch
+        return (last - first) * box.row_bytes
+
+    def _payload(self, name: str, chunk: Chunk) -> torch_zip.Payload:
+        location = chunk.location
+        with self._located.lock:
+            known = self._located.payloads.get(location)
+        if known is None:
+            stored = self.metadata.tensors[self._stored[name].name]
+            known = torch_zip.find_tensor(
+                self.files.descriptor(location.file),
+                location.offset,
+                location.length,
+                TensorInfo(stored.dtype, chunk.sizes),
+                where=f"{self.directory / location.file}: {name}",
+            )
+            with self._located.lock:
+                self._located.payloads[location] = known
+        return known
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """A chunk of at most two axes, in rows and bytes."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    item_bytes: int
+    skip_bytes: int
+    """What other layers of the same chunk take before this one."""
+
+    @property
+    def first_row(self) -> int:
+        return self.offsets[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.sizes[0]
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.sizes[1:]) * self.item_bytes
+
+    @property
+    def column_byte(self) -> int:
+        return (self.offsets[1] if len(self.offsets) > 1 else 0) * self.item_bytes
+
+
+def _any_overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Tell whether two boxes share an element."""
+    return any(
+        all(a < b + b_size and b < a + a_size for a, a_size, b, b_size in zip(*one, *other, strict=True))
+        for index, one in enumerate(boxes)
+        for other in boxes[:index]
+    )

@@ -1,0 +1,88 @@
+"""What Megatron needs to be told on each chip, by Megatron's option names; the plan shows them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flagscale_hw import runtime
+from flagscale_train.findings import Findings
+
+__all__ = ["PLAIN_LAYERS", "conflicts", "defaults"]
+
+PLAIN_LAYERS: Mapping[str, Any] = {
+    "transformer_impl": "local",  # plain torch layers in place of Transformer Engine's
+    "no_masked_softmax_fusion": True,  # the fused kernels below come with Apex or Transformer Engine
+    "no_gradient_accumulation_fusion": True,
+    "no_persist_layer_norm": True,
+    "no_rope_fusion": True,
+}
+"""Options for plain torch layers, where Transformer Engine and Apex are absent."""
+
+_CPU: Mapping[str, Any] = {
+    **PLAIN_LAYERS,
+    "no_bias_swiglu_fusion": True,  # compiled by torch.compile, which is off on the CPU
+    "no_bias_gelu_fusion": True,
+    "no_bias_dropout_fusion": True,
+    "disable_jit_fuser": True,
+    "use_cpu_initialization": True,  # weights do not depend on the tensor-parallel size
+}
+_NEEDS_GPU = (
+    "fp8_format",
+    "fp4_format",
+    "tp_comm_overlap",
+    "use_flash_attn",
+    "use_precision_aware_optimizer",
+    "nccl_ub",
+)
+
+
+def defaults(chip: str, options: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+    """Return the options a chip asks for, whether or not the user gave others.
+
+    Args:
+        chip: name as in `flagscale_hw`.
+        options: what the user gave, by canonical name.
+        findings: which optional packages there are.
+    """
+    row = runtime(chip)
+    chosen: dict[str, Any] = {"distributed_backend": row.collective_backend}
+    if chip == "cpu":
+        return {**chosen, **_CPU}
+    if not {"bf16", "fp16"} & options.keys():
+        chosen["bf16"] = True
+    if "transformer_engine" not in findings.installed:
+        chosen |= PLAIN_LAYERS
+    elif "apex" not in findings.installed:
+        chosen["no_gradient_accumulation_fusion"] = True
+    if options.get("cross_entropy_loss_fusion"):
+        chosen["cross_entropy_fusion_impl"] = "native"
+    return chosen
+
+
+def conflicts(chip: str, options: Mapping[str, Any], findings: Findings) -> list[str]:
+    """Say which of the user's options cannot work on a chip, each as one sentence."""
+    problems = []
+    forced = _CPU if chip == "cpu" else {} if "transformer_engine" in findings.installed else PLAIN_LAYERS
+    place = "on a CPU" if chip == "cpu" else "without transformer_engine, which is not installed,"
+    wanted = (
+        {"distributed_backend": runtime(chip).collective_backend, **forced} if chip == "cpu" else dict(forced)
+    )
+    for name, value in wanted.items():
+        if name in options and options[name] != value:
+            problems.append(
+                f"{name}: {_text(options[name])}: {place} it must be {_text(value)}: remove it or set it so"
+            )
+    if chip == "cpu":
+        problems += [
+            f"{name}: {_text(options[name])}: needs a GPU: remove it to train on a CPU"
+            for name in _NEEDS_GPU
+            if options.get(name)
+        ]
+    if forced and int(options.get("context_parallel_size", 1)) > 1:
+        problems.append(f"context_parallel_size: {options['context_parallel_size']}: {place} it must be 1")
+    return problems
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,339 @@
+"""The command `flagscale-train`: words in, calls of the library, text or JSON out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flagscale_config.command import run as run_command
+from flagscale_train.__about__ import __version__
+from flagscale_train.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from flagscale_train.runs import TrainStatus
+
+__all__ = ["main", "parser"]
+
+_TARGET = "experiment file, recipe name or run directory"
+_EXPERIMENT = "FlagScale experiment file, or a recipe name such as qwen3/tiny"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    return run_command(_dispatch, argv)
+
+
+def _dispatch(words: list[str]) -> int:
+    given, rest = parser().parse_known_args(words)
+    # Overrides may stand after options too, where argparse no longer takes them.
+    strange = [
+        word for word in rest if word.startswith("-") or "=" not in word or not hasattr(given, "overrides")
+    ]
+    if strange:
+        raise InvalidInput(
+            f"{strange[0]}: not an option of this command: see `flagscale-train {given.verb} --help`"
+        )
+    if rest:
+        given.overrides = [*given.overrides, *rest]
+    action: Callable[[argparse.Namespace], int] = given.action
+    return action(given)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of all verbs."""
+    root = argparse.ArgumentParser(
+        prog="flagscale-train",
+        description="Train language models with Megatron's own trainer, from FlagScale experiment files.",
+        epilog="Exit codes: 0 done, 2 wrong input, 3 not found or not running, 4 failed, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    root.add_argument("--version", action="version", version=f"flagscale-train {__version__}")
+    root.add_argument("--debug", action="store_true", help="show tracebacks")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_run_verbs(verbs)
+    _add_look_verbs(verbs)
+    _add_data_verbs(verbs)
+    return root
+
+
+def _verb(
+    verbs: Any, name: str, action: Callable[[argparse.Namespace], int], about: str
+) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+    made.set_defaults(action=action)
+    return made
+
+
+def _experiment(verb: argparse.ArgumentParser, about: str) -> None:
+    verb.add_argument("source", metavar="FILE", help=about)
+    verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides in Hydra's grammar")
+
+
+def _add_run_verbs(verbs: Any) -> None:
+    verb = _verb(verbs, "plan", _plan, "Show what a run would start, and start nothing.")
+    _experiment(verb, _EXPERIMENT)
+    verb.add_argument("--json", action="store_true", help="print the plan as JSON")
+    verb = _verb(
+        verbs, "run", _run, "Train, and follow the training; the next run resumes from its checkpoints."
+    )
+    _experiment(verb, _EXPERIMENT)
+    verb.add_argument(
+        "--detach", action="store_true", help="return at once; the run goes on without this terminal"
+    )
+    verb = _verb(verbs, "stop", _stop, "End a run; it saves a checkpoint first if it can.")
+    _experiment(verb, _TARGET)
+    verb.add_argument(
+        "--grace", type=float, metavar="SECONDS", help="kill what is left after so many seconds"
+    )
+    verb = _verb(verbs, "logits", _logits, "Compute fp32 logits of the newest whole checkpoint, by Megatron.")
+    _experiment(verb, _EXPERIMENT)
+    verb.add_argument("--tokens", type=Path, required=True, help="JSON: equally long lists of token ids")
+    verb.add_argument("--output", type=Path, required=True, help="safetensors file to write")
+    verb.add_argument("--load", type=Path, metavar="DIR", help="other checkpoints than the experiment's own")
+
+
+def _add_look_verbs(verbs: Any) -> None:
+    verb = _verb(verbs, "status", _status, "Say how a run stands and what happened.")
+    _experiment(verb, _TARGET)
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb = _verb(verbs, "logs", _logs, "Print what the processes of a run wrote.")
+    _experiment(verb, _TARGET)
+    verb.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
+    verb = _verb(verbs, "list", _list, "List the training runs of this machine.")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_data_verbs(verbs: Any) -> None:
+    data = verbs.add_parser("data", help="Prepare data.", description="Prepare data.", allow_abbrev=False)
+    verbs = data.add_subparsers(dest="data_verb", required=True, metavar="VERB")
+    verb = _verb(verbs, "tokenize", _tokenize, "Turn text into Megatron's .bin and .idx files.")
+    _inputs(verb)
+    verb.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="DIR", help="directory with tokenizer.json"
+    )
+    verb.add_argument(
+        "--output", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx"
+    )
+    verb.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that tokenize (default 1)"
+    )
+    end = verb.add_mutually_exclusive_group()
+    end.add_argument("--eod", metavar="TOKEN", help="end of a document (default: the tokenizer's eos_token)")
+    end.add_argument("--no-eod", action="store_true", help="do not mark the end of a document")
+    verb = _verb(verbs, "train-tokenizer", _train_tokenizer, "Train a byte-level BPE tokenizer on text.")
+    _inputs(verb)
+    verb.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="tokens wanted, at least 258"
+    )
+    verb.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="tokenizer directory to write"
+    )
+
+
+def _inputs(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("inputs", nargs="+", metavar="INPUT", help="text or JSONL files, directories, patterns")
+    verb.add_argument(
+        "--key", default="text", help="field of each JSON line that holds the text (default: text)"
+    )
+    verb.add_argument("--overwrite", action="store_true", help="replace what exists")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from flagscale_train.runs import make_plan
+
+    planned = make_plan(given.source, given.overrides)
+    if given.json:
+        print(planned.to_json(), end="")
+        return 0
+    (process,) = planned.processes
+    layout = planned.facts["layout"]
+    print(f"{planned.name}: {layout['processes']} processes on {planned.facts['chip']}")
+    print("  " + ", ".join(f"{name} {layout[name]}" for name in ("data", "tensor", "pipeline", "context")))
+    print(f"checkpoints\n  {planned.facts['checkpoints']}")
+    print("environment")
+    for name, value in sorted(process.env.items()):
+        print(f"  {name}={'***' if name in planned.secrets else value}")
+    print(f"directory\n  {process.cwd}\ncommand")
+    print("  " + _wrapped(process.argv))
+    return 0
+
+
+def _wrapped(words: Sequence[str]) -> str:
+    """Lay a command out with one option per line; it can be pasted into a shell as it is."""
+    lines: list[str] = []
+    for word in words:
+        if word.startswith("--") or not lines:
+            lines.append(shlex.quote(word))
+        else:
+            lines[-1] += " " + shlex.quote(word)
+    return " \\\n    ".join(lines)
+
+
+def _run(given: argparse.Namespace) -> int:
+    from flagscale_train.runs import run, status
+    from flagscale_train.watch import watch
+
+    started = run(given.source, given.overrides, detach=given.detach)
+    if given.detach:
+        print(started.dir)
+        _next("follow it", f"flagscale-train logs -f {started.dir}", f"flagscale-train status {started.dir}")
+        return 0
+    print(f"run {started.dir}", flush=True)
+    try:
+        watch(started, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print("stopping; the run saves first (Ctrl-C again ends it at once)", file=sys.stderr, flush=True)
+        _interrupted(started)
+        _report(status(started))
+        return 130
+    return _report(status(started))
+
+
+def _interrupted(started: Any) -> None:
+    try:
+        started.stop()
+    except KeyboardInterrupt:
+        started.stop(grace_s=0.0)
+
+
+def _report(ended: TrainStatus) -> int:
+    """Say how a run ended and what to do next; return its exit code."""
+    checkpoint = ended.progress.checkpoint
+    where = shlex.quote(str(ended.run_dir))
+    if ended.run.state == "succeeded":
+        if checkpoint is not None:
+            root = Path(checkpoint["path"]).parent
+            _next(
+                "next",
+                f"flagscale-convert run {root} HF_DIR --to hf --tokenizer DIR",
+                f"flagscale-train status {where}",
+            )
+        return 0
+    if ended.run.state == "stopped":
+        print(f"stopped after step {ended.progress.iteration}; the same command resumes")
+        return 0
+    print(f"error: the run {ended.run.state}: {ended.what_happened}", file=sys.stderr)
+    log = shlex.quote(str(ended.run_dir / "logs" / "train.log"))
+    print(f"see {log}; after mending it the same command resumes", file=sys.stderr)
+    return ended.run.exit_code
+
+
+def _next(title: str, *commands: str) -> None:
+    print(f"{title}:")
+    for command in commands:
+        print(f"  {command}")
+
+
+def _stop(given: argparse.Namespace) -> int:
+    from flagscale_train.runs import stop
+
+    ended = stop(given.source, given.overrides, grace_s=given.grace)
+    print(f"{ended.run.state} after step {ended.progress.iteration}: {ended.run_dir}")
+    return 0 if ended.run.is_over else 4
+
+
+def _status(given: argparse.Namespace) -> int:
+    from flagscale_train.runs import status
+    from flagscale_train.watch import step_line
+
+    now = status(given.source, given.overrides)
+    if given.json:
+        _print_json(now.to_dict())
+        return 0
+    print(f"{now.name}: {now.run.state}: {now.run_dir}")
+    for line in (now.what_happened, step_line(now.progress)):
+        if line:
+            print(f"  {line}")
+    held_out, checkpoint = now.progress.validation, now.progress.checkpoint
+    if held_out:
+        print(f"  held-out loss {held_out['loss']:.4f} after step {held_out['iteration']}")
+    if checkpoint:
+        print(f"  last checkpoint {checkpoint['path']}{' (whole)' if checkpoint.get('verified') else ''}")
+    for process in now.run.processes:
+        end = "running" if process.is_running else f"exit code {process.exit_code}, signal {process.signal}"
+        print(f"  {process.name}: pid {process.pid}, {end}")
+    return 0
+
+
+def _logs(given: argparse.Namespace) -> int:
+    from flagscale_train.runs import logs
+
+    for line in logs(given.source, given.overrides, follow=given.follow):
+        print(line.text, flush=given.follow)
+    return 0
+
+
+def _list(given: argparse.Namespace) -> int:
+    from flagscale_train.runs import list_runs
+
+    found = list_runs()
+    if given.json:
+        _print_json([one.to_dict() for one in found])
+        return 0
+    for one in found:
+        print(f"{one.run.state:<10} step {one.progress.iteration:>7}  {one.name:<24} {one.run_dir}")
+    return 0
+
+
+def _logits(given: argparse.Namespace) -> int:
+    from flagscale_train.logits import compute_logits
+
+    made = compute_logits(
+        given.source, given.overrides, tokens=given.tokens, output=given.output, checkpoint=given.load
+    )
+    print(made)
+    return 0
+
+
+def _tokenize(given: argparse.Namespace) -> int:
+    from flagscale_train.data import tokenize
+
+    made = tokenize(
+        given.inputs,
+        given.output,
+        tokenizer=given.tokenizer,
+        key=given.key,
+        workers=given.workers,
+        eod=given.eod,
+        append_eod=not given.no_eod,
+        overwrite=given.overwrite,
+    )
+    if given.json:
+        _print_json(asdict(made))
+        return 0
+    print(
+        f"{made.prefix}.bin, {made.prefix}.idx: {made.num_documents:,} documents, {made.num_tokens:,} tokens "
+        f"({made.num_bytes / made.num_tokens:.2f} bytes each), {made.dtype}"
+        + (f", {made.num_empty:,} empty documents left out" if made.num_empty else "")
+    )
+    return 0
+
+
+def _train_tokenizer(given: argparse.Namespace) -> int:
+    from flagscale_train.data import train_tokenizer
+
+    made = train_tokenizer(
+        given.inputs, given.output, vocab_size=given.vocab_size, key=given.key, overwrite=given.overwrite
+    )
+    if given.json:
+        _print_json(asdict(made))
+        return 0
+    print(f"{made.directory}: {made.vocab_size:,} tokens, from {made.num_documents:,} documents")
+    if made.vocab_size < given.vocab_size:
+        print(f"the text is too small for {given.vocab_size:,} tokens", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

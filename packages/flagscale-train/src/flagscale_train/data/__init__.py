@@ -1,0 +1,6 @@
+"""Data preparation: text to a tokenizer, text to Megatron's `.bin/.idx` files. Needs no torch."""
+
+from flagscale_train.data.encode import Tokenized, tokenize
+from flagscale_train.data.vocabulary import TrainedTokenizer, train_tokenizer
+
+__all__ = ["Tokenized", "TrainedTokenizer", "tokenize", "train_tokenizer"]

@@ -1,0 +1,130 @@
+"""What planning needs to know that is neither in the experiment nor in the machine: software and files.
+
+`plan()` is pure, so this is looked up before and handed to it: which optional packages the training
+interpreter has, how large the tokenizer is, and which of the named files are missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flagscale_train.checkpoints import choose
+from flagscale_train.data.encode import facts_file
+from flagscale_train.data.indexed import files_of
+from flagscale_train.data.vocabulary import Vocabulary
+from flagscale_train.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from flagscale_config import Experiment
+
+__all__ = ["OPTIONAL", "Findings", "examine"]
+
+OPTIONAL = ("transformer_engine", "apex", "tensorboard")
+"""Packages whose presence changes the plan."""
+
+_SPLITS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found; the defaults are what a GPU host is usually set up with."""
+
+    installed: frozenset[str] = frozenset({"transformer_engine", "tensorboard"})
+    """Which of `OPTIONAL` the training interpreter can import."""
+    tokenizer_vocab_size: int | None = None
+    """Tokens of the tokenizer, where it could be read."""
+    data_max_token: int | None = None
+    """Highest id in the data, where the data say it."""
+    problems: tuple[str, ...] = ()
+    """What would make the training fail at its start, each as one sentence."""
+
+
+def examine(experiment: Experiment) -> Findings:
+    """Look at this interpreter and at the files an experiment names.
+
+    Nothing is imported but found, and no file is read whole but the tokenizer's.
+    """
+    options = experiment.train.options if experiment.train else {}
+    base = Path(experiment.cwd)
+    problems: list[str] = []
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("megatron") is None:
+        problems.append(
+            "megatron-core and torch: not installed in this environment: pip install "
+            "'flagscale-train[megatron]'"
+        )
+    vocabulary = _tokenizer(options, base, problems)
+    max_tokens = [_dataset(prefix, base, problems) for prefix in _prefixes(options)]
+    _explicit_load(experiment, base, problems)
+    return Findings(
+        installed=frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is not None),
+        tokenizer_vocab_size=vocabulary.size if vocabulary else None,
+        data_max_token=max((token for token in max_tokens if token is not None), default=None),
+        problems=tuple(problems),
+    )
+
+
+def _tokenizer(options: Mapping[str, Any], base: Path, problems: list[str]) -> Vocabulary | None:
+    if options.get("tokenizer_type") != "HuggingFaceTokenizer" or "tokenizer_model" not in options:
+        return None
+    name = str(options["tokenizer_model"])
+    directory = base / name
+    if not directory.exists() and name.count("/") <= 1 and not name.startswith((".", "/")):
+        return None  # a name on a model hub; transformers will look it up
+    try:
+        return Vocabulary.read(directory)
+    except InvalidInput as error:
+        if not (directory / "tokenizer_config.json").exists():
+            problems.append(f"tokenizer_model: {error}")
+        return None  # an older tokenizer without tokenizer.json: transformers may still read it
+
+
+def _prefixes(options: Mapping[str, Any]) -> Iterable[str]:
+    for name in _SPLITS:
+        words = options.get(name) or ()
+        words = words.split() if isinstance(words, str) else [str(word) for word in words]
+        # Either prefixes alone, or weights and prefixes in turn.
+        weighted = len(words) > 1 and len(words) % 2 == 0 and all(_is_number(word) for word in words[::2])
+        yield from words[1::2] if weighted else words
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _dataset(prefix: str, base: Path, problems: list[str]) -> int | None:
+    """Check that both files of a dataset are there; return the highest id if the data say it."""
+    path = base / prefix
+    missing = [str(file) for file in files_of(path) if not file.exists()]
+    if missing:
+        problems.append(f"data_path: {prefix}: {missing[0]} is missing: give the path without .bin or .idx")
+        return None
+    try:
+        facts = json.loads(facts_file(path).read_text(encoding="utf-8"))
+        return int(facts["max_token"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # made by other tools
+
+
+def _explicit_load(experiment: Experiment, base: Path, problems: list[str]) -> None:
+    """A checkpoint named by the user must be there; only the experiment's own may be missing."""
+    options = experiment.train.options if experiment.train else {}
+    own = {Path(experiment.exp_dir) / "checkpoints"} | (
+        {base / str(options["save"])} if "save" in options else set()
+    )
+    for name in ("load", "pretrained_checkpoint"):
+        if name in options and base / str(options[name]) not in own:
+            root = base / str(options[name])
+            step = options.get("ckpt_step") if name == "load" else None
+            if choose(root, step).path is None:
+                problems.append(
+                    f"{name}: {root}: no whole checkpoint in it{f' of step {step}' if step else ''}"
+                )

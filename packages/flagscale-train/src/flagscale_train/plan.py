@@ -1,0 +1,316 @@
+"""Experiment and machine in, plan out: a pure function.
+
+Every option Megatron gets and every variable its processes see stands in the plan; the worker adds none. What
+does not live here: what a chip asks for (`chips.py`), looking at files and packages (`findings.py`), starting
+(`runs.py`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from flagscale_hw import Machine, Plan, Process, StopPolicy, peak, runtime
+from flagscale_hw import env as device_env
+from flagscale_train.chips import conflicts, defaults
+from flagscale_train.errors import InvalidInput
+from flagscale_train.events import FILE_NAME
+from flagscale_train.findings import Findings
+
+if TYPE_CHECKING:
+    from flagscale_config import Experiment, Train
+
+__all__ = ["Layout", "checkpoint_dir", "lay_out", "options_for", "plan", "process_for"]
+
+_SECRET = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|passw(or)?d|credentials?)(_|$)")
+_STOP = StopPolicy(signal="SIGTERM", grace_s=45.0)
+"""torchrun itself gives its workers 30 s to save after SIGTERM; the run's own patience must outlast that."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many processes, and how they share the work."""
+
+    num_processes: int
+    data: int
+    tensor: int
+    pipeline: int
+    context: int
+
+
+def plan(
+    experiment: Experiment,
+    machine: Machine,
+    *,
+    python: str = sys.executable,
+    findings: Findings | None = None,
+) -> Plan:
+    """Decide everything about a training run.
+
+    Args:
+        experiment: what is asked for.
+        machine: where it will run.
+        python: interpreter of the training processes; must have torch and megatron-core.
+        findings: what `examine()` found; by default a host that is set up as usual.
+
+    Returns:
+        The plan: one process, torchrun, which starts one worker per rank.
+
+    Raises:
+        InvalidInput: the experiment does not train, does not fit the machine, or asks for what its chip
+            cannot do.
+    """
+    findings = findings or Findings()
+    train = _train_of(experiment)
+    layout = lay_out(experiment, machine)
+    options = options_for(experiment, machine, findings)
+    environment = _environment(experiment, machine, layout, options)
+    process = process_for(
+        experiment,
+        name="train",
+        argv=_torchrun(python, layout.num_processes, "flagscale_train.worker", options, train.extra_args),
+        environment=environment,
+    )
+    return Plan(
+        kind="train",
+        name=experiment.name,
+        processes=(process,),
+        stop=_STOP,
+        facts=_facts(experiment, machine, layout, options),
+        secrets=tuple(sorted(name for name in environment if _SECRET.search(name))),
+    )
+
+
+def _train_of(experiment: Experiment) -> Train:
+    if experiment.train is None:
+        raise InvalidInput(
+            f"{experiment.source}: experiment.task.type: {experiment.task.type}: flagscale-train runs tasks "
+            "of type train"
+        )
+    if experiment.task.backend not in (None, "megatron"):
+        raise InvalidInput(
+            f"{experiment.source}: experiment.task.backend: {experiment.task.backend}: it must be megatron"
+        )
+    return experiment.train
+
+
+def lay_out(experiment: Experiment, machine: Machine) -> Layout:
+    """Decide the number of processes and check that they fit model, batch and machine.
+
+    Raises:
+        InvalidInput: they do not.
+    """
+    train, runner = _train_of(experiment), experiment.runner
+    if runner.hostfile is not None or (runner.num_nodes or 1) > 1:
+        raise InvalidInput(
+            f"experiment.runner: hostfile {runner.hostfile}, nnodes {runner.nnodes}: this version trains on "
+            "one host: remove both"
+        )
+    sizes = train.parallelism
+    available = len(machine.visible) if machine.chip != "cpu" else None
+    count = runner.nproc_per_node or available or sizes.model_size
+    if available is not None and count > available:
+        raise InvalidInput(
+            f"experiment.runner.nproc_per_node: {count}: {machine.hostname} offers {available} "
+            f"{machine.chip} devices: use at most {available}"
+        )
+    if count % sizes.model_size:
+        raise InvalidInput(
+            f"experiment.runner.nproc_per_node: {count}: one copy of the model takes {sizes.model_size} "
+            f"processes (tensor {sizes.tensor_model_parallel_size} x pipeline "
+            f"{sizes.pipeline_model_parallel_size} x context {sizes.context_parallel_size}): use a multiple "
+            f"of {sizes.model_size}"
+        )
+    data = count // sizes.model_size
+    _check_batch(train, data)
+    return Layout(
+        num_processes=count,
+        data=data,
+        tensor=sizes.tensor_model_parallel_size,
+        pipeline=sizes.pipeline_model_parallel_size,
+        context=sizes.context_parallel_size,
+    )
+
+
+def _check_batch(train: Train, data: int) -> None:
+    step = train.micro_batch_size * data
+    batch = train.global_batch_size
+    if batch is not None and batch % step:
+        lower = max(step, batch // step * step)
+        raise InvalidInput(
+            f"global_batch_size: {batch}: must be a multiple of micro_batch_size x data parallel size "
+            f"({train.micro_batch_size} x {data} = {step}): use {lower} or {lower + step}"
+        )
+
+
+def checkpoint_dir(experiment: Experiment, name: str = "save") -> str:
+    """Return the absolute directory of the experiment's checkpoints: as given, else FlagScale's default."""
+    given = _train_of(experiment).options.get(name)
+    return str(PurePosixPath(experiment.cwd) / str(given)) if given else f"{experiment.exp_dir}/checkpoints"
+
+
+def options_for(experiment: Experiment, machine: Machine, findings: Findings) -> dict[str, Any]:
+    """Return every Megatron option of the run by canonical name: the user's, FlagScale's, the chip's.
+
+    Raises:
+        InvalidInput: options contradict the chip, the tokenizer or the checkpoint format.
+    """
+    given = _train_of(experiment).options
+    problems = [*findings.problems, *conflicts(machine.chip, given, findings)]
+    if given.get("ckpt_format", "torch_dist") != "torch_dist":
+        problems.append(
+            f"ckpt_format: {given['ckpt_format']}: checkpoints are kept as torch_dist: remove it or set it so"
+        )
+    vocabulary = _vocabulary(given, findings, problems)
+    if problems:
+        raise InvalidInput("\n".join(problems))
+    chosen = {
+        **_flagscale_defaults(experiment, findings),
+        **defaults(machine.chip, given, findings),
+        **vocabulary,
+    }
+    return {**{name: value for name, value in chosen.items() if name not in given}, **given}
+
+
+def _flagscale_defaults(experiment: Experiment, findings: Findings) -> dict[str, Any]:
+    train = _train_of(experiment)
+    given = train.options
+    chosen: dict[str, Any] = {
+        # A run continues from its own folder by default, as in FlagScale.
+        "save": checkpoint_dir(experiment),
+        "load": checkpoint_dir(experiment),
+        "save_interval": train.train_iters or 1000,
+        "eval_interval": 1000,
+        "ckpt_format": "torch_dist",
+        "exit_signal_handler": True,  # SIGTERM saves and ends
+        # Masks are what causal attention does anyway, and a tensor of sequence x sequence for every sample.
+        "no_create_attention_mask_in_dataloader": not given.get("reset_attention_mask", False),
+    }
+    if "tensorboard" in findings.installed:
+        chosen["tensorboard_dir"] = f"{experiment.exp_dir}/tensorboard"
+    if given.get("wandb_project"):
+        chosen["wandb_save_dir"] = f"{experiment.exp_dir}/wandb"
+    if given.get("use_distributed_optimizer"):
+        chosen["dist_ckpt_optim_fully_reshardable"] = True  # so that another layout can resume
+    return chosen
+
+
+def _vocabulary(given: Mapping[str, Any], findings: Findings, problems: list[str]) -> dict[str, Any]:
+    """Fix the padded vocabulary so that it does not depend on the tensor-parallel size.
+
+    Megatron pads to a multiple of `make_vocab_size_divisible_by` x the tensor-parallel size. Padded rows take
+    part in the softmax, so the same checkpoint would give other losses under another layout. Padding to the
+    first factor alone is the same for every tensor-parallel size that divides it (128 by default, so 1, 2, 4,
+    8, ...); where it does not, Megatron's own rule is left to decide.
+    """
+    asked, actual = given.get("vocab_size"), findings.tokenizer_vocab_size
+    padded = given.get("padded_vocab_size")
+    for name, limit in (("vocab_size", asked), ("padded_vocab_size", padded)):
+        if actual is not None and limit is not None and actual > limit:
+            problems.append(f"{name}: {limit}: the tokenizer has {actual} tokens: raise it, or remove it")
+    size = max((number for number in (asked, actual) if number is not None), default=None)
+    room = padded or size
+    if findings.data_max_token is not None and room is not None and findings.data_max_token >= room:
+        problems.append(
+            f"data_path: the data hold token {findings.data_max_token}, the vocabulary ends at {room - 1}: "
+            "tokenize them with this tokenizer"
+        )
+    if padded is not None or size is None:
+        return {}
+    multiple = int(given.get("make_vocab_size_divisible_by", 128))
+    padded = -(-size // multiple) * multiple
+    return {} if padded % int(given.get("tensor_model_parallel_size", 1)) else {"padded_vocab_size": padded}
+
+
+def _torchrun(
+    python: str, num_processes: int, module: str, options: Mapping[str, Any], extra: tuple[str, ...]
+) -> tuple[str, ...]:
+    from flagscale_config import render_megatron
+
+    launcher = (
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc-per-node={num_processes}",
+        "--max-restarts=0",
+    )
+    return (python, "-m", "torch.distributed.run", *launcher, "-m", module, *render_megatron(options), *extra)
+
+
+def process_for(
+    experiment: Experiment, *, name: str, argv: tuple[str, ...], environment: Mapping[str, str]
+) -> Process:
+    """Make the one process of a plan, in the user's directory, after the user's `cmds.before_start`."""
+    before = experiment.cmds.before_start
+    if before:
+        # The one place with shell text, because it is the user's own; ours follows as words.
+        argv = ("bash", "-c", f'{before}\nexec "$@"', "flagscale", *argv)
+    return Process(name=name, argv=argv, env=dict(environment), cwd=experiment.cwd)
+
+
+def _environment(
+    experiment: Experiment, machine: Machine, layout: Layout, options: Mapping[str, Any]
+) -> dict[str, str]:
+    chosen = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's overlap relies on the order of launches
+        "FLAGSCALE_EVENTS": f"{{run_dir}}/{FILE_NAME}",
+        "FLAGSCALE_PLATFORM": runtime(machine.chip).torch_device,
+        "OMP_NUM_THREADS": str(max(1, machine.num_cpus // layout.num_processes)),
+        "PYTHONSAFEPATH": "1",  # a folder called megatron nearby must not be taken for Megatron
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if machine.chip == "cpu":
+        chosen["TORCH_COMPILE_DISABLE"] = "1"
+        chosen["GLOO_SOCKET_IFNAME"] = "lo"  # one host: no name lookup, no firewall
+    elif layout.num_processes < len(machine.visible):
+        chosen |= device_env(machine.visible[: layout.num_processes])
+    flops = _peak_flops(machine, options)
+    if flops:
+        chosen["FLAGSCALE_PEAK_FLOPS"] = f"{flops:.6g}"
+    return {**chosen, **experiment.envs}
+
+
+def _peak_flops(machine: Machine, options: Mapping[str, Any]) -> float | None:
+    if not machine.visible:
+        return None
+    dtype = (
+        "fp8"
+        if options.get("fp8_format")
+        else "bf16"
+        if options.get("bf16")
+        else "fp16"
+        if options.get("fp16")
+        else ""
+    )
+    found = peak(machine.visible[0].name, dtype)
+    return found.flops_per_s if found else None
+
+
+def _facts(
+    experiment: Experiment, machine: Machine, layout: Layout, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    described = experiment.model_dump(mode="json")
+    described["envs"] = {
+        name: "***" if _SECRET.search(name) else value for name, value in experiment.envs.items()
+    }
+    return {
+        "experiment": described,
+        "chip": machine.chip,
+        "devices": [device.name for device in machine.visible[: layout.num_processes]],
+        "layout": {
+            "processes": layout.num_processes,
+            "data": layout.data,
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "context": layout.context,
+        },
+        "megatron_options": {
+            name: list(value) if isinstance(value, tuple) else value for name, value in options.items()
+        },
+        "checkpoints": checkpoint_dir(experiment),
+        "events": FILE_NAME,
+    }

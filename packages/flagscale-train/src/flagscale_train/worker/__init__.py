@@ -1,0 +1,12 @@
+"""What runs in every training process: the only place of this package that imports torch and megatron.
+
+`python -m flagscale_train.worker <megatron arguments>` trains; `python -m flagscale_train.worker.logits`
+computes logits of a checkpoint. Both are started by a plan (`flagscale_train.plan`), which gives them
+Megatron's own arguments and these environment variables:
+
+- `FLAGSCALE_PLATFORM`: `cpu` installs the CPU adapter before Megatron is imported; `cuda` installs nothing.
+- `FLAGSCALE_EVENTS`: file that events are appended to; without it there are none.
+- `FLAGSCALE_PEAK_FLOPS`: peak FLOP/s of one device in the type trained in, for MFU; without it MFU is null.
+"""
+
+__all__: list[str] = []

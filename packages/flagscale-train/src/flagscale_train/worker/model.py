@@ -1,0 +1,26 @@
+"""The model's configuration from Megatron's arguments, with the layers this device has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.training.argument_utils import gpt_config_from_args
+
+from flagscale_train.worker.layers import local_spec
+
+__all__ = ["configure"]
+
+
+def configure(args: Any) -> Any:
+    """Build Megatron's GPTModelConfig.
+
+    Args:
+        args: Megatron's validated arguments.
+
+    Returns:
+        The configuration; its layers are Megatron's own with Transformer Engine and plain torch ones without.
+    """
+    config = gpt_config_from_args(args)
+    if args.transformer_impl == "local" and args.spec is None:
+        config.transformer_layer_spec = local_spec
+    return config

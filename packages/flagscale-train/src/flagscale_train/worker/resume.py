@@ -1,0 +1,222 @@
+"""Loads the newest whole checkpoint and proves that what was saved is whole.
+
+Megatron believes its tracker file: if the run was killed while saving, or the disk was full, it may point at
+nothing or at half a checkpoint. Here the files decide (`flagscale_train.checkpoints`); the tracker is not
+read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.training import checkpointing, get_args, training
+from torch.distributed.checkpoint.api import CheckpointException
+
+from flagscale_train.checkpoints import Choice, choose, fault
+from flagscale_train.worker.recorder import Recorder
+from flagscale_train.worker.refusal import Refusal
+
+__all__ = ["Keeper", "SaveError", "chosen"]
+
+_SHAPE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "swiglu", "normalization", "qk_layernorm", "add_bias_linear", "add_qkv_bias", "position_embedding_type",
+    "untie_embeddings_and_output_weights", "num_experts", "multi_latent_attention", "padded_vocab_size",
+)  # fmt: skip
+"""Megatron's arguments that decide which tensors a model has and what they mean."""
+
+
+def chosen(root: Path, iteration: int | None = None) -> Choice:
+    """Choose a checkpoint on the first rank and tell all others, so that they can never disagree."""
+    if not torch.distributed.is_initialized():
+        return choose(root, iteration)
+    answer: list[Choice | None] = [choose(root, iteration) if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(answer, src=0)
+    choice = answer[0]
+    assert choice is not None  # noqa: S101 -- rank 0 always sends one
+    return choice
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written."""
+
+
+class Keeper:
+    """Stands between the trainer and its checkpoints."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        """Report through `recorder`."""
+        self._recorder = recorder
+        self._loaded: Path | None = None
+
+    def attach(self) -> None:
+        """Wrap Megatron's functions; call once, before `pretrain()`."""
+        checkpointing.read_metadata = self._read_tracker
+        checkpointing.checkpoint_exists = lambda root: (
+            root is not None and chosen(Path(root)).path is not None
+        )
+        self._wrap("load_checkpoint", self._load)
+        self._wrap("save_checkpoint", self._save)
+        _allow_longer_training()
+
+    @staticmethod
+    def _wrap(name: str, around: Callable[..., Any]) -> None:
+        real = getattr(training, name)
+        setattr(training, name, functools.wraps(real)(functools.partial(around, real)))
+
+    def _read_tracker(self, tracker: str) -> tuple[int, bool]:
+        choice = chosen(Path(tracker).parent, get_args().ckpt_step)
+        return (choice.iteration, choice.release) if choice.path else (-1, False)
+
+    def _load(self, real: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        args = get_args()
+        if args.load is None:
+            return real(*arguments, **named)
+        choice = chosen(Path(args.load), args.ckpt_step)
+        for sentence in choice.skipped:
+            self._note(sentence)
+        if args.ckpt_step and choice.path is None:
+            raise FileNotFoundError(
+                f"ckpt_step: {args.ckpt_step}: no whole checkpoint of that step in {args.load}"
+            )
+        if choice.path is not None:
+            # Megatron looks for the tracker before it looks for a checkpoint; an asked-for step goes before
+            # both.
+            args.ckpt_step = choice.iteration or None
+            self._loaded = choice.path
+            self._note(f"resuming from {choice.path}")
+            _same_model(choice.path)
+        try:
+            return real(*arguments, **named)
+        except AssertionError as error:
+            if "OptimizerParamScheduler" not in str(error):
+                raise
+            raise Refusal(
+                f"{choice.path}: it was trained with another learning-rate schedule ({error}): set "
+                "lr_decay_iters (and lr_warmup_iters) to what they were, "
+                "override_opt_param_scheduler: true to take the new "
+                "schedule, or "
+                "use_checkpoint_opt_param_scheduler: true to keep the old one"
+            ) from None
+
+    def _note(self, text: str) -> None:
+        if torch.distributed.get_rank() == 0:
+            print(text, flush=True)  # noqa: T201 -- the log is this process's output
+        self._recorder.write("notice", text=text)
+
+    def _save(self, real: Callable[..., Any], iteration: int, *arguments: Any, **named: Any) -> Any:
+        args = get_args()
+        path = Path(checkpointing.get_checkpoint_name(args.save, iteration, return_base_dir=True))
+        if self._loaded == path and fault(path) is None:
+            # Nothing was trained since it was loaded; writing over the only good copy could only harm it.
+            return None
+        self._clear(path)
+        started_s = time.perf_counter()
+        try:
+            with _unstoppable():
+                result = real(iteration, *arguments, **named)
+        except (RuntimeError, OSError, CheckpointException) as error:
+            raise _save_failure(path, error) from error
+        self._verify(iteration, path, time.perf_counter() - started_s)
+        return result
+
+    def _clear(self, path: Path) -> None:
+        """Remove an earlier attempt at this checkpoint: its files could stay between the new ones."""
+        if torch.distributed.get_rank() == 0 and path.exists():
+            shutil.rmtree(path)
+        torch.distributed.barrier()
+
+    def _verify(self, iteration: int, path: Path, save_time_s: float) -> None:
+        if get_args().async_save:
+            self._recorder.write(
+                "checkpoint", iteration=iteration, path=path, verified=False, save_time_s=save_time_s
+            )
+            return
+        problem = [fault(path) if torch.distributed.get_rank() == 0 else None]
+        torch.distributed.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise SaveError(f"checkpoint {path} is not whole after saving: {problem[0]}")
+        self._recorder.write(
+            "checkpoint", iteration=iteration, path=path, verified=True, save_time_s=save_time_s
+        )
+
+
+def _save_failure(path: Path, error: BaseException) -> SaveError:
+    """Say why saving failed; torch's writer loses what the system said, so the system is asked again."""
+    files = sorted(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    try:
+        with (files[-1] if files else path / "probe").open("ab") as stream:
+            stream.write(bytes(1 << 16))
+            stream.flush()
+            os.fsync(stream.fileno())
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
+    except OSError as answer:
+        cause = answer.strerror or str(answer)
+    free_gib = shutil.disk_usage(path.parent).free / (1 << 30)
+    return SaveError(
+        f"checkpoint {path} could not be saved: {cause} ({free_gib:.1f} GiB are free there): make room; the "
+        "checkpoints before it are untouched"
+    )
+
+
+def _same_model(path: Path) -> None:
+    """Compare the model with the checkpoint's before Megatron compares tensors and names none of this.
+
+    Raises:
+        Refusal: it has another shape.
+    """
+    saved = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    args = get_args()
+    differ = [
+        f"{name}: {getattr(args, name, None)}: it has {getattr(saved, name)}"
+        for name in _SHAPE
+        if getattr(saved, name, None) not in (None, getattr(args, name, None))
+    ]
+    if differ:
+        raise Refusal(
+            f"{path}: a checkpoint of another model: {'; '.join(differ)}: give another exp_dir or load"
+        )
+
+
+def _allow_longer_training() -> None:
+    """Let `train_iters` grow while the weight decay is constant.
+
+    Megatron compares the length of the weight-decay schedule, `train_iters`, even where there is none.
+    """
+    real = OptimizerParamScheduler._check_and_set
+
+    def check(self: Any, ours: Any, saved: Any, name: str) -> Any:
+        if "weight decay iterations" in name and self.start_wd == self.end_wd:
+            return ours
+        return real(self, ours, saved, name)
+
+    OptimizerParamScheduler._check_and_set = check
+
+
+@contextlib.contextmanager
+def _unstoppable() -> Iterator[None]:
+    """Hold SIGTERM back while saving, here and in the writer processes that saving starts.
+
+    A run that is stopped sends SIGTERM to every process it has, new ones too. Megatron saves because of that
+    signal, so it must not hit the writers. A blocked signal is inherited by them, and here it is delivered
+    afterwards.
+    """
+    # Starting Python's resource tracker unblocks SIGTERM, so it must be there before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,141 @@
+"""One training process from arguments to exit: prepare, check, call `megatron.training.pretrain()`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from flagscale_train.events import Journal
+from flagscale_train.worker.refusal import Refusal
+from flagscale_train.worker.settings import Settings
+
+__all__ = ["main", "prepare"]
+
+
+def main() -> int:
+    """Train with the Megatron arguments of the command line.
+
+    Returns:
+        0, also when a signal or a limit ended the training early; 1 when it was refused. Other failures
+        raise, so that the traceback reaches the log and torchrun sees the failure.
+    """
+    settings = Settings.from_environment()
+    journal = Journal(settings.events)
+    try:
+        _train(settings, journal)
+    except SystemExit as ending:
+        # Megatron leaves by sys.exit() after a signal or at a limit, having saved before.
+        if ending.code not in (None, 0):
+            journal.write(
+                "error", rank=_rank(), type="SystemExit", text=f"Megatron exited with {ending.code}"
+            )
+            raise
+    except Refusal as refusal:
+        journal.write("error", rank=_rank(), type="Refusal", text=str(refusal))
+        print(f"error: {refusal}", file=sys.stderr, flush=True)  # noqa: T201 -- the log is this process's output
+        return 1
+    except BaseException as error:
+        cause = _cause(error)
+        journal.write("error", rank=_rank(), type=type(cause).__name__, text=_first_line(cause))
+        raise
+    _leave()
+    return 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what really happened inside torch's CheckpointException, which only says on which ranks."""
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        inner = next(iter(failures.values()))
+        inner = inner[0] if isinstance(inner, tuple) else inner
+        if isinstance(inner, BaseException):
+            return _cause(inner)
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else repr(error)
+
+
+def prepare(settings: Settings) -> Callable[[], Any]:
+    """Make this process ready for Megatron and read Megatron's arguments.
+
+    Args:
+        settings: the worker's own settings.
+
+    Returns:
+        A function that parses and checks the arguments of the command line, sets Megatron's globals and
+        returns the arguments. It is separate so that callers can patch Megatron in between.
+    """
+    if settings.platform == "cpu":
+        from flagscale_train.worker import cpu
+
+        cpu.install()
+    _skip_helper_build()
+    from flagscale_train.worker import adam
+
+    adam.use_where_needed()
+    return _arguments
+
+
+def _skip_helper_build() -> None:
+    """The wheel has the dataset helper compiled but no Makefile; a failed build exits the process."""
+    from megatron.core.datasets import helpers_cpp, utils
+
+    del helpers_cpp  # imported to fail here, with its name, if the wheel lacks it
+    utils.compile_helpers = lambda: None
+
+
+def _arguments() -> Any:
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import get_tokenizer, set_global_variables
+
+    args = parse_args()
+    validate_args(args)
+    set_global_variables(args)
+    vocab_size = get_tokenizer().vocab_size
+    if vocab_size > args.padded_vocab_size:
+        raise Refusal(
+            f"padded_vocab_size: {args.padded_vocab_size}: the tokenizer has {vocab_size} tokens, so some "
+            "would have no embedding: raise it, or remove it to have it computed"
+        )
+    return args
+
+
+def _train(settings: Settings, journal: Journal) -> None:
+    arguments = prepare(settings)
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from flagscale_train.worker import datasets, step
+    from flagscale_train.worker.model import configure
+    from flagscale_train.worker.recorder import Recorder
+    from flagscale_train.worker.resume import Keeper
+
+    args = arguments()
+    recorder = Recorder(journal, settings.peak_flops)
+    recorder.attach()
+    Keeper(recorder).attach()
+    container = pretrain_cfg_container_from_args(args, configure(args))
+    try:
+        pretrain(container, datasets.provide, ModelType.encoder_or_decoder, step.forward)
+    except SystemExit as ending:
+        if ending.code in (None, 0):
+            recorder.end()
+        raise
+    recorder.end()
+
+
+def _leave() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,71 @@
+"""One forward step: a batch in, the model's per-token losses and the function that folds them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.training import get_args, get_timers
+
+from flagscale_train.worker.datasets import reads_data
+
+__all__ = ["LOSS_NAME", "forward"]
+
+LOSS_NAME = "lm loss"
+"""Name of the loss in what Megatron reports, as in Megatron's own scripts."""
+
+_Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def _batch(data: Iterator[Any] | None) -> dict[str, torch.Tensor | None]:
+    if data is None or not reads_data():
+        return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
+    device = torch.cuda.current_device()
+    batch = {name: value.to(device, non_blocking=True) for name, value in next(data).items()}
+    batch.setdefault("attention_mask", None)
+    if get_args().context_parallel_size > 1:
+        group = mpu.get_context_parallel_group()
+        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    return batch
+
+
+def _fold(loss_mask: torch.Tensor, losses: torch.Tensor) -> _Loss:
+    """Sum the losses of the tokens that count.
+
+    Returns:
+        The sum, the number of tokens, and both as one tensor for the report; Megatron divides.
+    """
+    mask = loss_mask.view(-1).float()
+    total = (losses.view(-1).float() * mask).sum()
+    num_tokens = mask.sum().to(torch.int)
+    report = torch.cat([total.detach().view(1), num_tokens.view(1)])
+    return total, num_tokens, {LOSS_NAME: report}
+
+
+def forward(
+    data: Iterator[Any] | None,
+    model: Any,
+    return_schedule_plan: bool = False,  # noqa: FBT001, FBT002 -- Megatron's signature
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], _Loss]]:
+    """Run one micro-batch forward; Megatron's schedules call this.
+
+    Args:
+        data: iterator of batches; None on ranks that read none.
+        model: this stage's part of the model.
+        return_schedule_plan: overlap of expert communication, which needs another entry into the model.
+
+    Returns:
+        The output, and the function that turns it into loss, token count and report.
+    """
+    if return_schedule_plan:
+        raise NotImplementedError("overlap_moe_expert_parallel_comm is not supported: switch it off")
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = _batch(data)
+    timers("batch-generator").stop()
+    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+    return output, partial(_fold, batch["loss_mask"])

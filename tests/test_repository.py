@@ -1,0 +1,47 @@
+"""The repository keeps its own promises: licences, versions, pins and documents."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("config", "hw", "train", "serve", "convert")
+
+
+def test_every_package_carries_the_same_licence() -> None:
+    texts = {(ROOT / f"packages/flagscale-{p}/LICENSE").read_text() for p in PACKAGES}
+    assert texts == {(ROOT / "LICENSE").read_text()}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_pins_between_our_packages_accept_the_versions_in_the_tree(package: str) -> None:
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / f"packages/flagscale-{package}/pyproject.toml").read_text())["project"]
+    for text in project["dependencies"]:
+        requirement = Requirement(text)
+        if requirement.name.startswith("flagscale-"):
+            about = (
+                ROOT / f"packages/{requirement.name}/src/{requirement.name.replace('-', '_')}/__about__.py"
+            )
+            version = re.search(r'__version__ = "(.+)"', about.read_text())[1]
+            assert requirement.specifier.contains(version), text
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_cn.md"])
+def test_readme_shows_the_two_commands_that_ci_runs(name: str) -> None:
+    start = 'python3 -m venv .venv && .venv/bin/pip install -q "nox[uv]" && .venv/bin/nox -s '
+    text = (ROOT / name).read_text()
+    assert start + "demo" in text
+    assert start + "tests" in text
+    assert start + "tests" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("packages/*/README.md")), ids=str
+)
+def test_links_in_documents_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), target
