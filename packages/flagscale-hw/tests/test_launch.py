@@ -287,6 +287,7 @@ def test_a_run_can_be_stopped_between_restarts(keeper):
 INTERRUPTED = """
 import os, signal, sys, threading, time
 from flagscale_hw import File, Plan, Process, launch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 process = Process(name="a", argv=("/bin/sleep", "600"))
 plan = Plan(kind="t", name="t", processes=(process,), files=(File(path="conf/a/b.txt", text="x"),))
 delay = float(sys.argv[2])
