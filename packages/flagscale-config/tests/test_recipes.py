@@ -14,6 +14,16 @@ FILES = {
     ),
     "site/offering/recipes/qwen3/conf/serve/0_6b.yaml": "- {serve_id: m, engine_args: {model: x}}\n",
     "site/offering/recipes/llama3/conf/70b.yaml": "a: 1\n",
+    "site/offering/recipes/both/conf/7b.yaml": (
+        "defaults: [_self_, {serve: 7b}]\nexperiment: {exp_name: s, task: {type: serve}}\n"
+    ),
+    "site/offering/recipes/both/conf/serve/7b.yaml": "- {serve_id: m, engine_args: {model: x}}\n",
+    "site/school/recipes/both/conf/7b.yaml": (
+        "defaults: [_self_, {train: 7b}]\nexperiment: {exp_name: t, task: {type: train}}\n"
+    ),
+    "site/school/recipes/both/conf/train/7b.yaml": "model: {num_layers: 2}\n",
+    "site/school-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: school\nVersion: 1.0\n",
+    "site/school-1.0.dist-info/entry_points.txt": "[flagscale.recipes]\nschool = school.recipes\n",
     "site/offering-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: offering\nVersion: 1.0\n",
     "site/offering-1.0.dist-info/entry_points.txt": "[flagscale.recipes]\noffering = offering.recipes\n",
 }
@@ -50,3 +60,18 @@ def test_a_mistyped_recipe_names_the_nearest(offered):
 def test_a_file_wins_over_a_recipe(offered, project):
     project({"qwen3/0_6b.yaml": "experiment: {exp_name: f, task: {type: serve}}\nserve: [{serve_id: a}]\n"})
     assert load("qwen3/0_6b").name == "f"
+
+
+def test_a_name_offered_for_two_tasks_is_chosen_by_the_task(offered, tmp_path):
+    school = tmp_path / "site/school/recipes/both/conf/7b.yaml"
+    assert recipes("train")["both/7b"] == school
+    assert recipes("serve")["both/7b"] == offered / "both/conf/7b.yaml"
+    assert load("both/7b", task="serve").name == "s"
+    assert "both/7b" not in recipes()
+    assert recipes()["train:both/7b"] == school
+
+
+def test_a_name_offered_for_two_tasks_alone_asks_which(offered):
+    with pytest.raises(ConfigError, match=r"several tasks; say serve:both/7b or train:both/7b"):
+        load("both/7b")
+    assert load("serve:both/7b").name == "s"

@@ -31,17 +31,20 @@ _ENV_SECTIONS = {
 }
 
 
-def load(source: str | PathLike[str], overrides: Sequence[str] = ()) -> Experiment:
+def load(
+    source: str | PathLike[str], overrides: Sequence[str] = (), *, task: str | None = None
+) -> Experiment:
     """Load a FlagScale experiment file, or a recipe by name such as `qwen3/0_6b`.
 
     Args:
         source: path of the experiment file; the files its defaults list names lie next to it.
         overrides: in Hydra's grammar: `a.b=c`, `+a.b=c`, `++a.b=c`, `~a.b`, `group=name`.
+        task: which recipe is meant where a name is offered for several tasks, such as `train` and `serve`.
 
     Raises:
         ConfigError: everything that is wrong with the files and overrides, each with its place.
     """
-    experiment, problems = _load(source, overrides)
+    experiment, problems = _load(find(source, task), overrides)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or experiment is None:
         raise ConfigError(errors)
@@ -51,13 +54,12 @@ def load(source: str | PathLike[str], overrides: Sequence[str] = ()) -> Experime
 def check(source: str | PathLike[str], overrides: Sequence[str] = ()) -> tuple[Problem, ...]:
     """Return all errors and notes about an experiment file; an empty tuple when there is nothing to say."""
     try:
-        return sort_problems(_load(source, overrides)[1])
+        return sort_problems(_load(find(source), overrides)[1])
     except ConfigError as error:
         return error.problems
 
 
-def _load(source: str | PathLike[str], overrides: Sequence[str]) -> tuple[Experiment | None, list[Problem]]:
-    path = find(source)
+def _load(path: FilePath, overrides: Sequence[str]) -> tuple[Experiment | None, list[Problem]]:
     composed = compose(path, overrides)
     data, unresolved = resolve(composed)
     findings = Findings(composed)
@@ -66,7 +68,7 @@ def _load(source: str | PathLike[str], overrides: Sequence[str]) -> tuple[Experi
     return experiment, findings.problems + findings.notes
 
 
-def find(source: str | PathLike[str]) -> FilePath:
+def find(source: str | PathLike[str], task: str | None = None) -> FilePath:
     """Return the path of an experiment file given by path, without its suffix, or by recipe name.
 
     Raises:
@@ -83,12 +85,15 @@ def find(source: str | PathLike[str]) -> FilePath:
     beside = FilePath(f"{path}.yaml")
     if beside.is_file():
         return beside
-    known = recipes()
+    known = recipes(task)
     name = os.fspath(source)
     if name in known:
         return known[name]
     place = Origin(file=name)
-    if path.is_dir():
+    qualified = [known_name for known_name in known if known_name.endswith(f":{name}")]
+    if qualified:
+        message = f"offered for several tasks; say {' or '.join(qualified)}"
+    elif path.is_dir():
         message = "is a directory; name an experiment file in it"
     elif path.suffix or not known:
         message = "no such file; check the path"

@@ -28,7 +28,7 @@ class InputError(HwError):
     exit_code = 2
 
 
-class InvalidPlan(HwError):  # noqa: N818 - says what is wrong, and is public
+class InvalidPlan(HwError):
     """The plan contradicts itself or the machine."""
 
     exit_code = 2
@@ -44,7 +44,7 @@ class LaunchError(HwError):
     """The processes of a plan could not be started."""
 
 
-class RunNotFound(HwError):  # noqa: N818 - says what is wrong, and is public
+class RunNotFound(HwError):
     """No run lives in that directory."""
 
     exit_code = 3

@@ -57,7 +57,7 @@ class _Pci(ctypes.Structure):
     )
 
 
-class _Failure(Exception):  # noqa: N818 - a return code on its way up
+class _Failure(Exception):
     """A call that did not succeed."""
 
     def __init__(self, code: int, text: str) -> None:

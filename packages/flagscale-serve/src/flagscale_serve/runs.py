@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 _POLL_S = 0.1
+_TASK = "serve"
 _ALIVE = ("starting", "running", "ready", "stopping")
 
 
@@ -357,13 +358,14 @@ def _service(target: str, overrides: Sequence[str], chip: str, engine: str | Non
 def _load(target: str, overrides: Sequence[str]) -> Any:
     from flagscale_config import load, recipes
 
-    if not Path(target).exists() and Path(target).suffix not in (".yaml", ".yml") and target not in recipes():
+    is_file = Path(target).exists() or Path(target).suffix in (".yaml", ".yml")
+    if not is_file and target not in recipes(_TASK):
         raise InvalidService(
             f"{target}: no such model directory, serve file, recipe or run: give the path of a directory "
             "with config.json, of a FlagScale serve file (.yaml), or a name that `flagscale-config "
             "recipes` lists"
         )
-    return load(target, overrides)
+    return load(target, overrides, task=_TASK)
 
 
 def _python(given: str | None, service: Service) -> str:

@@ -76,7 +76,7 @@ def compute_logits(
         NotFound: there is no whole checkpoint.
         RunFailed: Megatron failed; the message names the cause and the log.
     """
-    experiment = load(source, list(overrides))
+    experiment = load(source, list(overrides), task="train")
     _check_tokens(tokens, experiment)
     require_writable(output)
     root = checkpoint.resolve() if checkpoint else Path(checkpoint_dir(experiment))
