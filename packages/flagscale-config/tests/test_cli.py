@@ -42,6 +42,13 @@ def test_check_of_a_bad_file_lists_everything(tiny, capsys):
     ]
 
 
+def test_an_empty_name_and_an_override_without_key_are_named(tiny, capsys):
+    assert cli.main(["check", ""]) == 2
+    assert "the name of the file is empty" in capsys.readouterr().err
+    assert cli.main(["check", tiny, "=3"]) == 2
+    assert "the key is missing" in capsys.readouterr().err
+
+
 def test_check_as_json(tiny, capsys):
     assert cli.main(["check", "--json", tiny, "+train.model.lrr=1"]) == 2
     found = json.loads(capsys.readouterr().out)

@@ -155,7 +155,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(shell, model_dir):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = shell("run", model_dir, "--port", port, "--detach")
-    assert done.returncode == 4
+    assert done.returncode == 2
     assert str(port) in done.stderr
     assert "in use" in done.stderr
     assert "Traceback" not in done.stderr

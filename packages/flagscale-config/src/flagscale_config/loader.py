@@ -74,11 +74,17 @@ def find(source: str | PathLike[str], task: str | None = None) -> FilePath:
     Raises:
         ConfigError: there is no such file and no such recipe.
     """
+    if not os.fspath(source):
+        nameless = Problem(
+            code="config/no-file", message="the name of the file is empty; give its path", given=""
+        )
+        raise ConfigError([nameless])
     path = FilePath(source)
     if path.is_file():
         return path
-    if path.with_name(path.name + ".yaml").is_file():
-        return path.with_name(path.name + ".yaml")
+    beside = FilePath(f"{path}.yaml")
+    if beside.is_file():
+        return beside
     known = recipes(task)
     name = os.fspath(source)
     if name in known:

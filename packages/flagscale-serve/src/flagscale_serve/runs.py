@@ -158,7 +158,7 @@ def start(prepared: Prepared, *, detach: bool) -> hw.Run:
         detach: False ends the run together with the calling process.
 
     Raises:
-        LaunchError: a port is in use, or the run directory holds a run.
+        LaunchRefused: a port is in use, or the run directory holds a run.
     """
     run = hw.launch(prepared.plan, prepared.run_dir, detach=detach)
     _point_to(prepared.run_dir)
@@ -178,7 +178,7 @@ def run(
 
     Raises:
         InvalidService, InvalidModel, EngineMissing: it cannot be started as asked.
-        LaunchError: a port is in use.
+        LaunchRefused: a port is in use.
         RunFailed: it ended, or did not get ready in time; nothing of it is left.
     """
     prepared = prepare(target, overrides, options)
