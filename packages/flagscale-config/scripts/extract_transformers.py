@@ -1,9 +1,11 @@
+# ruff: noqa: INP001, S101 - scripts beside each other, run by hand on one engine version; a surprise must stop them.
 """Extract the options of `transformers serve` from its signature, read without importing it.
 
     python extract_transformers.py SITE_PACKAGES/transformers/cli/serve.py 5.23.0 \
         ../src/flagscale_config/data/transformers-5.json
 
-The command is a typer class: each parameter of `Serve.__init__` is one option, a boolean one has a `--no-` twin.
+The command is a typer class: each parameter of `Serve.__init__` is one option, a boolean one has a `--no-`
+twin.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def _help(annotation: ast.expr) -> tuple[str, str]:
     return "Option", ""
 
 
-def _describe(name: str, annotation: ast.expr, default: Any, enums: dict[str, list[str]]) -> dict[str, Any] | None:
+def _describe(
+    name: str, annotation: ast.expr, default: Any, enums: dict[str, list[str]]
+) -> dict[str, Any] | None:
     """Return one option as data, None for the positional argument."""
     marker, text = _help(annotation)
     if marker == "Argument":
@@ -49,11 +53,19 @@ def main() -> int:
     tree = ast.parse(Path(sys.argv[1]).read_text(encoding="utf-8"))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     enums = {
-        name: [item.value.value for item in node.body if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant)]
+        name: [
+            item.value.value
+            for item in node.body
+            if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant)
+        ]
         for name, node in classes.items()
         if any("Enum" in ast.unparse(base) for base in node.bases)
     }
-    init = next(item for item in classes["Serve"].body if isinstance(item, ast.FunctionDef) and item.name == "__init__")
+    init = next(
+        item
+        for item in classes["Serve"].body
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__"
+    )
     parameters = init.args.args[1:]
     options = []
     for parameter, default in zip(parameters, init.args.defaults, strict=True):

@@ -1,8 +1,10 @@
+# ruff: noqa: INP001, S101 - scripts beside each other, run by hand on one engine version; a surprise must stop them.
 """Extract the options of `vllm serve` from vLLM's sources, without importing them.
 
-vLLM builds its parser from dataclasses whose import needs torch and a platform, so this script reads the sources: which
-flag is registered with which configuration field (`add_cli_args`), the field's annotation and default, and then applies
-the rules of `vllm.engine.arg_utils._compute_kwargs` for turning an annotation into an argument. Run on an unpacked wheel:
+vLLM builds its parser from dataclasses whose import needs torch and a platform, so this script reads the
+sources: which flag is registered with which configuration field (`add_cli_args`), the field's annotation and
+default, and then applies the rules of `vllm.engine.arg_utils._compute_kwargs` for turning an annotation into
+an argument. Run on an unpacked wheel:
 
     pip download vllm==0.25.1 --no-deps && unzip vllm-*.whl 'vllm/*.py' && \
     python extract_vllm.py vllm 0.25.1 ../src/flagscale_config/data/vllm-0.25.json
@@ -17,7 +19,12 @@ from typing import Any
 
 import option_file
 
-_UNITS = {"max_num_batched_tokens", "kv_cache_memory_bytes", "safetensors_prefetch_block_size", "max_model_len"}
+_UNITS = {
+    "max_num_batched_tokens",
+    "kv_cache_memory_bytes",
+    "safetensors_prefetch_block_size",
+    "max_model_len",
+}
 
 
 class Sources:
@@ -74,7 +81,11 @@ class Sources:
 
 def _text_of(node: ast.stmt | None) -> str:
     """Return the docstring that follows a field, if one does."""
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+    if (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ):
         return " ".join(node.value.value.split())
     return ""
 
@@ -116,8 +127,7 @@ def _element(sources: Sources, node: ast.expr) -> dict[str, Any]:
 
 def _argument(sources: Sources, field: str, hint: ast.expr) -> dict[str, Any]:
     """Turn an annotation into kind, type and choices, by vLLM's own order of rules."""
-    parts = sources.parts(hint)
-    by_name = {_name(part): part for part in parts}
+    by_name = {_name(part): part for part in sources.parts(hint)}
     if any(name.endswith(("Config", "LoRAModulePath")) and name in sources.classes for name in by_name):
         return {"kind": "json"}
     if "bool" in by_name:
@@ -127,16 +137,19 @@ def _argument(sources: Sources, field: str, hint: ast.expr) -> dict[str, Any]:
         values = _literals(sources, by_name["Literal"])
         plain = "int" if isinstance(values[0], int) else "str"
         return {"kind": "value", "type": plain, "choices": [] if "str" in by_name else sorted(values)}
-    for collection in ("tuple", "list", "set"):
-        if collection in by_name:
-            return {"kind": "list", "nargs": "+", **_element(sources, by_name[collection])}
-    if "int" in by_name:
+    collection = next((name for name in ("tuple", "list", "set") if name in by_name), None)
+    if collection is not None:
+        return {"kind": "list", "nargs": "+", **_element(sources, by_name[collection])}
+    return _scalar(field, set(by_name))
+
+
+def _scalar(field: str, names: set[str]) -> dict[str, Any]:
+    """Return kind and type of an option with one value that is neither a switch nor a choice."""
+    if "int" in names:
         return {"kind": "value", "type": "size" if field in _UNITS else "int"}
-    if "float" in by_name:
+    if "float" in names:
         return {"kind": "value", "type": "float"}
-    if "dict" in by_name:
-        return {"kind": "json"}
-    return {"kind": "value", "type": "str"}
+    return {"kind": "json"} if "dict" in names else {"kind": "value", "type": "str"}
 
 
 def _default(node: ast.expr | None) -> Any:
@@ -173,7 +186,9 @@ def _from_call(call: ast.Call, flags: list[str]) -> dict[str, Any]:
     if kind == "pair":
         described["negative"] = "--no-" + flag[2:]
     if kind == "value":
-        described["type"] = _name(words["type"]) if _name(words.get("type", ast.Name("str"))) in {"int", "float"} else "str"
+        described["type"] = (
+            _name(words["type"]) if _name(words.get("type", ast.Name("str"))) in {"int", "float"} else "str"
+        )
     described["default"] = option_file.jsonable(_default(words.get("default")))
     described["help"] = " ".join(str(_default(words.get("help")) or "").split())
     return described
@@ -184,10 +199,18 @@ def _registered(sources: Sources, function: ast.FunctionDef) -> list[dict[str, A
     owners: dict[str, str] = {}
     found: list[dict[str, Any]] = []
     for node in ast.walk(function):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and _name(node.value.func) == "get_kwargs":
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and _name(node.value.func) == "get_kwargs"
+        ):
             owners[_name(node.targets[0])] = _name(node.value.args[0])
     for node in ast.walk(function):
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"):
+        if not (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "add_argument"
+        ):
             continue
         flags = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
         if not any(str(flag).startswith("--") for flag in flags):
@@ -198,10 +221,14 @@ def _registered(sources: Sources, function: ast.FunctionDef) -> list[dict[str, A
 
 
 def _field_of(call: ast.Call, owners: dict[str, str]) -> tuple[str, str] | None:
-    """Return the configuration class and field of `add_argument(..., **kwargs["field"])`, if it is that form."""
+    """Return configuration class and field of `add_argument(..., **kwargs["field"])`, if it is that form."""
     for word in call.keywords:
         for node in ast.walk(word.value) if word.arg is None else ():
-            if isinstance(node, ast.Subscript) and _name(node.value) in owners and isinstance(node.slice, ast.Constant):
+            if (
+                isinstance(node, ast.Subscript)
+                and _name(node.value) in owners
+                and isinstance(node.slice, ast.Constant)
+            ):
                 return owners[_name(node.value)], str(node.slice.value)
     return None
 
@@ -232,7 +259,9 @@ def main() -> int:
         if isinstance(node, ast.FunctionDef) and node.name == "add_cli_args" and file in sources.files
     ]
     cli = sources.files["entrypoints/openai/cli_args.py"]
-    functions += [node for node in cli.body if isinstance(node, ast.FunctionDef) and node.name == "make_arg_parser"]
+    functions += [
+        node for node in cli.body if isinstance(node, ast.FunctionDef) and node.name == "make_arg_parser"
+    ]
     options = {option["name"]: option for option in _frontend(sources)}
     for function in functions:
         options.update({option["name"]: option for option in _registered(sources, function)})

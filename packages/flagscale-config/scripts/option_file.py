@@ -1,7 +1,8 @@
+# ruff: noqa: INP001 - scripts beside each other, run by hand on one engine version; a surprise must stop them.
 """Write an engine's options as the compact JSON file that `flagscale_config.options` reads.
 
-Shared by the `extract_*.py` scripts beside it. One option per line, sorted by name, so that a new engine version is a
-readable diff.
+Shared by the `extract_*.py` scripts beside it. One option per line, sorted by name, so that a new engine
+version is a readable diff.
 """
 
 from __future__ import annotations

@@ -92,6 +92,16 @@ def test_logits_without_a_checkpoint(experiment_file, tmp_path, capsys):
         assert why in said(capsys)[1]
 
 
+def test_logits_that_cannot_be_written_are_refused_before_they_are_computed(
+    experiment_file, tmp_path, capsys
+):
+    tokens = tmp_path / "t.json"
+    tokens.write_text("[[1]]")
+    where = str(tokens / "o")
+    assert main(["logits", str(experiment_file), "--tokens", str(tokens), "--output", where]) == 2
+    assert f"--output: {where}: cannot be written" in said(capsys)[1]
+
+
 def test_missing_packages_are_named_with_the_cure(experiment_file, capsys, monkeypatch):
     monkeypatch.setattr(findings.importlib.util, "find_spec", lambda name: None)
     assert main(["run", str(experiment_file)]) == 2

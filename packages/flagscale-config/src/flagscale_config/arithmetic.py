@@ -1,7 +1,7 @@
-"""Checks across Megatron options: each the twin of an assertion Megatron makes after the cluster has been started.
+"""Checks across Megatron options: twins of assertions Megatron makes once the cluster has been started.
 
-The twins are proven against Megatron's own code by `tests/test_megatron_twins.py`. Every message has the numbers and the
-nearest values that would work.
+The twins are proven against Megatron's own code by `tests/test_megatron_twins.py`. Every message has the
+numbers and the nearest values that would work.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from flagscale_config.findings import Findings
 from flagscale_config.options import option_table
 from flagscale_config.runner import Runner
 
-__all__ = ["check_train"]
+__all__ = ["check_train", "virtual_stages"]
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "seq_length")
 _POSITIVE = (
@@ -33,6 +33,7 @@ _POSITIVE = (
     "global_batch_size",
     "save_interval",
 )
+_SPLITS = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
 
 
 class Options:
@@ -46,9 +47,11 @@ class Options:
 
     def __getitem__(self, name: str) -> Any:
         value = self.given.get(name)
-        if value is None and name in self._table:
-            return self._table[name].default
-        return value
+        option = self._table.get(name)
+        if value is not None or option is None:
+            return value
+        # The default of `no_x` in the table is that of the attribute it switches off, which is true.
+        return False if option.kind == "false" else option.default
 
     def has(self, *names: str) -> bool:
         """Whether every option named has a value."""
@@ -99,7 +102,7 @@ def _listed(values: Sequence[int], limit: int = 12) -> str:
 
 
 def check_train(given: Mapping[str, Any], runner: Runner | None, findings: Findings) -> None:
-    """Report every contradiction between the options of a training task, and with the number of processes if it is known."""
+    """Report every contradiction between the options of a training task, and with the number of processes."""
     options = Options(given, findings, runner.world_size if runner is not None else None)
     if not _check_sizes(options):
         return
@@ -118,7 +121,8 @@ def _check_sizes(options: Options) -> bool:
         for name in _REQUIRED:
             twin = {"num_layers": "encoder_num_layers", "seq_length": "encoder_seq_length"}.get(name, name)
             is_derived = name == "num_layers" and options.has("hybrid_layer_pattern")
-            if not options.has(name) and not options.has(twin) and not is_derived:
+            is_excused = is_derived or name in options.findings.excused
+            if not options.has(name) and not options.has(twin) and not is_excused:
                 message = f"{name} is required; set it in train.model"
                 options.findings.error("config/required", ("train",), message)
     return len(options.findings.problems) == before
@@ -131,62 +135,85 @@ def _check_world(options: Options) -> None:
         return
     if world % size:
         sizes = f"tensor {tp} x pipeline {pp} x context {cp} = {size}"
-        message = f"{world} processes are not a multiple of {sizes}; use {nearest_multiples(world, size)} processes"
-        options.error(options.blame("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"), message)
+        message = (
+            f"{world} processes are not a multiple of {sizes}; use {nearest_multiples(world, size)} processes"
+        )
+        options.error(
+            options.blame(
+                "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+            ),
+            message,
+        )
     etp = options["expert_tensor_parallel_size"] or tp
     ep = options["expert_model_parallel_size"]
     if ep > 1 and world % (etp * ep * pp):
         sizes = f"expert tensor {etp} x expert {ep} x pipeline {pp} = {etp * ep * pp}"
-        message = f"{world} processes are not a multiple of {sizes}; use {nearest_multiples(world, etp * ep * pp)} processes"
+        near = nearest_multiples(world, etp * ep * pp)
+        message = f"{world} processes are not a multiple of {sizes}; use {near} processes"
         options.error("expert_model_parallel_size", message)
 
 
 def _check_heads(options: Options) -> None:
     if not options.has("num_attention_heads", "hidden_size"):
         return
-    heads, hidden, tp = options["num_attention_heads"], options["hidden_size"], options["tensor_model_parallel_size"]
+    heads, hidden, tp = (
+        options["num_attention_heads"],
+        options["hidden_size"],
+        options["tensor_model_parallel_size"],
+    )
     if heads % tp:
         message = f"{heads} attention heads cannot be shared by {tp}; use one of {_listed(divisors(heads))}"
         options.error(options.blame("tensor_model_parallel_size", "num_attention_heads"), message)
     if not options.has("kv_channels") and hidden % heads:
-        message = f"hidden_size {hidden} is not a multiple of {heads} heads; use {nearest_multiples(hidden, heads)}, or set kv_channels"
+        near = nearest_multiples(hidden, heads)
+        message = f"{hidden} is not a multiple of {heads} heads; use {near}, or set kv_channels"
         options.error("hidden_size", message)
 
 
 def _check_groups(options: Options) -> None:
     if not options["group_query_attention"]:
         if options.given.get("num_query_groups", 1) != 1:
-            message = "has no effect without group_query_attention: true; all heads then have keys of their own"
+            message = "has no effect without group_query_attention: true; every head then has its own keys"
             options.findings.note("config/no-effect", options.path("num_query_groups"), message)
         return
     if not options.has("num_attention_heads"):
         return
-    heads, groups, tp = options["num_attention_heads"], options["num_query_groups"], options["tensor_model_parallel_size"]
+    heads, groups = options["num_attention_heads"], options["num_query_groups"]
+    tp = options["tensor_model_parallel_size"]
     if heads % groups:
-        message = f"{heads} attention heads cannot form {groups} groups; use one of {_listed(divisors(heads))}"
+        allowed = _listed(divisors(heads))
+        message = f"{heads} attention heads cannot form {groups} groups; use one of {allowed}"
         options.error("num_query_groups", message)
     if groups % tp and tp % groups:
-        message = f"{groups} query groups are neither multiple nor divisor of tensor_model_parallel_size {tp}"
-        options.error("num_query_groups", f"{message}; use {nearest_multiples(groups, tp)}, or a divisor of {groups} for tensor parallelism")
+        size = f"tensor_model_parallel_size {tp}"
+        near = f"use {nearest_multiples(groups, tp)}, or tensor parallelism {_listed(divisors(groups))}"
+        message = f"{groups} query groups are neither multiple nor divisor of {size}; {near}"
+        options.error("num_query_groups", message)
 
 
 def _check_widths(options: Options) -> None:
     tp = options["tensor_model_parallel_size"]
     width = options.given.get("ffn_hidden_size")
     if width is not None and width % tp:
-        message = f"{width} is not a multiple of tensor_model_parallel_size {tp}; use {nearest_multiples(width, tp)}"
+        near = nearest_multiples(width, tp)
+        message = f"{width} is not a multiple of tensor_model_parallel_size {tp}; use {near}"
         options.error("ffn_hidden_size", message)
 
 
 def _check_lengths(options: Options) -> None:
-    length, limit, cp = options["seq_length"], options["max_position_embeddings"], options["context_parallel_size"]
+    length, limit, cp = (
+        options["seq_length"],
+        options["max_position_embeddings"],
+        options["context_parallel_size"],
+    )
     if length is None:
         return
     if limit is not None and length > limit:
         message = f"{length} is more than max_position_embeddings {limit}; shorten it or raise that"
         options.error("seq_length", message)
     if cp > 1 and length % (2 * cp):
-        message = f"{length} is not a multiple of 2 x context_parallel_size {cp}; use {nearest_multiples(length, 2 * cp)}"
+        near = nearest_multiples(length, 2 * cp)
+        message = f"{length} is not a multiple of 2 x context_parallel_size {cp}; use {near}"
         options.error("seq_length", message)
     tp = options["tensor_model_parallel_size"]
     if options["sequence_parallel"] and tp == 1:
@@ -196,25 +223,33 @@ def _check_lengths(options: Options) -> None:
 
 def _check_batches(options: Options) -> None:
     dp, micro, whole = options.data_parallel_size, options["micro_batch_size"], options["global_batch_size"]
-    if dp is None or micro is None:
+    if dp is None or micro is None or whole is None:
         return
-    for name, size, small in (
-        ("global_batch_size", whole, micro),
-        ("eval_global_batch_size", options["eval_global_batch_size"] or whole, options["eval_micro_batch_size"] or micro),
-    ):
-        if size is None or size % (small * dp) == 0 or (name not in options.given and name != "global_batch_size"):
-            continue
-        unit = small * dp
-        fitting = [n for n in divisors(size) if size % (n * dp) == 0]
-        other = f", or micro batch {_listed(fitting)}" if fitting else ""
-        message = f"{size} is not a multiple of micro batch {small} x data parallel {dp} = {unit}; use {nearest_multiples(size, unit)}{other}"
-        options.error(name, message)
+    _check_batch(options, "global_batch_size", (whole, micro), dp)
+    own = [name for name in ("eval_global_batch_size", "eval_micro_batch_size") if options.has(name)]
+    if own:
+        sizes = (options["eval_global_batch_size"] or whole, options["eval_micro_batch_size"] or micro)
+        _check_batch(options, own[0], sizes, dp)
+
+
+def _check_batch(options: Options, name: str, sizes: tuple[int, int], dp: int) -> None:
+    """Check that a batch of all processes is made of whole micro batches of each."""
+    whole, micro = sizes
+    if micro < 1 or whole < 1 or whole % (micro * dp) == 0:
+        return
+    unit = f"micro batch {micro} x data parallel {dp} = {micro * dp}"
+    fitting = [size for size in divisors(whole) if whole % (size * dp) == 0]
+    other = f", or micro batch {_listed(fitting)}" if fitting else ""
+    near = nearest_multiples(whole, micro * dp)
+    options.error(name, f"{whole} is not a multiple of {unit}; use {near}{other}")
 
 
 def _check_experts(options: Options) -> None:
     experts, ep = options["num_experts"], options["expert_model_parallel_size"]
     if ep > 1 and not experts:
-        options.error("expert_model_parallel_size", f"is {ep}, but the model has no experts; set num_experts or 1")
+        options.error(
+            "expert_model_parallel_size", f"is {ep}, but the model has no experts; set num_experts or 1"
+        )
     elif experts and experts % ep:
         message = f"{experts} experts cannot be shared by {ep}; use one of {_listed(divisors(experts))}"
         options.error("expert_model_parallel_size", message)
@@ -222,8 +257,7 @@ def _check_experts(options: Options) -> None:
 
 def _stage_layers(options: Options) -> int:
     """Return the layers to divide, the embedding and the loss counted where they count as layers."""
-    extra = options["account_for_embedding_in_pipeline_split"] + options["account_for_loss_in_pipeline_split"]
-    return int(options["num_layers"]) + extra
+    return int(options["num_layers"]) + sum(bool(options[name]) for name in _SPLITS)
 
 
 def _check_stages(options: Options) -> None:
@@ -236,7 +270,9 @@ def _check_stages(options: Options) -> None:
         layers, pp = _stage_layers(options), options["pipeline_model_parallel_size"]
         if layers % pp:
             message = f"{layers} layers cannot form {pp} equal stages; use one of {_listed(divisors(layers))}"
-            uneven = ", or decoder_first_pipeline_num_layers / decoder_last_pipeline_num_layers for uneven ones"
+            uneven = (
+                ", or decoder_first_pipeline_num_layers / decoder_last_pipeline_num_layers for uneven ones"
+            )
             options.error(options.blame("pipeline_model_parallel_size", "num_layers"), message + uneven)
             return
     elif not _check_uneven(options, first, last):
@@ -254,6 +290,10 @@ def _check_uneven(options: Options, first: int | None, last: int | None) -> bool
         message = "does not go with uneven stages; use num_virtual_stages_per_pipeline_rank"
         options.error("num_layers_per_virtual_pipeline_stage", message)
         return False
+    for split in _SPLITS:
+        if options[split]:
+            options.error(split, f"does not go with {name}; the sizes of its stages are given there")
+            return False
     rest = options["num_layers"] - (first or 0) - (last or 0)
     stages = options["pipeline_model_parallel_size"] - (first is not None) - (last is not None)
     if rest < 0 or stages < 0 or bool(rest) != bool(stages):
@@ -273,7 +313,8 @@ def _virtual_stages(options: Options) -> int | None:
         return None if chunks == 1 else chunks
     per_stage = _stage_layers(options) // options["pipeline_model_parallel_size"]
     if per_chunk < 1 or per_stage % per_chunk:
-        message = f"{per_chunk} does not divide the {per_stage} layers of a stage; use one of {_listed(divisors(per_stage))}"
+        allowed = _listed(divisors(per_stage))
+        message = f"{per_chunk} does not divide the {per_stage} layers of a stage; use one of {allowed}"
         options.error("num_layers_per_virtual_pipeline_stage", message)
         return None
     chunks = per_stage // per_chunk
@@ -292,15 +333,28 @@ def _check_virtual(options: Options) -> None:
     pp = options["pipeline_model_parallel_size"]
     need = 3 if options["no_overlap_p2p_communication"] else 2
     if pp < need:
-        options.error(given[0], f"interleaved stages need pipeline_model_parallel_size of at least {need} ({pp} given)")
+        options.error(
+            given[0], f"interleaved stages need pipeline_model_parallel_size of at least {need} ({pp} given)"
+        )
         return
     first, last = options["decoder_first_pipeline_num_layers"], options["decoder_last_pipeline_num_layers"]
     middle = pp - (first is not None) - (last is not None)
     rest = _stage_layers(options) - (first or 0) - (last or 0)
     sizes = [size for size in (first, last, rest // middle if middle else None) if size is not None]
-    wrong = [size for size in sizes if size % chunks]
-    if wrong:
-        options.error(given[0], f"{chunks} chunks do not divide the {wrong[0]} layers of a stage; use one of {_listed(divisors(wrong[0]))}")
+    wrong = next((size for size in sizes if size % chunks), None)
+    if wrong is not None:
+        allowed = _listed(divisors(wrong))
+        message = f"{chunks} chunks do not divide the {wrong} layers of a stage; use one of {allowed}"
+        options.error(given[0], message)
+
+
+def virtual_stages(given: Mapping[str, Any]) -> int | None:
+    """Return the model chunks per pipeline stage of checked options, None when stages are not interleaved."""
+    per_chunk = given.get("num_layers_per_virtual_pipeline_stage")
+    if per_chunk is None:
+        return given.get("num_virtual_stages_per_pipeline_rank")
+    layers = given["num_layers"] + sum(bool(given.get(name)) for name in _SPLITS)
+    return int(layers // given.get("pipeline_model_parallel_size", 1) // per_chunk)
 
 
 def _check_schedule(options: Options) -> None:
@@ -373,18 +427,27 @@ def _check_data(options: Options) -> None:
     sources = [bool(options["mock_data"]), bool(options["data_path"]), split]
     if sum(sources) > 1:
         message = "more than one source of data; give one of data_path, train/valid/test_data_path, mock_data"
-        options.error(options.blame("data_path", "train_data_path", "valid_data_path", "test_data_path", "mock_data"), message)
+        options.error(
+            options.blame("data_path", "train_data_path", "valid_data_path", "test_data_path", "mock_data"),
+            message,
+        )
 
 
 def _check_overlap(options: Options) -> None:
-    is_sharded = options["use_distributed_optimizer"] or options["use_megatron_fsdp"] or options["optimizer"] == "dist_muon"
+    is_sharded = (
+        options["use_distributed_optimizer"]
+        or options["use_megatron_fsdp"]
+        or options["optimizer"] == "dist_muon"
+    )
     if options["overlap_param_gather"] and not is_sharded:
         options.error("overlap_param_gather", "needs use_distributed_optimizer")
     if options["overlap_param_gather"] and not options["overlap_grad_reduce"]:
         options.error("overlap_param_gather", "needs overlap_grad_reduce")
     is_sequence_parallel = options["sequence_parallel"] and options["tensor_model_parallel_size"] > 1
     if options["tp_comm_overlap"] and not is_sequence_parallel:
-        options.error("tp_comm_overlap", "needs sequence_parallel and tensor_model_parallel_size of more than 1")
+        options.error(
+            "tp_comm_overlap", "needs sequence_parallel and tensor_model_parallel_size of more than 1"
+        )
     if options["position_embedding_type"] == "mrope" and not options.has("mrope_section"):
         options.error("position_embedding_type", "mrope needs mrope_section")
 

@@ -20,8 +20,8 @@ class FrozenDict(dict[_K, _V]):
         raise TypeError("an Experiment cannot be changed; load it again with an override")
 
     __setitem__ = __delitem__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
-    __ior__ = _refuse  # type: ignore[assignment]
+    clear = pop = popitem = setdefault = update = _refuse
+    __ior__ = _refuse
 
     def __hash__(self) -> int:  # type: ignore[override]
         """Hash by content, where the content is hashable."""
@@ -44,4 +44,6 @@ FrozenMap = Annotated[Mapping[_K, _V], AfterValidator(FrozenDict)]
 class Model(BaseModel):
     """Root of the models of this package."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )

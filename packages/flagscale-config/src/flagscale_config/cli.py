@@ -21,7 +21,9 @@ def _check(options: argparse.Namespace) -> int:
     problems = check(options.file, options.overrides)
     errors = [problem for problem in problems if problem.severity == "error"]
     if options.json:
-        print(json.dumps({"ok": not errors, "problems": [problem.to_dict() for problem in problems]}, indent=2))
+        print(
+            json.dumps({"ok": not errors, "problems": [problem.to_dict() for problem in problems]}, indent=2)
+        )
         return 2 if errors else 0
     for problem in problems:
         stream = sys.stderr if problem.severity == "error" else sys.stdout
@@ -39,32 +41,26 @@ def _show(options: argparse.Namespace) -> int:
     from flagscale_config.masking import masked
 
     experiment = load(options.file, options.overrides)
-    facts = masked(experiment.model_dump(mode="json", exclude_defaults=not options.all))
+    given = masked(experiment.model_dump(mode="json", exclude_defaults=True))
+    facts = masked(experiment.model_dump(mode="json")) if options.all else given
+    origins: dict[str, str] = {}
+    if options.origin:
+        stated = {key for key, _ in _flat(given)}
+        for key, _ in _flat(facts):
+            origin = experiment.origin(key)
+            is_placed = bool(origin.line or origin.override)
+            origins[key] = "default" if key not in stated else str(origin) if is_placed else ""
     if options.json:
-        if options.origin:
-            facts["origins"] = {key: str(experiment.origin(_path_in_file(key))) for key, _ in _flat(facts)}
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                {**facts, "origins": origins} if options.origin else facts, indent=2, ensure_ascii=False
+            )
+        )
         return 0
     for key, value in _flat(facts):
-        shown = json.dumps(value, ensure_ascii=False)
-        origin = experiment.origin(_path_in_file(key)) if options.origin else None
-        print(f"{key}: {shown}" + (f"    # {origin}" if origin else ""))
+        origin_text = f"    # {origins[key]}" if origins.get(key) else ""
+        print(f"{key}: {json.dumps(value, ensure_ascii=False)}{origin_text}")
     return 0
-
-
-_EXPERIMENT_KEYS = {"name": "experiment.exp_name", "shortcuts": "experiment", "node_envs": "experiment.envs"}
-_TASK_KEYS = ("train", "serve")
-
-
-def _path_in_file(key: str) -> str:
-    """Return where a field of the experiment stands in the file: `runner.nnodes` is `experiment.runner.nnodes`."""
-    head, _, rest = key.partition(".")
-    if key.startswith(("train.micro_batch_size", "train.global_batch_size", "train.train_iters")):
-        return f"train.options.{rest}"
-    if head in _TASK_KEYS:
-        return key.replace("train.parallelism.", "train.options.")
-    home = _EXPERIMENT_KEYS.get(head, f"experiment.{head}")
-    return f"{home}.{rest}" if rest else home
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -129,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--all", action="store_true", help="print defaults too")
     schema = verbs.add_parser("schema", help="print a JSON Schema", description="Print a JSON Schema.")
     schema.add_argument("kind", choices=["experiment"], help="what to describe")
-    schema.add_argument("--check", metavar="PATH", help="compare with this file instead; exit code 2 when it differs")
+    schema.add_argument(
+        "--check", metavar="PATH", help="compare with this file instead; exit code 2 when it differs"
+    )
     schema.set_defaults(function=_schema)
     listed = verbs.add_parser("recipes", help="list installed recipes", description="List installed recipes.")
     listed.add_argument("--json", action="store_true", help="print JSON")

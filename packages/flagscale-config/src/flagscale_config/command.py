@@ -16,9 +16,9 @@ _BUG = 1
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call a command's `main` with its arguments and return the process's exit code.
 
-    An exception with an int `exit_code` is the user's: `error: ...` on standard error and that code. Ctrl-C is 130, a reader
-    that closed the pipe ends the command quietly, anything else is a bug: one line that says so and 1. With `--debug` (anywhere
-    before `--`; it is removed) or FLAGSCALE_DEBUG=1 tracebacks are shown.
+    An exception with an int `exit_code` is the user's: `error: ...` on standard error and that code. Ctrl-C
+    is 130, a reader that closed the pipe ends the command quietly, anything else is a bug: one line that says
+    so and 1. With `--debug` (anywhere before `--`; it is removed) or FLAGSCALE_DEBUG=1 tracebacks are shown.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     limit = words.index("--") if "--" in words else len(words)
@@ -41,9 +41,10 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
-    """Parse a command line whose overrides (`overrides`, a list argument) may stand anywhere among the options.
+    """Parse a command line whose overrides may stand anywhere among the options.
 
-    argparse itself understands them in one place only: `FILE --json a.b=c` would be an error.
+    They are a list argument named `overrides`. argparse itself understands them in one place only: `FILE
+    --json a.b=c` would be an error.
     """
     options, rest = parser.parse_known_args(argv)
     wrong = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
@@ -69,8 +70,12 @@ def _failed(error: Exception, *, is_debug: bool) -> int:
         traceback.print_exception(error)
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
-        sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines() or [type(error).__name__]))
+        sys.stderr.write(
+            "".join(f"error: {line}\n" for line in str(error).splitlines() or [type(error).__name__])
+        )
         return code
     what = " ".join(str(error).split())
-    sys.stderr.write(f"error: bug in flagscale: {type(error).__name__}: {what}; run again with --debug and report it\n")
+    sys.stderr.write(
+        f"error: bug in flagscale: {type(error).__name__}: {what}; run again with --debug and report it\n"
+    )
     return _BUG

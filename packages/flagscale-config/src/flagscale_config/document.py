@@ -1,28 +1,31 @@
 """One YAML file, read once: its values as OmegaConf reads them, and the position of each of them.
 
-Every byte-level fault (encoding, tabs, syntax, duplicate keys, alias bombs, depth, size) is found here and located. What
-does not live here: defaults lists and merging (`compose.py`), meaning (`experiment.py`).
+Every byte-level fault (encoding, tabs, syntax, duplicate keys, alias bombs, depth, size) is found here and
+located. What does not live here: defaults lists and merging (`compose.py`), meaning (`experiment.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flagscale_config.errors import ConfigError, Origin, Problem
+import yaml
+from omegaconf import grammar_parser
+from omegaconf._utils import get_yaml_loader
+from omegaconf.errors import GrammarParseError
 
-__all__ = ["Document", "Places", "below", "read_document", "shown_path"]
+from flagscale_config.errors import ConfigError, Origin, Problem
+from flagscale_config.places import Path as KeyPath
+from flagscale_config.places import Places, dotted
+
+__all__ = ["Document", "read_document", "shown_path"]
 
 MAX_BYTES = 4 * 1024 * 1024
 MAX_DEPTH = 60
-MAX_NODES = 200_000
-
-Places = dict[tuple[str | int, ...], Origin]
+MAX_NODES = 100_000
 
 _REQUIRED = re.compile(r"\$\{\s*[\w.]+\s*:?\s*\?{2,3}\s*\}")
 _MERGE = "tag:yaml.org,2002:merge"
@@ -33,22 +36,19 @@ _REMOVED_ENV = re.compile(r"\$\{env:")
 class Document:
     """A YAML file as data.
 
-    `places` maps each path to where its key (for list items: the item) stands; the empty path is the file's start.
+    `places` maps each path to where its key (for list items: the item) stands; the empty path is the file's
+    start. `problems` are duplicate keys, of which the first was kept, and notes.
     """
 
     path: Path
     text: str
     data: Any
     places: Places
-    notes: tuple[Problem, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
 
-@functools.cache
-def _loader_class() -> Any:
-    """Return OmegaConf's own YAML loader: `1e-5` is a float there, dates stay text, duplicates are refused."""
-    from omegaconf._utils import get_yaml_loader
-
-    return get_yaml_loader()
+# OmegaConf's own YAML loader: `1e-5` is a float there, dates stay text.
+_LOADER: Any = get_yaml_loader()
 
 
 def shown_path(path: Path) -> str:
@@ -74,7 +74,9 @@ def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
             limit = MAX_BYTES // 2**20
-            raise _fail("config/too-big", name, f"the file is larger than {limit} MiB; this is not a configuration")
+            raise _fail(
+                "config/too-big", name, f"the file is larger than {limit} MiB; this is not a configuration"
+            )
         raw = path.read_bytes()
     except FileNotFoundError:
         raise _fail("config/no-file", name, "no such file; check the path") from None
@@ -92,29 +94,35 @@ def _read_text(path: Path) -> str:
 
 @dataclass
 class _Walk:
-    """One pass over a file's node graph: positions, limits, and spellings that need reading."""
+    """One pass over a file's node graph: positions, limits, and spellings that need reading.
+
+    It mends the graph where the value can be read all the same, so that one fault does not hide the others.
+    """
 
     file: str
     places: Places = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    notes: list[Problem] = field(default_factory=list)
     count: int = 0
 
     def origin(self, node: Any) -> Origin:
+        """Return where a node starts."""
         return Origin(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
 
-    def add(self, code: str, node: Any, message: str, key: str = "") -> None:
-        self.problems.append(Problem(code=code, message=message, key=key, origin=self.origin(node)))
+    def add(self, code: str, node: Any, message: str, path: KeyPath, severity: str = "error") -> None:
+        """Add a problem with a node."""
+        key = dotted(path)
+        self.problems.append(
+            Problem(code=code, message=message, key=key, origin=self.origin(node), severity=severity)
+        )
 
-    def visit(self, node: Any, path: tuple[str | int, ...]) -> None:
+    def visit(self, node: Any, path: KeyPath) -> None:
         """Visit a node; an aliased one is visited once per use, which is what the limit is for."""
-        import yaml
-
         self.count += 1
-        if self.count > MAX_NODES or len(path) > MAX_DEPTH:
-            what = f"more than {MAX_NODES} values (aliases expanded)"
-            deep = f"nested more than {MAX_DEPTH} levels deep"
-            raise _fail("config/too-big", self.origin(node), what if self.count > MAX_NODES else deep)
+        if self.count > MAX_NODES:
+            message = f"more than {MAX_NODES} values, aliases expanded"
+            raise _fail("config/too-big", self.origin(node), message)
+        if len(path) > MAX_DEPTH:
+            raise _fail("config/too-big", self.origin(node), f"nested more than {MAX_DEPTH} levels deep")
         if isinstance(node, yaml.MappingNode):
             self._mapping(node, path)
         elif isinstance(node, yaml.SequenceNode):
@@ -124,55 +132,53 @@ class _Walk:
         elif isinstance(node, yaml.ScalarNode):
             self._scalar(node, path)
 
-    def _mapping(self, node: Any, path: tuple[str | int, ...]) -> None:
+    def _mapping(self, node: Any, path: KeyPath) -> None:
+        """Visit the pairs of a mapping; a key given twice keeps its first value."""
+        for key, merged in node.value:
+            if key.tag == _MERGE:  # before the mapping's own keys, which win over merged ones
+                self._merge(merged, path)
         first: dict[str, Any] = {}
-        merges = [value for key, value in node.value if key.tag == _MERGE]
-        for merged in merges:  # before the mapping's own keys, which win over them
-            self._merge(merged, path)
+        kept = []
         for key_node, value_node in node.value:
-            if key_node.tag == _MERGE:
-                continue
-            if not isinstance(key_node.value, str):
-                self.add("config/key-type", key_node, "a key must be plain text, not a list or mapping")
-                continue
             key = key_node.value
-            if key in first:
-                where = f"line {first[key].start_mark.line + 1}"
-                dotted = ".".join(map(str, (*path, key)))
-                self.add("config/duplicate-key", key_node, f"duplicate key; first given at {where}; keep one", dotted)
+            if key_node.tag != _MERGE and not isinstance(key, str):
+                self.add("config/key-type", key_node, "a key must be text, not a list or a mapping", path)
                 continue
-            first[key] = key_node
-            here = (*path, key)
-            self.places[here] = self.origin(key_node)
-            self.visit(value_node, here)
+            if key_node.tag != _MERGE and key in first:
+                line = first[key].start_mark.line + 1
+                message = f"duplicate key; first given at line {line}; keep one"
+                self.add("config/duplicate-key", key_node, message, (*path, key))
+                continue
+            kept.append((key_node, value_node))
+            if key_node.tag != _MERGE:
+                first[key] = key_node
+                self.places[(*path, key)] = self.origin(key_node)
+                self.visit(value_node, (*path, key))
+        node.value = kept
 
-    def _merge(self, node: Any, path: tuple[str | int, ...]) -> None:
-        import yaml
-
+    def _merge(self, node: Any, path: KeyPath) -> None:
+        """Visit what `<<` merges in; of several the first wins."""
         sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
         for source in reversed(sources):
             self.visit(source, path)
 
-    def _scalar(self, node: Any, path: tuple[str | int, ...]) -> None:
+    def _scalar(self, node: Any, path: KeyPath) -> None:
         text = node.value
         if "${" not in text:
             return
-        key = ".".join(map(str, path))
         if _REQUIRED.fullmatch(text.strip()):
             node.value = "???"  # FlagScale's spelling of OmegaConf's "required from the user"
         elif _REMOVED_ENV.search(text):
             node.value = _REMOVED_ENV.sub("${oc.env:", text)
-            message = "`${env:X}` was removed from OmegaConf and is read as `${oc.env:X}`; write that"
-            self.notes.append(
-                Problem(
-                    code="config/removed-resolver",
-                    message=message,
-                    key=key,
-                    origin=self.origin(node),
-                    given=text,
-                    severity="note",
-                )
-            )
+            message = "`${env:X}` is no longer known to OmegaConf and is read as `${oc.env:X}`; write that"
+            self.add("config/removed-resolver", node, message, path, severity="note")
+        try:
+            grammar_parser.parse(node.value)
+        except GrammarParseError as error:
+            detail = str(error).split("\n", maxsplit=1)[0]
+            message = f"{text!r} is not an interpolation: {detail}; write ${{key}}, or \\${{ for the text"
+            self.add("config/interpolation", node, message, path)
+            node.tag, node.value = "tag:yaml.org,2002:null", "null"
 
 
 def _syntax_error(file: str, error: Any) -> ConfigError:
@@ -187,8 +193,6 @@ def _syntax_error(file: str, error: Any) -> ConfigError:
 
 def _check_characters(file: str, text: str) -> None:
     """Refuse control characters, which PyYAML reports without a usable position."""
-    import yaml
-
     bad = yaml.reader.Reader.NON_PRINTABLE.search(text)
     if bad:
         line = text.count("\n", 0, bad.start()) + 1
@@ -203,20 +207,16 @@ def read_document(path: Path) -> Document:
     Raises:
         ConfigError: the file cannot be read or is not YAML; each fault has its line and column.
     """
-    import yaml
-
     text = _read_text(path)
     file = shown_path(path)
     _check_characters(file, text)
-    loader = _loader_class()(text)
+    loader = _LOADER(text)
     walk = _Walk(file)
     walk.places[()] = Origin(file, 1, 1)
     try:
         node = loader.get_single_node()
         if node is not None:
             walk.visit(node, ())
-        if walk.problems:
-            raise ConfigError(walk.problems)
         data = loader.construct_document(node) if node is not None else None
     except yaml.YAMLError as error:
         raise _syntax_error(file, error) from None
@@ -226,11 +226,4 @@ def read_document(path: Path) -> Document:
         raise _fail("config/syntax", Origin(file), message) from None
     finally:
         loader.dispose()
-    return Document(path, text, data, walk.places, tuple(walk.notes))
-
-
-def below(places: Places, prefix: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
-    """Yield the paths of `places` that lie at or below `prefix`."""
-    for path in places:
-        if path[: len(prefix)] == prefix:
-            yield path
+    return Document(path, text, data, walk.places, tuple(walk.problems))

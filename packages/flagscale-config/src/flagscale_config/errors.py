@@ -51,15 +51,23 @@ class Problem:
     severity: str = "error"
 
     def __str__(self) -> str:
-        """Return the problem as one line: `place: key: message`."""
+        """Return the problem as one line: `place: key: message`, control characters escaped."""
         parts = [str(self.origin) if self.origin else "", self.key, self.message]
-        return ": ".join(part for part in parts if part)
+        line = ": ".join(part for part in parts if part)
+        return line if line.isprintable() else "".join(_printable(character) for character in line)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the problem as JSON can hold it."""
         origin = self.origin or Origin()
-        place = {"file": origin.file, "line": origin.line, "column": origin.column, "override": origin.override}
-        given = self.given if isinstance(self.given, (str, int, float, bool, type(None))) else repr(self.given)
+        place = {
+            "file": origin.file,
+            "line": origin.line,
+            "column": origin.column,
+            "override": origin.override,
+        }
+        given = (
+            self.given if isinstance(self.given, (str, int, float, bool, type(None))) else repr(self.given)
+        )
         return {
             "code": self.code,
             "severity": self.severity,
@@ -68,6 +76,10 @@ class Problem:
             "given": given,
             **place,
         }
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else repr(character)[1:-1]
 
 
 def show(value: Any) -> str:
@@ -83,7 +95,8 @@ def sort_problems(problems: Iterable[Problem]) -> tuple[Problem, ...]:
         origin = problem.origin or Origin()
         return (origin.override is not None, origin.file, origin.line, origin.column, problem.key)
 
-    return tuple(sorted(dict.fromkeys(problems), key=position))
+    unique = {(problem.code, str(problem)): problem for problem in problems}
+    return tuple(sorted(unique.values(), key=position))
 
 
 class ConfigError(Exception):

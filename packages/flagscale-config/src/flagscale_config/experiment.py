@@ -1,18 +1,18 @@
 """The typed contract: what one FlagScale file asks for, frozen.
 
-`load()` makes it; the other packages read it. What does not live here: reading files (`loader.py`), option names
-(`options.py`), checks across fields (`arithmetic.py`).
+`load()` makes it; the other packages read it. What does not live here: reading files (`loader.py`), option
+names (`options.py`), checks across fields (`arithmetic.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr
 
 from flagscale_config.base import FrozenDict, FrozenMap, Model
-from flagscale_config.errors import Origin, Problem
+from flagscale_config.errors import Origin, Problem, sort_problems
 from flagscale_config.runner import Cmds, Runner, Task
 
 __all__ = ["Experiment", "Parallelism", "Profile", "Resources", "ServeInstance", "Train"]
@@ -50,8 +50,9 @@ class Train(Model):
     """A training task: Megatron's options, and the few of them that plans depend on."""
 
     options: FrozenMap[str, Any]
-    """Every option given, by Megatron's canonical name with underscores, typed as Megatron's parser types it. Switches
-    are booleans, several values are tuples; what is null in the file is absent. Section names are gone."""
+    """Every option given, by Megatron's canonical name with underscores, typed as Megatron's parser types it.
+    Switches are booleans, several values are tuples; what is null in the file is absent. Section names are
+    gone."""
     parallelism: Parallelism
     """How the model is spread over processes."""
     micro_batch_size: int
@@ -125,6 +126,31 @@ class ServeInstance(Model):
     """Words passed to the engine as they are."""
 
 
+_MOVED = {
+    "name": "experiment.exp_name",
+    "shortcuts": "experiment",
+    "node_envs": "experiment.envs",
+    "device_type_envs": "experiment.envs",
+    "train.parallelism.virtual_pipeline_stages": "train.options.num_virtual_stages_per_pipeline_rank",
+    "train.parallelism": "train.options",
+    "train.micro_batch_size": "train.options.micro_batch_size",
+    "train.global_batch_size": "train.options.global_batch_size",
+    "train.train_iters": "train.options.train_iters",
+}
+_OF_NO_FILE = ("cwd", "source", "schema_version", "notes")
+
+
+def _path_in_file(key: str) -> str:
+    """Return where a field of an experiment stands in the file; a path in the file is returned as it is."""
+    head = key.partition(".")[0]
+    if head in _OF_NO_FILE:
+        return ""
+    for field, home in _MOVED.items():
+        if key == field or key.startswith(f"{field}."):
+            return home + key[len(field) :]
+    return f"experiment.{key}" if head in Experiment.model_fields and head not in {"train", "serve"} else key
+
+
 class Experiment(Model):
     """What one experiment file asks for, composed, resolved and checked."""
 
@@ -141,7 +167,8 @@ class Experiment(Model):
     seed: int | None = None
     """`experiment.seed`; has an effect only where the file refers to it."""
     shortcuts: FrozenMap[str, Any] = Field(default_factory=FrozenDict)
-    """Convenience values of the `experiment` section that other keys refer to: `save_steps`, `load`, `model`, ..."""
+    """Convenience values of the `experiment` section that other keys refer to: `save_steps`, `load`, `model`,
+    ..."""
     task: Task
     """What is to be done."""
     runner: Runner = Runner()
@@ -168,11 +195,22 @@ class Experiment(Model):
     _origins: Mapping[str, Origin] = PrivateAttr(default_factory=dict)
     _notes: tuple[Problem, ...] = PrivateAttr(default=())
 
+    @classmethod
+    def located(cls, origins: Mapping[str, Origin], found: Iterable[Problem], **fields: Any) -> Experiment:
+        """Return an experiment that knows where its values come from; `load()` is the one caller."""
+        experiment = cls(**fields)
+        experiment._origins = origins
+        experiment._notes = sort_problems(found)
+        return experiment
+
     def origin(self, key: str) -> Origin:
-        """Return where a value comes from, by its path in the file (`train.model.num_layers`) or, for a Megatron
-        option, by `train.options.num_layers`. A key inside a value has the origin of the nearest key around it; a default has
-        the origin of the file as a whole.
+        """Return where a value comes from.
+
+        `key` is a path in the file (`experiment.runner.nnodes`, `train.model.lr`) or in this experiment
+        (`runner.nnodes`, `train.options.lr`). A key inside a value has the origin of the nearest key around
+        it; what no file says (`cwd`, a whole section left out) has the origin of the file as a whole.
         """
+        key = _path_in_file(key)
         while key and key not in self._origins:
             key = key.rpartition(".")[0]
         return self._origins.get(key, Origin(self.source))

@@ -1,4 +1,4 @@
-"""The `experiment:` section as it stands in a file, before paths are made absolute and variables made text."""
+"""The `experiment:` section as it stands in a file: paths not yet absolute, variables not yet text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class ExperimentSection(Model):
     runner: Runner = Runner()
     """Where and how processes are started."""
     envs: FrozenMap[str, Any] | None = None
-    """Environment variables; `device_type_specific`, `node_specific` and `nodes_envs` hold more by device type and host."""
+    """Environment variables; `device_type_specific`, `node_specific` and `nodes_envs` hold more by device
+    type and host."""
     cmds: Cmds | None = None
     """Shell text around the task."""
     deploy: Deploy | None = None

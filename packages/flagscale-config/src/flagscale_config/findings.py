@@ -7,25 +7,26 @@ from typing import Any
 
 from flagscale_config.compose import Composed
 from flagscale_config.errors import Origin, Problem
+from flagscale_config.places import Path, dotted
 
-__all__ = ["Findings", "Path"]
-
-Path = tuple[str | int, ...]
+__all__ = ["Findings"]
 
 
 class Findings:
     """Problems and notes of one experiment, each with key and place.
 
-    `option_paths` says where each Megatron option was set, `origins` where each dotted path comes from.
+    `option_paths` says where each Megatron option was set, `origins` where each dotted path comes from,
+    `excused` holds options that a reported key probably meant, so that they are not called missing as well.
     """
 
     def __init__(self, composed: Composed) -> None:
         self.composed = composed
-        self.problems: list[Problem] = []
-        self.notes: list[Problem] = list(composed.notes)
+        self.problems = [problem for problem in composed.problems if problem.severity == "error"]
+        self.notes = [problem for problem in composed.problems if problem.severity == "note"]
         self.option_paths: dict[str, Path] = {}
+        self.excused: set[str] = set()
         self.origins: dict[str, Origin] = {
-            ".".join(map(str, path)): place for path, place in composed.places.items() if path
+            dotted(path): place for path, place in composed.places.items() if path
         }
 
     def error(self, code: str, path: Sequence[str | int], message: str, given: Any = None) -> None:
@@ -36,7 +37,9 @@ class Findings:
         """Add a note about the value at `path`."""
         self.notes.append(self._problem(code, path, message, given, "note"))
 
-    def _problem(self, code: str, path: Sequence[str | int], message: str, given: Any, severity: str) -> Problem:
-        key = ".".join(map(str, path))
+    def _problem(
+        self, code: str, path: Sequence[str | int], message: str, given: Any, severity: str
+    ) -> Problem:
+        key = dotted(path)
         place = self.composed.origin(tuple(path))
         return Problem(code=code, message=message, key=key, origin=place, given=given, severity=severity)

@@ -24,20 +24,27 @@ __all__ = ["check", "load"]
 
 _TASKS = ("train", "serve", "inference", "compress", "rl")
 _TOP = ("experiment", "action", "hydra", "defaults", "device_type_specific", "node_specific", *_TASKS)
-_ENV_SECTIONS = {"device_type_specific": "device_type_envs", "node_specific": "node_envs", "nodes_envs": "node_envs"}
+_ENV_SECTIONS = {
+    "device_type_specific": "device_type_envs",
+    "node_specific": "node_envs",
+    "nodes_envs": "node_envs",
+}
 
 
-def load(source: str | PathLike[str], overrides: Sequence[str] = ()) -> Experiment:
+def load(
+    source: str | PathLike[str], overrides: Sequence[str] = (), *, task: str | None = None
+) -> Experiment:
     """Load a FlagScale experiment file, or a recipe by name such as `qwen3/0_6b`.
 
     Args:
         source: path of the experiment file; the files its defaults list names lie next to it.
         overrides: in Hydra's grammar: `a.b=c`, `+a.b=c`, `++a.b=c`, `~a.b`, `group=name`.
+        task: which recipe is meant where a name is offered for several tasks, such as `train` and `serve`.
 
     Raises:
         ConfigError: everything that is wrong with the files and overrides, each with its place.
     """
-    experiment, problems = _load(source, overrides)
+    experiment, problems = _load(find(source, task), overrides)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or experiment is None:
         raise ConfigError(errors)
@@ -47,13 +54,12 @@ def load(source: str | PathLike[str], overrides: Sequence[str] = ()) -> Experime
 def check(source: str | PathLike[str], overrides: Sequence[str] = ()) -> tuple[Problem, ...]:
     """Return all errors and notes about an experiment file; an empty tuple when there is nothing to say."""
     try:
-        return sort_problems(_load(source, overrides)[1])
+        return sort_problems(_load(find(source), overrides)[1])
     except ConfigError as error:
         return error.problems
 
 
-def _load(source: str | PathLike[str], overrides: Sequence[str]) -> tuple[Experiment | None, list[Problem]]:
-    path = find(source)
+def _load(path: FilePath, overrides: Sequence[str]) -> tuple[Experiment | None, list[Problem]]:
     composed = compose(path, overrides)
     data, unresolved = resolve(composed)
     findings = Findings(composed)
@@ -62,23 +68,32 @@ def _load(source: str | PathLike[str], overrides: Sequence[str]) -> tuple[Experi
     return experiment, findings.problems + findings.notes
 
 
-def find(source: str | PathLike[str]) -> FilePath:
+def find(source: str | PathLike[str], task: str | None = None) -> FilePath:
     """Return the path of an experiment file given by path, without its suffix, or by recipe name.
 
     Raises:
         ConfigError: there is no such file and no such recipe.
     """
+    if not os.fspath(source):
+        nameless = Problem(
+            code="config/no-file", message="the name of the file is empty; give its path", given=""
+        )
+        raise ConfigError([nameless])
     path = FilePath(source)
     if path.is_file():
         return path
-    if path.with_name(path.name + ".yaml").is_file():
-        return path.with_name(path.name + ".yaml")
-    known = recipes()
+    beside = FilePath(f"{path}.yaml")
+    if beside.is_file():
+        return beside
+    known = recipes(task)
     name = os.fspath(source)
     if name in known:
         return known[name]
     place = Origin(file=name)
-    if path.is_dir():
+    qualified = [known_name for known_name in known if known_name.endswith(f":{name}")]
+    if qualified:
+        message = f"offered for several tasks; say {' or '.join(qualified)}"
+    elif path.is_dir():
         message = "is a directory; name an experiment file in it"
     elif path.suffix or not known:
         message = "no such file; check the path"
@@ -91,21 +106,27 @@ def _read(data: Mapping[str, Any], findings: Findings, source: FilePath) -> Expe
     """Read the whole composed file; None when something needed for an `Experiment` is missing."""
     for key in data:
         if key not in _TOP:
-            findings.error("config/unknown-key", (key,), f"unknown key{suggestion(key, None, (key,), sections=_TOP)}")
+            findings.error(
+                "config/unknown-key", (key,), f"unknown key{suggestion(key, None, (key,), sections=_TOP)}"
+            )
     section = _section(data.get("experiment"), findings)
     task = _task_type(data, section)
     _refuse_other_tasks(task, findings)
     runner = section.runner if section is not None else None
-    train = read_train(data.get("train"), runner, findings) if task == "train" and _has(data, task, findings) else None
+    train = (
+        read_train(data.get("train"), runner, findings)
+        if task == "train" and _has(data, task, findings)
+        else None
+    )
     serve = read_serve(data.get("serve"), findings) if task == "serve" and _has(data, task, findings) else ()
     if section is None:
         return None
     if findings.problems:
         return None
-    experiment = Experiment(**_fields(section, source, findings), train=train, serve=serve)
-    experiment._origins = findings.origins
-    experiment._notes = sort_problems(findings.notes)
-    return experiment
+    fields = _fields(section, source, findings)
+    if findings.problems:
+        return None
+    return Experiment.located(findings.origins, findings.notes, **fields, train=train, serve=serve)
 
 
 def _section(tree: Any, findings: Findings) -> ExperimentSection | None:
@@ -116,14 +137,21 @@ def _section(tree: Any, findings: Findings) -> ExperimentSection | None:
             findings.error("config/required", ("experiment",) if tree is not None else (), message)
         return None
     content = {key: value for key, value in tree.items() if value is not None or key == "exp_name"}
-    runner = content.get("runner")
-    if isinstance(runner, Mapping):
-        content["runner"] = _runner(runner, findings)
-    if isinstance(content.get("deploy"), Mapping):
-        findings.note("config/moved", ("experiment", "deploy"), "moved to experiment.runner.deploy; write it there")
-        moved = content.pop("deploy")
-        content["runner"] = {**content.get("runner", {}), "deploy": {**content.get("runner", {}).get("deploy", {}), **moved}}
+    if isinstance(content.get("runner"), Mapping):
+        content["runner"] = _runner(content["runner"], findings)
+    _move_deploy(content, findings)
     return read_model(ExperimentSection, content, ("experiment",), findings)
+
+
+def _move_deploy(content: dict[str, Any], findings: Findings) -> None:
+    """Move `experiment.deploy` to `experiment.runner.deploy`, unless one of them is too odd to be joined."""
+    runner, deploy = content.get("runner", {}), content.get("deploy")
+    inner = runner.get("deploy", {}) if isinstance(runner, Mapping) else None
+    if isinstance(deploy, Mapping) and isinstance(inner, Mapping):
+        message = "moved to experiment.runner.deploy; write it there"
+        findings.note("config/moved", ("experiment", "deploy"), message)
+        del content["deploy"]
+        content["runner"] = {**runner, "deploy": {**inner, **deploy}}
 
 
 def _runner(tree: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
@@ -162,7 +190,12 @@ def _refuse_other_tasks(task: str | None, findings: Findings) -> None:
     """Say clearly what this version cannot run."""
     where = ("experiment", "task", "type")
     if task in {"inference", "compress", "rl"}:
-        findings.error("config/unsupported", where, f"{task} tasks cannot be run by this version; train and serve can", task)
+        findings.error(
+            "config/unsupported",
+            where,
+            f"{task} tasks cannot be run by this version; train and serve can",
+            task,
+        )
 
 
 def _fields(section: ExperimentSection, source: FilePath, findings: Findings) -> dict[str, Any]:
@@ -171,7 +204,9 @@ def _fields(section: ExperimentSection, source: FilePath, findings: Findings) ->
     exp_dir = section.exp_dir if "exp_dir" in section.model_fields_set else f"outputs/{section.exp_name}"
     if section.task.entrypoint is not None:
         message = "is not used: the engine is started by the runner itself"
-        findings.note("config/no-effect", ("experiment", "task", "entrypoint"), message, section.task.entrypoint)
+        findings.note(
+            "config/no-effect", ("experiment", "task", "entrypoint"), message, section.task.entrypoint
+        )
     return {
         "name": section.exp_name,
         "exp_dir": str(cwd / exp_dir),
@@ -198,7 +233,9 @@ def _environments(tree: Mapping[str, Any], findings: Findings) -> dict[str, Any]
             found["envs"].update(_variable(key, value, path, findings))
             continue
         if not isinstance(value, Mapping):
-            findings.error("config/value", path, f"must be a mapping of names to variables ({show(value)} given)")
+            findings.error(
+                "config/value", path, f"must be a mapping of names to variables ({show(value)} given)"
+            )
             continue
         for name, variables in value.items():
             target = found[_ENV_SECTIONS[key]].setdefault(name, {})

@@ -10,14 +10,21 @@ __all__ = ["MASK", "is_secret", "masked"]
 
 MASK = "***"
 
-# Whole words at the end of a key, so that `max_tokens`, `tokenizer` and `pad_token` stay readable.
-_SECRET = re.compile(r"(^|[_-])(api_?keys?|access_?keys?|secret(_?keys?)?|passw(or)?d|passphrase|credentials?|private_?key)$", re.IGNORECASE)
-_TOKEN = re.compile(r"(^|[_-])(hf|hub|auth|access|api|bearer|github|gitlab|wandb|refresh|session|secret)[_-]?token$|^token$|_TOKEN$", re.IGNORECASE)
+_WORDS = r"((api|access|private)[_-]?keys?|secrets?|passwd|password|passphrase|credentials?|tokens?)"
+_SECRET = re.compile(rf"(^|[_-]){_WORDS}([_-]?key)?$", re.IGNORECASE)
+
+# `pad_token` is a word of a vocabulary and `max_tokens` a number; `hf_token` opens somebody's account.
+_VOCABULARY = re.compile(
+    r"(^|[_-])(bos|cls|end|eod|eos|image|mask|middle|pad|prefix|sep|special|start|stop|suffix|unk|video)[_-]tokens?$",
+    re.IGNORECASE,
+)
+_COUNT = re.compile(r"(^|[_-])(max|min|num|batched|per|prompt|total|draft|speculative)[a-z_-]*[_-]tokens?$")
 
 
 def is_secret(key: str) -> bool:
     """Whether a value under this key must not be shown: keys, tokens of services, secrets, passwords."""
-    return bool(_SECRET.search(key) or _TOKEN.search(key))
+    is_word = _VOCABULARY.search(key) or _COUNT.search(key)
+    return bool(_SECRET.search(key)) and not is_word
 
 
 def masked(tree: Any, key: str = "") -> Any:

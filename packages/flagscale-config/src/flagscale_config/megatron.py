@@ -1,8 +1,8 @@
 """FlagScale's `train:` section read as Megatron options.
 
-Users sort options into sections that mean nothing to Megatron (`system`, `model`, `data`, and any below them); here the names
-of the sections are dropped, spellings unified, FlagScale's own options renamed or refused, values typed by the option table. The
-same option in two places must have one value.
+Users sort options into sections that mean nothing to Megatron (`system`, `model`, `data`, and any below
+them); here the names of the sections are dropped, spellings unified, FlagScale's own options renamed or
+refused, values typed by the option table. The same option in two places must have one value.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
-from flagscale_config.arithmetic import check_train
+from flagscale_config.arithmetic import check_train, virtual_stages
 from flagscale_config.errors import show
 from flagscale_config.experiment import Parallelism, Train
-from flagscale_config.findings import Findings, Path
-from flagscale_config.options import Option, OptionTable, option_table, spelled
-from flagscale_config.resolve import MISSING
+from flagscale_config.findings import Findings
+from flagscale_config.options import Option, OptionError, OptionTable, option_table, spelled
+from flagscale_config.places import Path, dotted
+from flagscale_config.resolve import MISSING, is_incomplete
 from flagscale_config.runner import Runner
 from flagscale_config.suggest import suggestion
 
 __all__ = ["read_train"]
 
 _SECTIONS = ("system", "model", "data")
+_ESCAPE = "; Megatron has no such option, but train.extra_args takes words as they are"
 
 
 @functools.cache
@@ -45,10 +47,12 @@ class _Reader:
 
     def read(self, key: str, value: Any, path: Path) -> None:
         """Read one leaf of the tree."""
-        if value is MISSING:
-            self.is_incomplete = True
-            return
         name = spelled(key)
+        if is_incomplete(value):
+            found = self.table.find(_own()["renamed"].get(name, name))
+            # A path still to be given takes part in no arithmetic; a number or a switch may.
+            self.is_incomplete |= found is None or found[0].is_switch or found[0].type != "str"
+            return
         if not self._is_ours(name, path):
             return
         renamed = _own()["renamed"].get(name)
@@ -58,7 +62,7 @@ class _Reader:
         if found is None:
             self._unknown(name, path)
             return
-        self._set(found[0], found[1], value, path)
+        self._set(*found, value, path)
 
     def _is_ours(self, name: str, path: Path) -> bool:
         """Report FlagScale options without effect or support; return whether the key goes on to the table."""
@@ -68,7 +72,9 @@ class _Reader:
             return False
         reason = own["refused"].get(name)
         if reason is None and name not in self.table:
-            reason = next((text for start, text in own["refused_prefixes"].items() if name.startswith(start)), None)
+            reason = next(
+                (text for start, text in own["refused_prefixes"].items() if name.startswith(start)), None
+            )
         if reason is not None:
             message = f"is not an option of Megatron {self.table.version}: {reason}"
             self.findings.error("config/unsupported", path, message)
@@ -76,9 +82,10 @@ class _Reader:
 
     def _unknown(self, name: str, path: Path) -> None:
         hint = suggestion(name, self.table, path)
-        self.findings.error("config/unknown-key", path, f"unknown key{hint}; extra_args takes words verbatim")
+        self.findings.excused.add(self.table.nearest(name) or "")
+        self.findings.error("config/unknown-key", path, f"unknown key{hint or _ESCAPE}")
 
-    def _set(self, option: Option, is_opposite: bool, value: Any, path: Path) -> None:
+    def _set(self, option: Option, is_opposite: bool, value: Any, path: Path) -> None:  # noqa: FBT001
         if value is None:
             return
         if value == "None" and option.type != "bool":
@@ -90,11 +97,25 @@ class _Reader:
             value = known
         try:
             typed = option.coerce(value)
-        except ValueError as error:
+        except OptionError as error:
             self.findings.error("config/value", path, str(error), value)
             self.is_incomplete = True
             return
         self._store(option, not typed if is_opposite else typed, path)
+
+    def check_twins(self) -> None:
+        """Refuse `x` and `no_x` switched on together where they are two options of Megatron."""
+        for name, path in self.places.items():
+            twin = self.table.twin(self.table.options[name])
+            if (
+                twin is not None
+                and twin.kind == "false"
+                and self.options[name]
+                and self.options.get(twin.name)
+            ):
+                place = self.findings.composed.origin(self.places[twin.name])
+                message = f"contradicts {twin.name} at {place}; keep one"
+                self.findings.error("config/conflict", path, message)
 
     def _store(self, option: Option, value: Any, path: Path) -> None:
         first = self.places.get(option.name)
@@ -104,7 +125,7 @@ class _Reader:
         elif self.options[option.name] != value:
             place = self.findings.composed.origin(first)
             before = show(self.options[option.name])
-            message = f"given twice: {show(value)} here, {before} as {'.'.join(map(str, first))} at {place}; keep one"
+            message = f"given twice: {show(value)} here, {before} as {dotted(first)} at {place}; keep one"
             self.findings.error("config/conflict", path, message, value)
 
 
@@ -124,7 +145,9 @@ def _verbatim(value: Any, findings: Findings, path: Path) -> tuple[str, ...]:
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
         return tuple(str(item) for item in value)
     if not isinstance(value, Mapping):
-        findings.error("config/value", path, f"must be a list of words or a mapping ({show(value)} given)", value)
+        findings.error(
+            "config/value", path, f"must be a list of words or a mapping ({show(value)} given)", value
+        )
         return ()
     words: list[str] = []
     for key, item in value.items():
@@ -143,25 +166,37 @@ def read_train(tree: Any, runner: Runner | None, findings: Findings) -> Train | 
     `runner` says how many processes there are; None when that section is broken.
     """
     if not isinstance(tree, Mapping):
-        findings.error("config/value", ("train",), f"must be a mapping of system, model and data ({show(tree)} given)")
+        message = f"must be a mapping of system, model and data ({show(tree)} given)"
+        findings.error("config/value", ("train",), message)
         return None
     reader = _Reader(findings)
     for section, content in tree.items():
-        if section == "extra_args":
-            continue
-        if section not in _SECTIONS:
-            hint = suggestion(section, reader.table, ("train",), sections=_SECTIONS)
-            findings.error("config/unknown-key", ("train", section), f"unknown key{hint}; allowed: system, model, data, extra_args")
-        elif isinstance(content, Mapping):
-            for key, value, path in _leaves(content, ("train", section)):
-                reader.read(key, value, path)
-        elif content is not None and content is not MISSING:
-            findings.error("config/value", ("train", section), f"must be a mapping ({show(content)} given)")
+        if section != "extra_args":
+            _read_section(reader, section, content)
+    reader.check_twins()
     _remember(findings, reader)
     extra_args = _verbatim(tree.get("extra_args"), findings, ("train", "extra_args"))
     if not reader.is_incomplete:
         check_train(reader.options, runner, findings)
     return _build(reader, extra_args)
+
+
+def _read_section(reader: _Reader, section: str, content: Any) -> None:
+    """Read one of `system`, `model` and `data`."""
+    path = ("train", section)
+    if section not in _SECTIONS:
+        hint = suggestion(section, None, ("train",), sections=_SECTIONS)
+        if section in reader.table:
+            hint = "; it belongs under one of system, model, data"
+        allowed = f"; allowed: {', '.join(_SECTIONS)}, extra_args"
+        reader.findings.error("config/unknown-key", path, f"unknown key{hint or allowed}")
+    elif isinstance(content, Mapping):
+        for key, value, where in _leaves(content, path):
+            reader.read(key, value, where)
+    elif content is MISSING:
+        reader.is_incomplete = True
+    elif content is not None:
+        reader.findings.error("config/value", path, f"must be a mapping ({show(content)} given)")
 
 
 def _remember(findings: Findings, reader: _Reader) -> None:
@@ -174,14 +209,16 @@ def _remember(findings: Findings, reader: _Reader) -> None:
 def _build(reader: _Reader, extra_args: tuple[str, ...]) -> Train | None:
     options = reader.options
     if "micro_batch_size" not in options:
-        if not reader.is_incomplete:
-            reader.findings.error("config/required", ("train",), "micro_batch_size is required; set train.system.micro_batch_size")
+        if not reader.is_incomplete and "micro_batch_size" not in reader.findings.excused:
+            message = "micro_batch_size is required; set train.system.micro_batch_size"
+            reader.findings.error("config/required", ("train",), message)
+        return None
+    if reader.findings.problems:
         return None
     sizes = {name: options[name] for name in Parallelism.model_fields if name in options}
-    stages = options.get("num_virtual_stages_per_pipeline_rank")
     return Train(
         options=options,
-        parallelism=Parallelism(**sizes, virtual_pipeline_stages=stages),
+        parallelism=Parallelism(**sizes, virtual_pipeline_stages=virtual_stages(options)),
         micro_batch_size=options["micro_batch_size"],
         global_batch_size=options.get("global_batch_size"),
         train_iters=options.get("train_iters"),

@@ -1,8 +1,9 @@
 """The options of each engine, as its own parser knows them.
 
-The tables under `data/` are written by `scripts/extract_*.py` from the engines' parsers. This module reads them, finds an
-option by any of its spellings, and turns a YAML value into the value the engine would parse. What does not live here:
-FlagScale's own additions to Megatron (`megatron.py`) and command lines (`render.py`).
+The tables under `data/` are written by `scripts/extract_*.py` from the engines' parsers. This module reads
+them, finds an option by any of its spellings, and turns a YAML value into the value the engine would parse.
+What does not live here: FlagScale's own additions to Megatron (`megatron.py`) and command lines
+(`render.py`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from typing import Any
 
 from flagscale_config.errors import show
 
-__all__ = ["Option", "OptionTable", "OptionValue", "option_table", "spelled"]
+__all__ = ["Option", "OptionError", "OptionTable", "OptionValue", "option_table", "spelled"]
 
 OptionValue = bool | int | float | str | tuple[Any, ...] | Mapping[str, Any]
 """What an option can hold: scalars, sequences of scalars, or (for JSON options) mappings."""
 
 _FILES = {"megatron": "megatron-0.19.json", "vllm": "vllm-0.25.json", "transformers": "transformers-5.json"}
 _SIZE = re.compile(r"\d+(\.\d+)?[kKmMgGtT]?|auto|-1")
+
+
+class OptionError(ValueError):
+    """A value does not fit an option; the text says what is allowed."""
 
 
 def spelled(key: str) -> str:
@@ -41,11 +46,12 @@ class Option:
     """The first flag with underscores: `no_rope_fusion`. This is the key of `Train.options`."""
     flags: tuple[str, ...]
     kind: str
-    """`true` and `false`: a flag without value, the latter switching off what is on by default; `pair`: `--x` and
-    `--no-x`; `value`; `list`: several values; `append`: the flag repeated; `json`: one JSON text; `optional`: a flag with
-    or without value."""
+    """`true` and `false`: a flag without value, the latter switching off what is on by default; `pair`: `--x`
+    and `--no-x`; `value`; `list`: several values; `append`: the flag repeated; `json`: one JSON text;
+    `optional`: a flag with or without value."""
     type: str = "str"
-    """`int`, `float`, `str`, `bool` (text the engine calls `bool` on), `size` (1k, 2M, ...), `expr` (text the engine parses itself)."""
+    """`int`, `float`, `str`, `bool` (text the engine calls `bool` on), `size` (1k, 2M, ...), `expr` (text the
+    engine parses itself)."""
     nargs: str | int | None = None
     choices: tuple[Any, ...] = ()
     default: Any = None
@@ -69,7 +75,7 @@ class Option:
         """Return a YAML value as the type the engine would parse it to.
 
         Raises:
-            ValueError: the value is not allowed; the text says what is.
+            OptionError: the value is not allowed; the text says what is.
         """
         if self.is_switch:
             return _switch(value)
@@ -87,21 +93,23 @@ class Option:
             value = value.split()
         items = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         if isinstance(self.nargs, int) and len(items) != self.nargs:
-            raise ValueError(f"takes exactly {self.nargs} values ({len(items)} given)")
+            raise OptionError(f"takes exactly {self.nargs} values ({len(items)} given)")
         if self.nargs == "+" and not items:
-            raise ValueError("takes at least one value")
+            raise OptionError("takes at least one value")
         return tuple(self._scalar(item) for item in items)
 
     def _scalar(self, value: Any) -> OptionValue:
         if self.type == "expr" and isinstance(value, (list, tuple)):
             value = json.dumps(list(value))
         if isinstance(value, (list, tuple, Mapping)):
-            raise ValueError(f"takes one {_WORDS[self.type]} ({show(value)} given)")
-        converted = _CONVERTERS[self.type](value)
+            raise OptionError(f"takes one {_WORDS[self.type]} ({show(value)} given)")
+        converted: OptionValue = _CONVERTERS[self.type](value)
         if self.choices and converted not in self.choices:
             near = get_close_matches(str(converted), [str(item) for item in self.choices], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"must be one of {', '.join(map(str, self.choices))} ({show(value)} given){hint}")
+            raise OptionError(
+                f"must be one of {', '.join(map(str, self.choices))} ({show(value)} given){hint}"
+            )
         return converted
 
 
@@ -110,7 +118,7 @@ def _switch(value: Any) -> bool:
         return value
     if isinstance(value, str) and value.lower() in {"true", "false"}:
         return value.lower() == "true"
-    raise ValueError(f"must be true or false ({show(value)} given)")
+    raise OptionError(f"must be true or false ({show(value)} given)")
 
 
 def _json(value: Any) -> OptionValue:
@@ -119,37 +127,47 @@ def _json(value: Any) -> OptionValue:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"is not JSON: {error}") from None
+            raise OptionError(f"is not JSON: {error}") from None
     return tuple(value) if isinstance(value, list) else value
 
 
 def _integer(value: Any) -> int:
-    if isinstance(value, bool):
-        raise ValueError(f"must be an integer ({show(value)} given)")
+    number = _whole(value)
+    if number is None:
+        raise OptionError(f"must be an integer ({show(value)} given)")
+    return number
+
+
+def _whole(value: Any) -> int | None:
+    """Return the integer a value means: `8`, `"8"`, `8.0`, `1e3`; None when it means none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    if isinstance(value, int):
+        return value
     try:
-        number = float(value) if isinstance(value, str) else value
-        if isinstance(number, float) and not number.is_integer():
-            raise ValueError
-        return int(value) if isinstance(value, str) and "." not in value and "e" not in value.lower() else int(number)
-    except (ValueError, OverflowError, TypeError):
-        raise ValueError(f"must be an integer ({show(value)} given)") from None
+        if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
+            return int(value)
+        number = float(value)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool):
-        raise ValueError(f"must be a number ({show(value)} given)")
+        raise OptionError(f"must be a number ({show(value)} given)")
     try:
         number = float(value)
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"must be a number ({show(value)} given)") from None
+        raise OptionError(f"must be a number ({show(value)} given)") from None
     if math.isnan(number):
-        raise ValueError("must be a number (nan given)")
+        raise OptionError("must be a number (nan given)")
     return number
 
 
 def _text(value: Any) -> str:
     if isinstance(value, bool):
-        raise ValueError(f"must be text ({show(value)} given); quote it if you mean the word")
+        raise OptionError(f"must be text ({show(value)} given); quote it if you mean the word")
     return str(value)
 
 
@@ -157,7 +175,7 @@ def _size(value: Any) -> int | str:
     if isinstance(value, str) and not value.lstrip("-").isdigit():
         if _SIZE.fullmatch(value):
             return value
-        raise ValueError(f"must be an integer or a size such as 8k ({show(value)} given)")
+        raise OptionError(f"must be an integer or a size such as 8k ({show(value)} given)")
     return _integer(value)
 
 
@@ -195,15 +213,16 @@ class OptionTable:
                 self._aliases.setdefault(opposite, (option.name, True))
 
     def find(self, key: str) -> tuple[Option, bool] | None:
-        """Return the option a key means, and whether the key says its opposite (`rope_fusion` for `no_rope_fusion`).
+        """Return the option a key means, and whether the key says its opposite.
 
-        Hyphens, underscores, second spellings and the opposites of switches are all understood.
+        `rope_fusion` is the opposite of `no_rope_fusion`. Hyphens, underscores, second spellings and the
+        opposites of switches are all understood.
         """
         found = self._aliases.get(spelled(key))
         return (self.options[found[0]], found[1]) if found else None
 
     def twin(self, option: Option) -> Option | None:
-        """Return the switch that sets the same attribute the other way (`--no-x` beside `--x`), None without one."""
+        """Return the switch that sets the same attribute the other way, as `--no-x` does beside `--x`."""
         other = {"true": "false", "false": "true"}.get(option.kind)
         same = (item for item in self.options.values() if item.attribute == option.attribute)
         return next((item for item in same if item.kind == other), None)
@@ -237,8 +256,10 @@ def option_table(engine: str) -> OptionTable:
     """
     text = files("flagscale_config").joinpath("data", _FILES[engine]).read_text(encoding="utf-8")
     raw = json.loads(text)
-    options = {}
+    options: dict[str, Option] = {}
     for item in raw["options"]:
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in item.items()}
-        options[fields["name"]] = Option(**fields)
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in item.items()
+        }
+        options[item["name"]] = Option(**fields)
     return OptionTable(raw["engine"], raw["version"], options)

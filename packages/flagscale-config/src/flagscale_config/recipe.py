@@ -28,16 +28,44 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         yield f"{path.parent.parent.name}/{path.stem}", path
 
 
-def recipes() -> Mapping[str, Path]:
-    """Return every installed recipe by name (`qwen3/0_6b`), with the path of its experiment file.
-
-    Packages offer recipes by the entry-point group `flagscale.recipes`, whose value names a package folder that holds
-    `<model>/conf/<name>.yaml`. When two packages offer the same name, the one whose entry point sorts first is taken.
-    """
-    found: dict[str, Path] = {}
+def _offers() -> Mapping[str, list[Path]]:
+    """Return every experiment file that installed packages offer, by recipe name, first package first."""
+    offers: dict[str, list[Path]] = {}
     points = importlib.metadata.entry_points(group=_GROUP)
     for point in sorted(points, key=lambda point: (point.name, point.value)):
         folder = _folder(point.module)
         for name, path in _files(folder) if folder else ():
-            found.setdefault(name, path)
+            offers.setdefault(name, []).append(path)
+    return offers
+
+
+def _task(path: Path) -> str:
+    """Return the task type that an experiment file states; empty where it cannot be read."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return str(content["experiment"]["task"]["type"])
+    except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError):
+        return ""
+
+
+def recipes(task: str | None = None) -> Mapping[str, Path]:
+    """Return every installed recipe by name (`qwen3/0_6b`), with the path of its experiment file.
+
+    Packages offer recipes by the entry-point group `flagscale.recipes`, whose value names a package folder
+    that holds `<model>/conf/<name>.yaml`. A name may be offered for several tasks (to train and to serve the
+    same model): with `task` the one for that task is meant; without, each is listed as `<task>:<name>`. Of
+    two files with the same name and task, the one whose entry point sorts first is taken.
+    """
+    found: dict[str, Path] = {}
+    for name, paths in _offers().items():
+        if len(paths) == 1:
+            found[name] = paths[0]
+            continue
+        for path in paths:
+            kind = _task(path)
+            found.setdefault(f"{kind}:{name}", path)
+            if kind == task:
+                found.setdefault(name, path)
     return found

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from flagscale_config.errors import ConfigError, Problem
-from flagscale_config.options import Option, OptionTable, option_table
+from flagscale_config.options import Option, OptionError, OptionTable, option_table
 from flagscale_config.suggest import suggestion
 
 __all__ = ["render_engine", "render_megatron"]
+
+_NUMBER = re.compile(r"-\d+|-\d*\.\d+")  # argparse's own rule
 
 
 def render_megatron(options: Mapping[str, Any]) -> tuple[str, ...]:
     """Return Megatron's command line for options by canonical name, as `Train.options` holds them.
 
-    Sorted by name, so that the same options give the same words. Megatron's parser reads the words back to the same
-    values.
+    Sorted by name, so that the same options give the same words. Megatron's parser reads the words back to
+    the same values.
 
     Raises:
         ConfigError: a name is unknown or a value does not fit it.
@@ -26,8 +29,10 @@ def render_megatron(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def render_engine(engine: str, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the command line of `vllm serve` or `transformers serve` for options by name, without the model's positional
-    argument: `model` is rendered as any other option where the engine has it.
+    """Return the command line of `vllm serve` or `transformers serve` for options by name.
+
+    The model as a positional argument is not part of it: `model` is rendered as any other option where the
+    engine has one.
 
     Raises:
         ConfigError: the engine has no option table, a name is unknown or a value does not fit it.
@@ -52,48 +57,56 @@ def _render(table: OptionTable, options: Mapping[str, Any]) -> tuple[str, ...]:
         elif value is not None:
             try:
                 typed = found[0].coerce(value)
-            except ValueError as error:
+                words += _words(table, found[0], not typed if found[1] else typed)
+            except OptionError as error:
                 problems.append(Problem(code="config/value", message=str(error), key=key, given=value))
-                continue
-            words += _words(table, found[0], not typed if found[1] else typed)
     if problems:
         raise ConfigError(problems)
     return tuple(words)
 
 
-def _words(table: OptionTable, option: Option, value: Any) -> Iterator[str]:
-    """Yield the words of one option."""
+def _words(table: OptionTable, option: Option, value: Any) -> tuple[str, ...]:
+    """Return the words of one option.
+
+    Raises:
+        OptionError: the engine's parser could not read the value back.
+    """
     flag = option.flags[0]
+    if option.is_switch:
+        return _switch(table, option, is_on=value)
+    if option.kind == "optional" and isinstance(value, bool):
+        return (flag,) if value else ()
+    if option.kind == "append":
+        return tuple(f"{flag}={text(item)}" for item in value)
+    if option.kind == "list":
+        return (flag, *(_item(item) for item in value))
+    rendered = _json_text(value) if option.kind == "json" else text(value)
+    # One word, or argparse takes a value that starts with a dash for a flag.
+    return (f"{flag}={rendered}",) if rendered.startswith("-") else (flag, rendered)
+
+
+def _switch(table: OptionTable, option: Option, *, is_on: bool) -> tuple[str, ...]:
+    """Return the flag that switches an option on or off; none when off is said by saying nothing."""
+    if is_on:
+        return (option.flags[0],)
     if option.kind == "pair":
-        yield flag if value else str(option.negative)
-    elif option.is_switch:
-        if value:
-            yield flag
-        elif (twin := table.twin(option)) is not None:
-            yield twin.flags[0]
-    elif option.kind == "optional" and isinstance(value, bool):
-        if value:
-            yield flag
-    elif option.kind == "append":
-        for item in value:
-            yield f"{flag}={text(item)}"
-    elif option.kind == "list":
-        yield flag
-        yield from (text(item) for item in value)
-    else:
-        # One word, so that a value that starts with a dash is not taken for a flag.
-        rendered = _json_text(value) if option.kind == "json" else text(value)
-        if rendered.startswith("-"):
-            yield f"{flag}={rendered}"
-        else:
-            yield flag
-            yield rendered
+        return (str(option.negative),)
+    twin = table.twin(option)
+    return (twin.flags[0],) if twin is not None else ()
+
+
+def _item(value: Any) -> str:
+    """Return one of several values; argparse reads those after the first as flags when they look like it."""
+    word = text(value)
+    if word.startswith("-") and not _NUMBER.fullmatch(word):
+        raise OptionError(f"{word!r} starts with a dash; among several values the parser takes it for a flag")
+    return word
 
 
 def _json_text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return json.dumps(value if not isinstance(value, tuple) else list(value), ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def text(value: Any) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import OmegaConfBaseException
+
 from flagscale_config.compose import Composed
 from flagscale_config.errors import Problem
+from flagscale_config.places import Path, dotted
 
-__all__ = ["MISSING", "resolve"]
+__all__ = ["MISSING", "is_incomplete", "resolve"]
 
-MAX_VALUES = 200_000
+MAX_VALUES = 50_000
 MAX_DEPTH = 60
 
 
@@ -26,15 +30,26 @@ class _Missing:
 MISSING: Any = _Missing()
 
 
-def resolve(composed: Composed, skip: frozenset[str] = frozenset({"hydra"})) -> tuple[dict[str, Any], list[Problem]]:
+def is_incomplete(value: Any) -> bool:
+    """Whether a value, or anything in it, is still to be given by the user."""
+    if isinstance(value, dict):
+        return any(is_incomplete(item) for item in value.values())
+    return any(is_incomplete(item) for item in value) if isinstance(value, list) else value is MISSING
+
+
+def resolve(
+    composed: Composed, skip: frozenset[str] = frozenset({"hydra"})
+) -> tuple[dict[str, Any], list[Problem]]:
     """Return the composed configuration as plain data, and what could not be resolved.
 
-    Values required from the user (`???`) are reported and stand as `MISSING` in the data. Top-level keys in `skip` are left
-    out.
+    Values required from the user (`???`) are reported and stand as `MISSING` in the data. Top-level keys in
+    `skip` are left out.
     """
     walk = _Resolver(composed)
     data = {
-        str(key): walk.child(composed.config, key, (str(key),)) for key in composed.config if str(key) not in skip
+        str(key): walk.child(composed.config, key, (str(key),))
+        for key in composed.config
+        if str(key) not in skip
     }
     return data, walk.problems
 
@@ -45,14 +60,14 @@ class _Resolver:
         self.problems: list[Problem] = []
         self.count = 0
 
-    def child(self, parent: Any, key: Any, path: tuple[str | int, ...]) -> Any:
+    def child(self, parent: Any, key: Any, path: Path) -> Any:
         """Return the plain value of one child of a container."""
-        from omegaconf.errors import OmegaConfBaseException
-
         self.count += 1
         if self.count > MAX_VALUES or len(path) > MAX_DEPTH:
             if self.count <= MAX_VALUES or self.count == MAX_VALUES + 1:
-                self.report("config/too-big", path, "interpolations expand to too many or too deeply nested values")
+                self.report(
+                    "config/too-big", path, "interpolations expand to too many or too deeply nested values"
+                )
             return MISSING
         node = parent._get_node(key)  # noqa: SLF001  OmegaConf's only access to the unresolved node
         if node is None:
@@ -70,8 +85,7 @@ class _Resolver:
             return MISSING
         return self.plain(value, path)
 
-    def plain(self, node: Any, path: tuple[str | int, ...]) -> Any:
-        from omegaconf import DictConfig, ListConfig
+    def plain(self, node: Any, path: Path) -> Any:
 
         if isinstance(node, DictConfig) and node._is_none():  # noqa: SLF001
             return None
@@ -83,18 +97,21 @@ class _Resolver:
             return [self.child(node, index, (*path, index)) for index in range(len(node))]
         return node._value()  # noqa: SLF001
 
-    def report(self, code: str, path: tuple[str | int, ...], message: str, given: Any = None) -> None:
-        key = ".".join(map(str, path))
-        self.problems.append(Problem(code=code, message=message, key=key, origin=self.composed.origin(path), given=given))
+    def report(self, code: str, path: Path, message: str, given: Any = None) -> None:
+        key = dotted(path)
+        self.problems.append(
+            Problem(code=code, message=message, key=key, origin=self.composed.origin(path), given=given)
+        )
 
-    def required(self, path: tuple[str | int, ...]) -> None:
-        key = ".".join(map(str, path))
-        self.report("config/required", path, f"required from the user: set it in the file or pass {key}=...", "???")
+    def required(self, path: Path) -> None:
+        key = dotted(path)
+        self.report(
+            "config/required", path, f"required from the user: set it in the file or pass {key}=...", "???"
+        )
 
-    def unresolved(self, path: tuple[str | int, ...], text: Any, error: Exception) -> None:
+    def unresolved(self, path: Path, text: Any, error: Exception) -> None:
         reason = "it refers to itself" if isinstance(error, RecursionError) else str(error).split("\n", 1)[0]
         reason = reason.removeprefix("Interpolation key ")
-        if "recursion" in reason.lower() or "circular" in reason.lower():
+        if "recursive interpolation" in reason.lower() or "to parent node" in reason:
             reason = "it refers to itself"
         self.report("config/interpolation", path, f"cannot resolve {text!r}: {reason}", text)
-

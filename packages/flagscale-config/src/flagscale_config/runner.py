@@ -1,7 +1,7 @@
-"""The `experiment:` section of a FlagScale file, key by key: task, runner, deployment, environment and commands.
+"""The parts of a file's `experiment:` section, key by key: task, runner, deployment, commands.
 
-These models are the vocabulary; an unknown key in any of them is an error. Sections of newer FlagScale versions
-(heartbeat, tracing, profilers) are typed here too, whether or not a runner of ours acts on them yet.
+These models are the vocabulary; an unknown key in any of them is an error. Sections of newer FlagScale
+versions (heartbeat, tracing, profilers) are typed here too, whether or not a runner of ours acts on them yet.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class Runner(Model):
 
     @property
     def num_nodes(self) -> int | None:
-        """Number of hosts when the file says it: the minimum of `min:max`, 1 without a hostfile, else None."""
+        """Number of hosts: the minimum of `min:max`, 1 without a hostfile, None when the hostfile says it."""
         if self.nnodes is None:
             return 1 if self.hostfile is None else None
         return int(str(self.nnodes).partition(":")[0])

@@ -41,9 +41,12 @@ def check_schema(kind: str, path: str | PathLike[str]) -> None:
     try:
         found = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([Problem(code="config/no-file", message=f"cannot be read: {error}", origin=place)]) from None
+        raise ConfigError(
+            [Problem(code="config/no-file", message=f"cannot be read: {error}", origin=place)]
+        ) from None
     if found != wanted:
         lines = unified_diff(found.splitlines(), wanted.splitlines(), lineterm="", n=0)
         first = next((line for line in lines if line[:1] in "+-" and line[:3] not in {"+++", "---"}), "")
-        message = f"differs from the contract ({first.strip()}); write it anew: flagscale-config schema {kind} > {path}"
+        cure = f"write it anew: flagscale-config schema {kind} > {path}"
+        message = f"differs from the contract ({first.strip()}); {cure}"
         raise ConfigError([Problem(code="config/schema", message=message, origin=place)])

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from flagscale_config.errors import show
-from flagscale_config.findings import Findings, Path
+from flagscale_config.findings import Findings
+from flagscale_config.places import Path
 from flagscale_config.resolve import MISSING
 from flagscale_config.suggest import suggestion
 
@@ -27,20 +28,24 @@ def _given(value: Any) -> Any:
     return [_given(item) for item in value if item is not MISSING] if isinstance(value, list) else value
 
 
+def _holds(tree: Any, part: str | int) -> bool:
+    """Whether a mapping or list has something under a key or index."""
+    if isinstance(tree, Mapping):
+        return part in tree
+    return isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+
+
 def _absent(tree: Any, location: Sequence[str | int]) -> bool:
     """Whether the value pydantic misses is one the user still has to give."""
     for part in location:
-        if isinstance(tree, Mapping) and part in tree:
-            tree = tree[part]
-        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
-            tree = tree[part]
-        else:
+        if not _holds(tree, part):
             return False
+        tree = tree[part]
     return tree is MISSING
 
 
 def read_model(model: type[_M], tree: Mapping[str, Any], path: Path, findings: Findings) -> _M | None:
-    """Return a section as its model; None when it is wrong, and then every fault is reported with its place."""
+    """Return a section as its model; None when it is wrong, every fault reported with its place."""
     try:
         return model.model_validate(_given(tree))
     except ValidationError as error:
@@ -59,14 +64,11 @@ def _location(loc: Sequence[str | int], tree: Any) -> Path:
     """Return the part of pydantic's location that is in the file: unions add words of their own."""
     found: list[str | int] = []
     for index, part in enumerate(loc):
-        inside = isinstance(tree, Mapping) or (isinstance(tree, list) and isinstance(part, int))
-        if not inside:
-            break
+        if not _holds(tree, part):
+            # The last part may name a key that is missing; anything else is pydantic's.
+            is_missing = isinstance(tree, Mapping) and index + 1 == len(loc)
+            return (*found, part) if is_missing else tuple(found)
         found.append(part)
-        if isinstance(tree, Mapping) and part not in tree:
-            if index + 1 < len(loc):
-                found.pop()
-            break
         tree = tree[part]
     return tuple(found)
 
@@ -129,7 +131,11 @@ def _words(item: Any) -> str:
     }
     if kind in simple:
         return simple[kind]
-    bounds = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most"), "greater_than": ("gt", "more than")}
+    bounds = {
+        "greater_than_equal": ("ge", "at least"),
+        "less_than_equal": ("le", "at most"),
+        "greater_than": ("gt", "more than"),
+    }
     if kind in bounds:
         name, word = bounds[kind]
         return f"must be {word} {context[name]}"

@@ -7,9 +7,10 @@ from typing import Any
 
 from flagscale_config.errors import show
 from flagscale_config.experiment import ServeInstance
-from flagscale_config.findings import Findings, Path
-from flagscale_config.options import option_table, spelled
-from flagscale_config.resolve import MISSING
+from flagscale_config.findings import Findings
+from flagscale_config.options import OptionError, option_table, spelled
+from flagscale_config.places import Path
+from flagscale_config.resolve import is_incomplete
 from flagscale_config.sections import read_model
 from flagscale_config.suggest import suggestion
 
@@ -29,7 +30,9 @@ _NO_TABLE = frozenset({"sglang", "llama_cpp", "native"})
 def read_serve(tree: Any, findings: Findings) -> tuple[ServeInstance, ...]:
     """Return the instances of a file's `serve` section; broken ones are reported and left out."""
     if not isinstance(tree, list) or not tree:
-        findings.error("config/value", ("serve",), f"must be a list of items, each with a serve_id ({show(tree)} given)")
+        findings.error(
+            "config/value", ("serve",), f"must be a list of items, each with a serve_id ({show(tree)} given)"
+        )
         return ()
     instances = []
     for index, item in enumerate(tree):
@@ -85,7 +88,7 @@ def _typed(tree: Mapping[str, Any], engine: str, path: Path, findings: Findings)
         here = (*path, key)
         name = spelled(key)
         found = table.find(key)
-        if value is None or value is MISSING:
+        if value is None or is_incomplete(value):
             continue
         if found is None and name in _GONE:
             findings.note("config/no-effect", here, f"has no effect: {_GONE[name]}")
@@ -96,13 +99,15 @@ def _typed(tree: Mapping[str, Any], engine: str, path: Path, findings: Findings)
             continue
         try:
             coerced = found[0].coerce(value)
-        except ValueError as error:
+        except OptionError as error:
             findings.error("config/value", here, str(error), value)
             continue
         option, is_opposite = found
         coerced = not coerced if is_opposite else coerced
         if option.name in typed and typed[option.name] != coerced:
-            message = f"given twice: {show(coerced)} here, {show(typed[option.name])} in another spelling; keep one"
+            message = (
+                f"given twice: {show(coerced)} here, {show(typed[option.name])} in another spelling; keep one"
+            )
             findings.error("config/conflict", here, message, value)
         typed[option.name] = coerced
     return typed
@@ -125,7 +130,11 @@ def _check_ids(instances: list[ServeInstance], findings: Findings) -> None:
     ids = [instance.serve_id for instance in instances]
     for index, instance in enumerate(instances):
         if instance.serve_id in ids[:index]:
-            findings.error("config/conflict", ("serve", index, "serve_id"), f"{instance.serve_id!r} is used twice; ids are unique")
+            findings.error(
+                "config/conflict",
+                ("serve", index, "serve_id"),
+                f"{instance.serve_id!r} is used twice; ids are unique",
+            )
         for wanted in instance.depends:
             if wanted not in ids:
                 message = f"depends on {wanted!r}, which is no serve_id of this file; known: {', '.join(ids)}"

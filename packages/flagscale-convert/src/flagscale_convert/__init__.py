@@ -1,7 +1,7 @@
 """Convert model checkpoints between Hugging Face and Megatron without a GPU.
 
-`inspect` looks, `make_plan` decides, `convert` writes, `verify` compares. No process group, no Megatron, no more
-memory for a larger model.
+`inspect` looks, `make_plan` decides, `convert` writes, `verify` compares. No process group, no Megatron, no
+more memory for a larger model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A source seen through rules: the same bytes under the names and row order of the other world.
 
-Views read through, nothing is held. They compose: a Megatron checkpoint seen as Hugging Face and that again as
-Megatron is the first checkpoint in the canonical dialect.
+Views read through, nothing is held. They compose: a Megatron checkpoint seen as Hugging Face and that again
+as Megatron is the first checkpoint in the canonical dialect.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""A source in another floating-point type. The only module that computes with tensor values."""
+"""A source in another floating-point type. The only module that computes with tensor values.
+
+numpy has no bfloat16, which is the upper half of a float32; torch has, but it is a hundred times the size of
+everything else this package needs.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,36 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from flagscale_convert.tensors import TORCH_NAMES, Source, TensorInfo
+from flagscale_convert.errors import Unsupported
+from flagscale_convert.tensors import Source, TensorInfo
 
-__all__ = ["Cast"]
+__all__ = ["Cast", "to_float"]
 
-_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+_NATIVE = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+_FLOATS = frozenset({*_NATIVE, "BF16"})
+_QUIET_NAN = 0x7FC0
+
+
+def to_float(raw: np.ndarray, dtype: str) -> np.ndarray | None:
+    """View rows of bytes as numbers: float16, float32 or float64 as they are, bfloat16 widened to float32.
+
+    Args:
+        raw: uint8, contiguous.
+        dtype: safetensors code.
+
+    Returns:
+        The numbers; None when the dtype is no floating-point type computed with here.
+    """
+    if dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return raw.view(_NATIVE[dtype]) if dtype in _NATIVE else None
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round float32 to bfloat16, to nearest, ties to even; any NaN becomes the quiet one."""
+    bits: np.ndarray = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & np.uint32(1))) >> 16
+    return np.where(np.isnan(values), np.uint32(_QUIET_NAN), rounded).astype(np.uint16)
 
 
 class Cast:
@@ -18,7 +47,7 @@ class Cast:
 
     Args:
         source: what is read.
-        dtype: safetensors code, such as `BF16`; rounding is to nearest even.
+        dtype: `BF16`, `F16` or `F32`; rounding is to nearest, ties to even.
     """
 
     def __init__(self, source: Source, dtype: str) -> None:
@@ -33,14 +62,31 @@ class Cast:
         return self._infos
 
     def read_rows(self, name: str, start: int, out: np.ndarray) -> None:
-        """Fill `out` with converted rows from `start` on."""
+        """Fill `out` with converted rows from `start` on.
+
+        Raises:
+            Unsupported: a finite value is beyond the range of the new dtype.
+        """
         stored = self._source.tensors()[name]
         if stored.dtype == self._infos[name].dtype:
             self._source.read_rows(name, start, out)
             return
-        import torch
-
-        raw = np.empty((len(out), stored.row_bytes), np.uint8)
+        raw: np.ndarray = np.empty((len(out), stored.row_bytes), np.uint8)
         self._source.read_rows(name, start, raw)
-        values = torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[stored.dtype]))
-        out[...] = values.to(getattr(torch, TORCH_NAMES[self._dtype])).view(torch.uint8).numpy()
+        values = to_float(raw, stored.dtype)
+        assert values is not None  # noqa: S101 - only floating-point tensors change dtype
+        out[...] = self._narrowed(name, values).view(np.uint8)
+
+    def _narrowed(self, name: str, values: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):  # looked for below, with the tensor's name
+            if self._dtype == "BF16":
+                narrowed = _to_bfloat16(values.astype(np.float32, copy=False))
+                widened = to_float(narrowed.view(np.uint8), "BF16")
+            else:
+                narrowed = widened = values.astype(_NATIVE[self._dtype])
+        if np.isfinite(values).all() and not np.isfinite(widened).all():
+            largest = float(np.abs(values).max())
+            raise Unsupported(
+                f"`{name}`: a value ({largest:g}) is beyond the range of {self._dtype}: choose bf16 or fp32"
+            )
+        return narrowed

@@ -1,4 +1,4 @@
-"""The command line: `inspect`, `plan`, `run`, `verify`, `families`. Everything heavy is imported inside a verb."""
+"""The command line. Everything heavy is imported inside a verb."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _EXAMPLES = """examples:
   flagscale-convert run my-model for-megatron --to torch_dist
   flagscale-convert verify my-model for-megatron
 
-exit codes: 0 done, 1 bug, 2 wrong input, 3 no whole checkpoint there, 4 writing failed or checkpoints differ, 130 interrupted
+exit codes: 0 done, 1 bug, 2 wrong input, 3 no whole checkpoint there, 4 writing failed or checkpoints differ,
+130 interrupted
 """
 
 
@@ -46,7 +47,7 @@ def _main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flagscale-convert",
-        description="Convert model checkpoints between Hugging Face and Megatron, without a GPU and without Megatron.",
+        description="Convert model checkpoints between Hugging Face and Megatron, without either of them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -205,7 +206,8 @@ def _print_plan(plan: Plan) -> None:
     print(f"model  {plan.architecture.family}, {plan.num_parameters:,} parameters")
     facts = plan.to_dict()
     print(
-        f"write  {format_bytes(plan.total_bytes)} in {len(facts['files'])} files, {facts['num_tensors']} tensors"
+        f"write  {format_bytes(plan.total_bytes)} in {len(facts['files'])} files, {facts['num_tensors']}"
+        " tensors"
     )
     for path, size in facts["files"].items():
         print(f"       {format_bytes(size):>9}  {path}")
@@ -220,8 +222,14 @@ def _run(arguments: argparse.Namespace) -> int:
     plan = _make_plan(arguments)
     for note in plan.notes if not arguments.json else ():
         print(f"note: {note}", file=sys.stderr)
-    with _progress("convert") as progress:
-        report = convert(plan, progress=progress, workers=arguments.workers, overwrite=arguments.overwrite)
+    try:
+        with _progress("convert") as progress:
+            report = convert(
+                plan, progress=progress, workers=arguments.workers, overwrite=arguments.overwrite
+            )
+    except KeyboardInterrupt:
+        print("stopped: what is whole was kept, run the same command again to finish", file=sys.stderr)
+        raise
     if arguments.json:
         _print_json(report.to_dict())
         return 0

@@ -1,31 +1,26 @@
 """The files of a `torch_dist` checkpoint as megatron-core 0.19 writes it, planned before any data is read.
 
 Layers are stacked, one chunk per layer; names are those of Transformer Engine's layers, which the plain-torch
-layers of uniform models share. Each module that has state of its own in some layer flavour gets its `_extra_state`
-object: with Megatron's default strictness a missing one stops the load, a superfluous one is ignored.
+layers of uniform models share. Each module that has state of its own in some layer flavour gets its
+`_extra_state` object: with Megatron's default strictness a missing one stops the load, a superfluous one is
+ignored.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
+import math
 import re
-from argparse import Namespace
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch._utils import _rebuild_tensor_v2
-from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-
 from flagscale_convert.architecture import Architecture
+from flagscale_convert.dcp_metadata import Location
 from flagscale_convert.layout import FilePlan, Item
+from flagscale_convert.pickling import Call, Global, New, Pairs, Persistent, dump
 from flagscale_convert.tensors import TORCH_NAMES, TensorInfo
 from flagscale_convert.torch_dist import COMMON_STATE
-from flagscale_convert.torch_zip import TensorFrame
+from flagscale_convert.torch_zip import TensorFrame, object_archive
 
 __all__ = ["METADATA_JSON", "lay_out_torch_dist"]
 
@@ -41,6 +36,9 @@ _ENGINE_STATES = ("self_attention.core_attention",)
 _QK_NORM_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _FINAL_NORM_STATE = "decoder.final_layernorm._extra_state/shard_0_1"
 _STORAGES = {"F64": "DoubleStorage", "F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}
+_DCP = "torch.distributed.checkpoint.metadata"
+_Storage = dict[tuple[str, tuple[int, ...] | None, int | None], Location]
+"""Where each item lies: by name, offsets (none for objects) and number of the chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +82,40 @@ def lay_out_torch_dist(
         The data files, and `.metadata` and `metadata.json` by path.
     """
     entries = _entries(infos, arch.num_layers)
-    storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
+    storage: _Storage = {}
     files = _data_files(entries, folder, shard_bytes, storage)
     files.append(_object_file(_objects(arch, args, entries), f"__0_{len(files)}.distcp", folder, storage))
     described: dict[str, Any] = {name: _describe(entry) for name, entry in entries.items()}
-    described |= {index.fqn: dcp.BytesStorageMetadata() for index in storage if index.offset is None}
-    metadata = dcp.Metadata(
-        state_dict_metadata=described, planner_data=None, storage_data=storage, storage_meta=dcp.StorageMeta()
-    )
+    described |= {name: New(Global(_DCP, "BytesStorageMetadata")) for name, at, _ in storage if at is None}
+    metadata = {
+        "state_dict_metadata": described,
+        "planner_data": None,
+        "storage_data": Pairs(tuple((_index(*key), _stored(location)) for key, location in storage.items())),
+        "storage_meta": None,
+        "version": "1.0.0",
+    }
     return tuple(files), {
-        f"{folder}/.metadata": pickle.dumps(metadata),
+        f"{folder}/.metadata": dump(New(Global(_DCP, "Metadata"), metadata)),
         f"{folder}/metadata.json": METADATA_JSON,
     }
+
+
+def _size(size: tuple[int, ...]) -> Call:
+    return Call(Global("torch", "Size"), (size,))
+
+
+def _index(name: str, offsets: tuple[int, ...] | None, number: int | None) -> New:
+    at = None if offsets is None else _size(offsets)
+    return New(Global(_DCP, "MetadataIndex"), {"fqn": name, "offset": at, "index": number})
+
+
+def _stored(location: Location) -> New:
+    state = {"relative_path": location.file, "offset": location.offset, "length": location.length}
+    return New(Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), state)
+
+
+def _dtype(code: str) -> Global:
+    return Global("torch", TORCH_NAMES[code])
 
 
 def _entries(infos: Mapping[str, TensorInfo], num_layers: int) -> dict[str, _Entry]:
@@ -113,14 +133,25 @@ def _entries(infos: Mapping[str, TensorInfo], num_layers: int) -> dict[str, _Ent
     return entries
 
 
-def _describe(entry: _Entry) -> dcp.TensorStorageMetadata:
-    return dcp.TensorStorageMetadata(
-        properties=dcp.TensorProperties(dtype=getattr(torch, TORCH_NAMES[entry.dtype])),
-        size=torch.Size(entry.size),
-        chunks=[
-            dcp.ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.sizes))
-            for chunk in entry.chunks
-        ],
+def _describe(entry: _Entry) -> New:
+    layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    memory = Call(Global(_DCP, "_MEM_FORMAT_ENCODING"), (0,))
+    # The state of TensorProperties: dtype, layout, requires_grad, memory format, pin_memory.
+    properties = (_dtype(entry.dtype), layout, False, memory, False)
+    chunks = [
+        New(
+            Global(_DCP, "ChunkStorageMetadata"),
+            {"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)},
+        )
+        for chunk in entry.chunks
+    ]
+    return New(
+        Global(_DCP, "TensorStorageMetadata"),
+        {
+            "properties": New(Global(_DCP, "TensorProperties"), properties),
+            "size": _size(entry.size),
+            "chunks": chunks,
+        },
     )
 
 
@@ -128,7 +159,7 @@ def _data_files(
     entries: Mapping[str, _Entry],
     folder: str,
     shard_bytes: int,
-    storage: dict[dcp.MetadataIndex, _StorageInfo],
+    storage: _Storage,
 ) -> list[FilePlan]:
     files: list[FilePlan] = []
     items: list[Item] = []
@@ -146,9 +177,7 @@ def _data_files(
         if items and position + total > shard_bytes:
             finish()
             items, position = [], 0
-        storage[dcp.MetadataIndex(chunk.stored, torch.Size(chunk.offsets), index)] = _StorageInfo(
-            f"__0_{len(files)}.distcp", position, total
-        )
+        storage[chunk.stored, chunk.offsets, index] = Location(f"__0_{len(files)}.distcp", position, total)
         items.append(Item(chunk.logical, position + frame.head_bytes, frame))
         position += total
     if items:
@@ -156,18 +185,16 @@ def _data_files(
     return files
 
 
-def _object_file(
-    objects: Mapping[str, bytes], name: str, folder: str, storage: dict[dcp.MetadataIndex, _StorageInfo]
-) -> FilePlan:
+def _object_file(objects: Mapping[str, bytes], name: str, folder: str, storage: _Storage) -> FilePlan:
     data = bytearray()
     for key, encoded in objects.items():
-        storage[dcp.MetadataIndex(key)] = _StorageInfo(name, len(data), len(encoded))
+        storage[key, None, None] = Location(name, len(data), len(encoded))
         data += encoded
     return FilePlan(f"{folder}/{name}", len(data), bytes(data), ())
 
 
 def _objects(arch: Architecture, args: Mapping[str, Any], entries: Mapping[str, _Entry]) -> dict[str, bytes]:
-    empty = _saved([None])
+    empty = object_archive(dump([None]))
     modules = (*_LINEAR_STATES, *_ENGINE_STATES, *(_QK_NORM_STATES if arch.has_qk_norm else ()))
     objects = {
         f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.num_layers}": empty
@@ -176,14 +203,9 @@ def _objects(arch: Architecture, args: Mapping[str, Any], entries: Mapping[str, 
     }
     objects[_FINAL_NORM_STATE] = empty
     dtype = next(iter(entries.values())).dtype
-    run = Namespace(
-        **args,
-        params_dtype=getattr(torch, TORCH_NAMES[dtype]),
-        bf16=dtype == "BF16",
-        fp16=dtype == "F16",
-    )
+    run = {**args, "params_dtype": _dtype(dtype), "bf16": dtype == "BF16", "fp16": dtype == "F16"}
     common = {
-        "args": run,
+        "args": New(Global("argparse", "Namespace"), run),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
@@ -192,50 +214,21 @@ def _objects(arch: Architecture, args: Mapping[str, Any], entries: Mapping[str, 
             "singleton_local_shards": False,
         },
     }
-    return {**objects, COMMON_STATE: _saved([common])}
-
-
-def _saved(value: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """Pickles as torch would pickle a contiguous CPU tensor whose bytes are in `data/0`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    dtype: str
-    num_elements: int
-
-
-class _TensorPickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, _Storage):
-            return ("storage", getattr(torch, _STORAGES[obj.dtype]), "0", "cpu", obj.num_elements)
-        return None
-
-    def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, _Tensor):
-            return NotImplemented
-        info = TensorInfo(obj.dtype, obj.shape)
-        strides, step = [], 1
-        for size in reversed(obj.shape):
-            strides.append(step)
-            step *= size
-        rebuild: Callable[..., Any] = _rebuild_tensor_v2
-        storage = _Storage(obj.dtype, info.num_elements)
-        return rebuild, (storage, 0, obj.shape, tuple(reversed(strides)), False, OrderedDict())
+    return {**objects, COMMON_STATE: object_archive(dump([common]))}
 
 
 def _frame(chunk: _Chunk) -> TensorFrame:
-    stream = io.BytesIO()
-    # torch.load reads protocol 2, which is what torch.save writes.
-    _TensorPickler(stream, protocol=2).dump(_Tensor(chunk.dtype, chunk.sizes))
-    return TensorFrame(stream.getvalue(), TensorInfo(chunk.dtype, chunk.sizes).size_bytes)
+    """Frame a chunk as `torch.save` would frame a contiguous CPU tensor."""
+    strides, step = [], 1
+    for size in reversed(chunk.sizes):
+        strides.append(step)
+        step *= size
+    storage = Persistent(
+        ("storage", Global("torch", _STORAGES[chunk.dtype]), "0", "cpu", math.prod(chunk.sizes))
+    )
+    hooks = Call(Global("collections", "OrderedDict"), ())
+    rebuilt = Call(
+        Global("torch._utils", "_rebuild_tensor_v2"),
+        (storage, 0, chunk.sizes, tuple(reversed(strides)), False, hooks),
+    )
+    return TensorFrame(dump(rebuilt), TensorInfo(chunk.dtype, chunk.sizes).size_bytes)

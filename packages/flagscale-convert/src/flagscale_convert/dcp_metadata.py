@@ -1,7 +1,7 @@
 """The `.metadata` file of torch's distributed checkpoints as plain data, read without torch.
 
-It is a pickle of `torch.distributed.checkpoint.metadata.Metadata`, sometimes with classes of Megatron's in it; all
-of them become inert records (`unpickle.py`) and only the fields needed here are taken.
+It is a pickle of `torch.distributed.checkpoint.metadata.Metadata`, sometimes with classes of Megatron's in
+it; all of them become inert records (`unpickle.py`) and only the fields needed here are taken.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Report:
         }
 
 
-class _Cancelled(Exception):  # noqa: N818 - a message between our own threads, not an error
+class _Cancelled(Exception):
     """Another thread failed or the user stopped the run."""
 
 
@@ -64,8 +64,9 @@ def convert(
 ) -> Report:
     """Carry out a plan.
 
-    Peak memory is about `workers` times 16 MB (twice that with a dtype given), whatever the size of the model.
-    Stopped at any moment, the destination holds nothing that loads, and the same call finishes the work.
+    Peak memory is about `workers` times 16 MB (twice that with a dtype given), whatever the size of the
+    model. Stopped at any moment, the destination holds nothing that loads, and the same call finishes the
+    work.
 
     Args:
         plan: from `make_plan`.
@@ -108,7 +109,8 @@ def _require_equal(plan: Plan, one: str, other: str) -> None:
     infos = source.tensors()
     if infos[one] != infos[other] or first_difference(source, one, source, other) is not None:
         raise Unsupported(
-            f"{plan.source}: `{one}` differs from `{other}` although tie_word_embeddings is true: one of the two would be"
+            f"{plan.source}: `{one}` differs from `{other}` although tie_word_embeddings is true: one of the"
+            " two would be"
             " lost: set tie_word_embeddings to false in config.json if the model was trained untied"
         )
 
@@ -174,7 +176,7 @@ def _raise_first(futures: list[Future[None]]) -> None:
 def _write_item(view: Source, item: Item, descriptor: int, path: Path, counter: _Counter) -> None:
     info = view.tensors()[item.tensor]
     rows_at_once = max(1, _BUFFER_BYTES // max(1, info.row_bytes))
-    buffer = np.empty((min(rows_at_once, info.rows), info.row_bytes), np.uint8)
+    buffer: np.ndarray = np.empty((min(rows_at_once, info.rows), info.row_bytes), np.uint8)
     position, checksum = item.offset, 0
     for start in range(0, info.rows, rows_at_once):
         rows = buffer[: min(rows_at_once, info.rows - start)]

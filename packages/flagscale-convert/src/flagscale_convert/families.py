@@ -1,7 +1,7 @@
 """The families: one table of rules each, data only.
 
-Names on the Megatron side are those its checkpoints carry with Transformer Engine and, for models whose layers are
-alike, without it too; the live names of the plain-torch layers are accepted as aliases.
+Names on the Megatron side are those its checkpoints carry with Transformer Engine and, for models whose
+layers are alike, without it too; the live names of the plain-torch layers are accepted as aliases.
 """
 
 from __future__ import annotations

@@ -151,12 +151,14 @@ def _check_fields(config: Mapping[str, Any], where: str, notes: list[str]) -> No
             continue
         if name in config and value not in allowed:
             raise Unsupported(
-                f"{where}: {name} ({value}): only {' or '.join(str(item) for item in allowed)} has an equal in"
+                f"{where}: {name} ({value}): only {' or '.join(str(item) for item in allowed)} has an equal"
+                " in"
                 " Megatron's dense model: this model cannot be converted faithfully"
             )
-    for name in sorted(set(config) - _MAPPED - set(_ONLY) - _HARMLESS):
-        if config[name] is not None:
-            notes.append(f"{name} ({config[name]}): unknown field, left out")
+    unknown = sorted(set(config) - _MAPPED - set(_ONLY) - _HARMLESS)
+    notes.extend(
+        f"{name} ({config[name]}): unknown field, left out" for name in unknown if config[name] is not None
+    )
 
 
 def _rope(config: Mapping[str, Any], where: str, notes: list[str]) -> tuple[float, RopeScaling | None]:
@@ -179,7 +181,8 @@ def _rope(config: Mapping[str, Any], where: str, notes: list[str]) -> tuple[floa
                 )
         return float(theta), RopeScaling("llama3", _factor(merged, where))
     raise Unsupported(
-        f"{where}: rope_type ({kind}): Megatron's dense model has default, linear and llama3: if the scaling only"
+        f"{where}: rope_type ({kind}): Megatron's dense model has default, linear and llama3: if the scaling"
+        " only"
         " serves longer contexts at inference, take it out of config.json and put it back after training"
     )
 
@@ -218,7 +221,8 @@ def _number(config: Mapping[str, Any], name: str, default: float, where: str, no
 def write_config(arch: Architecture, *, dtype: str, tokens: Mapping[str, Any]) -> dict[str, Any]:
     """Write a `config.json`.
 
-    The classic `rope_theta` and `rope_scaling` are written: transformers 4 and 5, vLLM and SGLang all read them.
+    The classic `rope_theta` and `rope_scaling` are written: transformers 4 and 5, vLLM and SGLang all read
+    them.
 
     Args:
         arch: the model.

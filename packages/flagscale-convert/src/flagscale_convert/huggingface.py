@@ -1,7 +1,7 @@
 """Read Hugging Face model directories: `config.json` and safetensors, by positions, without the library.
 
-Only the header of each file is parsed; tensor bytes are read where they lie. `.bin` files are pickles that must be
-loaded whole, so they are refused with the way to turn them into safetensors.
+Only the header of each file is parsed; tensor bytes are read where they lie. `.bin` files are pickles that
+must be loaded whole, so they are refused with the way to turn them into safetensors.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class HuggingFaceSource:
         for name, file in listed.items():
             if name not in self._places or self._places[name].file != file:
                 raise SourceDamaged(
-                    f"{directory / INDEX}: `{name}` should be in {file}, which does not hold it: copy the model again"
+                    f"{directory / INDEX}: `{name}` should be in {file}, which does not hold it: copy the"
+                    " model again"
                 )
 
     def _shards(self) -> dict[str, str]:
@@ -94,7 +95,8 @@ class HuggingFaceSource:
         bins = sorted(path.name for path in self.directory.glob("*.bin"))
         if bins:
             raise Unsupported(
-                f"{self.directory}: weights are in {bins[0]}: pickled .bin files must be loaded whole and can execute"
+                f"{self.directory}: weights are in {bins[0]}: pickled .bin files must be loaded whole and can"
+                " execute"
                 " code, only safetensors are read: save the model again with"
                 " `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)`"
             )
@@ -121,7 +123,8 @@ class HuggingFaceSource:
                 )
             if start + stop > end:
                 raise SourceDamaged(
-                    f"{path}: has {end} bytes, `{name}` ends at {start + stop}: the file is truncated: copy it again"
+                    f"{path}: has {end} bytes, `{name}` ends at {start + stop}: the file is truncated: copy"
+                    " it again"
                 )
             if name in self._places:
                 raise SourceDamaged(
@@ -133,7 +136,7 @@ class HuggingFaceSource:
     def _header(self, file: str) -> tuple[dict[str, Any], int]:
         path = self.directory / file
         size = self.files.size(file)
-        prefix = np.zeros(8, np.uint8)
+        prefix: np.ndarray = np.zeros(8, np.uint8)
         if size >= len(prefix):
             self.files.read_into(file, 0, prefix, what="the header")
         if prefix.tobytes() == b"version ":

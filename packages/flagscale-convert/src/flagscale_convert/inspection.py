@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from flagscale_convert.cast import to_float
 from flagscale_convert.errors import ConvertError
 from flagscale_convert.locate import Opened, open_checkpoint
 from flagscale_convert.model import understand
-from flagscale_convert.tensors import TORCH_NAMES, Source, TensorInfo
+from flagscale_convert.tensors import Source, TensorInfo
 from flagscale_convert.torch_dist import TorchDistSource
 
 __all__ = ["Inspection", "inspect"]
@@ -71,12 +72,12 @@ def inspect(path: str | PathLike[str], *, values: bool = False) -> Inspection:
         UnsafePickle: a pickle in it names something no checkpoint needs.
     """
     opened = open_checkpoint(Path(path))
-    source: Source = opened.megatron or opened.huggingface  # type: ignore[assignment]
+    source = opened.source
     infos = source.tensors()
     family, architecture, parameters, notes, suspicions = _understand(opened, infos)
     if values:
         suspicions += _strange_values(source)
-    megatron = opened.megatron
+    megatron = source if isinstance(source, TorchDistSource) else None
     if megatron is not None:
         suspicions += _strange_states(megatron)
     return Inspection(
@@ -115,9 +116,10 @@ def _understand(
 
 
 def _dialect(opened: Opened) -> str:
-    if opened.megatron is not None:
-        stacked = "stacked" if opened.megatron.is_stacked else "per-layer"
-        return f"{stacked}, prefix `{opened.megatron.prefix}`" if opened.megatron.prefix else stacked
+    source = opened.source
+    if isinstance(source, TorchDistSource):
+        stacked = "stacked" if source.is_stacked else "per-layer"
+        return f"{stacked}, prefix `{source.prefix}`" if source.prefix else stacked
     shards = len(list(opened.directory.glob("*.safetensors")))
     return "single file" if shards == 1 else f"{shards} shards"
 
@@ -138,16 +140,14 @@ def _strange_values(source: Source) -> list[str]:
 
 
 def _strange_tensor(source: Source, name: str, info: TensorInfo) -> str:
-    import torch
-
     rows_at_once = max(1, _BUFFER_BYTES // max(1, info.row_bytes))
     is_zero = info.num_elements > 0
     for start in range(0, info.rows, rows_at_once):
-        raw = np.empty((min(rows_at_once, info.rows - start), info.row_bytes), np.uint8)
+        raw: np.ndarray = np.empty((min(rows_at_once, info.rows - start), info.row_bytes), np.uint8)
         source.read_rows(name, start, raw)
         if is_zero and raw.any():
             is_zero = False
-        values = torch.from_numpy(raw).view(getattr(torch, TORCH_NAMES[info.dtype]))
-        if values.dtype.is_floating_point and not torch.isfinite(values.float()).all():
+        values = to_float(raw, info.dtype)
+        if values is not None and not np.isfinite(values).all():
             return f"holds NaN or infinity in rows {start} to {start + len(raw)}"
     return "is all zeros" if is_zero else ""

@@ -42,7 +42,8 @@ def lay_out_safetensors(
 
     Args:
         infos: the tensors.
-        shard_bytes: a shard gets no further tensor beyond this; a single larger tensor gets a shard of its own.
+        shard_bytes: a shard gets no further tensor beyond this; a single larger tensor gets a shard of its
+        own.
 
     Returns:
         The files, and the index (empty when one file holds everything).

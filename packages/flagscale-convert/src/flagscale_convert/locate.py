@@ -1,4 +1,4 @@
-"""Find the checkpoint a path means: its format, and in a training directory the newest iteration that is whole."""
+"""Find the checkpoint a path means; in a training directory the newest iteration that is whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from flagscale_convert.errors import ConvertError, SourceDamaged, SourceNotFound, Unsupported
+from flagscale_convert.errors import SourceDamaged, SourceNotFound, Unsupported
 from flagscale_convert.huggingface import CONFIG, INDEX, SINGLE, HuggingFaceSource, read_json
 from flagscale_convert.torch_dist import TorchDistSource
 
@@ -20,21 +20,20 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint found and opened; exactly one of the sources is set."""
+    """A checkpoint found and opened."""
 
     root: Path
     """What the user named, or the training directory around it."""
     directory: Path
     """Where the tensors are."""
-    huggingface: HuggingFaceSource | None
-    megatron: TorchDistSource | None
+    source: HuggingFaceSource | TorchDistSource
     notes: tuple[str, ...] = ()
     """Findings such as a newer, unfinished iteration that was passed over."""
 
     @property
     def format(self) -> str:
         """`hf` or `torch_dist`."""
-        return "hf" if self.huggingface is not None else "torch_dist"
+        return "hf" if isinstance(self.source, HuggingFaceSource) else "torch_dist"
 
 
 def open_checkpoint(path: Path) -> Opened:
@@ -51,7 +50,8 @@ def open_checkpoint(path: Path) -> Opened:
         raise SourceNotFound(f"{path}: {kind}: give a model directory or a Megatron checkpoint directory")
     if (path / STAGING).exists():
         raise SourceDamaged(
-            f"{path}: holds a conversion that did not finish: run the same `flagscale-convert run` again to finish it"
+            f"{path}: holds a conversion that did not finish: run the same `flagscale-convert run` again to"
+            " finish it"
         )
     if _looks_like_iteration(path):
         return _open_iteration(path)
@@ -70,13 +70,14 @@ def _looks_like_iteration(path: Path) -> bool:
 def _open_model(path: Path) -> Opened:
     if not (path / CONFIG).exists():
         raise SourceDamaged(f"{path}: has weights but no {CONFIG}: copy the whole model directory")
-    return Opened(path, path, HuggingFaceSource(path), None)
+    return Opened(path, path, HuggingFaceSource(path))
 
 
 def _open_iteration(path: Path) -> Opened:
     if any(path.glob("mp_rank_*")):
         raise Unsupported(
-            f"{path}: is in Megatron's per-rank format (mp_rank_*): only torch_dist is read: load it with Megatron and"
+            f"{path}: is in Megatron's per-rank format (mp_rank_*): only torch_dist is read: load it with"
+            " Megatron and"
             " save it again with `--ckpt-format torch_dist`"
         )
     if not (path / "metadata.json").exists() or not (path / ".metadata").exists():
@@ -86,7 +87,7 @@ def _open_iteration(path: Path) -> Opened:
     if backend != "torch_dist":
         raise Unsupported(f"{path / 'metadata.json'}: sharded_backend ({backend}): only torch_dist is read")
     root = path.parent if _ITERATION.fullmatch(path.name) or path.name == "release" else path
-    return Opened(root, path, None, TorchDistSource(path))
+    return Opened(root, path, TorchDistSource(path))
 
 
 def _iterations(root: Path) -> list[Path]:
@@ -108,7 +109,7 @@ def _open_newest(root: Path, iterations: list[Path]) -> Opened:
         tracked = _tracked(root)
         if tracked not in (None, candidate.name):
             notes.append(f"{TRACKER} names {tracked}, the newest whole one is {candidate.name}")
-        return Opened(root, candidate, None, opened.megatron, tuple(notes))
+        return Opened(root, candidate, opened.source, tuple(notes))
     if not iterations:
         raise SourceNotFound(
             f"{root}: has a {TRACKER}, but no iteration directory: copy the whole checkpoint"
@@ -129,14 +130,14 @@ def _refuse(path: Path) -> Opened:
     bins = sorted(entry.name for pattern in ("*.bin", "*.pt", "*.pth") for entry in path.glob(pattern))
     if bins:
         raise Unsupported(
-            f"{path}: holds {bins[0]}: pickled weights must be loaded whole and can execute code, only safetensors and"
+            f"{path}: holds {bins[0]}: pickled weights must be loaded whole and can execute code, only"
+            " safetensors and"
             " torch_dist are read: save a Hugging Face model again with"
             " `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)`"
         )
     nested = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and _is_root(entry))
     advice = f": did you mean {path / nested[0]}?" if nested else ""
-    error: type[ConvertError] = SourceNotFound
-    raise error(f"{path}: is neither a Hugging Face model nor a Megatron checkpoint{advice}")
+    raise SourceNotFound(f"{path}: is neither a Hugging Face model nor a Megatron checkpoint{advice}")
 
 
 def _is_root(path: Path) -> bool:

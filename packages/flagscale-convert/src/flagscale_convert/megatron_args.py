@@ -1,7 +1,8 @@
 """Megatron's saved arguments of the dense families, both ways.
 
-A checkpoint carries all of some hundred arguments of the run. Those that shape the model are mapped; those that
-would make it another model must have their neutral value; the rest is about training and says nothing about it.
+A checkpoint carries all of some hundred arguments of the run. Those that shape the model are mapped; those
+that would make it another model must have their neutral value; the rest is about training and says nothing
+about it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class ReadArgs:
     architecture: Architecture
     notes: tuple[str, ...]
     """What was defaulted, one sentence each."""
+    knows_vocabulary: bool
+    """False when padding could not be told from the vocabulary, and all rows were taken for it."""
 
 
 def read_args(args: Mapping[str, Any], *, where: str, vocab_size: int | None = None) -> ReadArgs:
@@ -71,13 +74,15 @@ def read_args(args: Mapping[str, Any], *, where: str, vocab_size: int | None = N
     """
     if not args:
         raise Unsupported(
-            f"{where}: the checkpoint carries no arguments: the model cannot be told from its tensors alone: save it"
+            f"{where}: the checkpoint carries no arguments: the model cannot be told from its tensors alone:"
+            " save it"
             " again with Megatron's trainer"
         )
     for name, allowed in _NEUTRAL.items():
         if name in args and args[name] not in allowed:
             raise Unsupported(
-                f"{where}: {name} ({args[name]}): only {' or '.join(str(item) for item in allowed)} can be converted:"
+                f"{where}: {name} ({args[name]}): only {' or '.join(str(item) for item in allowed)} can be"
+                " converted:"
                 " no dense Hugging Face family computes this"
             )
     notes: list[str] = []
@@ -113,13 +118,15 @@ def read_args(args: Mapping[str, Any], *, where: str, vocab_size: int | None = N
             init_std=_number(args, "init_method_std", 0.02, notes),
         ),
         tuple(notes),
+        knows_vocabulary=bool(vocab_size or args.get("vocab_size")),
     )
 
 
 def _family(*, has_bias: bool, has_norm: bool, where: str) -> str:
     if has_bias and has_norm:
         raise Unsupported(
-            f"{where}: add_qkv_bias and qk_layernorm (both true): one of them: no Hugging Face family of this shape has"
+            f"{where}: add_qkv_bias and qk_layernorm (both true): one of them: no Hugging Face family of this"
+            " shape has"
             " both without a bias on the output projection"
         )
     return "qwen3" if has_norm else "qwen2" if has_bias else "llama"
@@ -138,7 +145,8 @@ def _true_vocabulary(
         return padded
     if size > padded:
         raise Unsupported(
-            f"{where}: vocabulary ({size}): the checkpoint has {padded} rows: give the tokenizer it was trained with"
+            f"{where}: vocabulary ({size}): the checkpoint has {padded} rows: give the tokenizer it was"
+            " trained with"
         )
     return size
 
@@ -148,7 +156,8 @@ def _scaling(args: Mapping[str, Any], where: str) -> RopeScaling | None:
     if args.get("use_rope_scaling"):
         if factor not in (None, 1):
             raise Unsupported(
-                f"{where}: use_rope_scaling with rotary_seq_len_interpolation_factor ({factor}): no Hugging Face rope"
+                f"{where}: use_rope_scaling with rotary_seq_len_interpolation_factor ({factor}): no Hugging"
+                " Face rope"
                 " does both"
             )
         return RopeScaling("llama3", float(args.get("rope_scaling_factor") or 8.0))

@@ -10,12 +10,13 @@ from flagscale_convert.arrange import compare_names
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.families import FAMILIES, Family
 from flagscale_convert.hf_config import read_config
-from flagscale_convert.huggingface import CONFIG, read_json
+from flagscale_convert.huggingface import CONFIG, HuggingFaceSource, read_json
 from flagscale_convert.locate import Opened
 from flagscale_convert.megatron_args import read_args
 from flagscale_convert.rules import Binding, bind
 from flagscale_convert.tensors import Source
 from flagscale_convert.tokenizer import find_tokenizer
+from flagscale_convert.torch_dist import TorchDistSource
 
 __all__ = ["Model", "require_fit", "understand"]
 
@@ -36,6 +37,8 @@ class Model:
     notes: tuple[str, ...]
     skipped_tensors: int
     must_equal: tuple[tuple[str, str], ...]
+    knows_vocabulary: bool
+    """False when padding could not be told from the vocabulary, and all rows were taken for it."""
     tokenizer_places: tuple[Path, ...]
     """Where its tokenizer may lie, likeliest first."""
 
@@ -66,14 +69,12 @@ def understand(
     Raises:
         Unsupported: an architecture or value that cannot be converted.
     """
-    if opened.megatron is not None:
-        return _understand_megatron(opened, tokenizer, vocab_size)
-    return _understand_huggingface(opened, vocab_divisor)
+    if isinstance(opened.source, TorchDistSource):
+        return _understand_megatron(opened, opened.source, tokenizer, vocab_size)
+    return _understand_huggingface(opened, opened.source, vocab_divisor)
 
 
-def _understand_huggingface(opened: Opened, vocab_divisor: int) -> Model:
-    source = opened.huggingface
-    assert source is not None  # noqa: S101 - the caller looked
+def _understand_huggingface(opened: Opened, source: HuggingFaceSource, vocab_divisor: int) -> Model:
     where = opened.directory / CONFIG
     read = read_config(read_json(where), where=str(where), vocab_divisor=vocab_divisor)
     arch = read.architecture
@@ -105,13 +106,14 @@ def _understand_huggingface(opened: Opened, vocab_divisor: int) -> Model:
         notes=tuple(notes),
         skipped_tensors=0,
         must_equal=must_equal,
+        knows_vocabulary=True,
         tokenizer_places=(opened.directory,),
     )
 
 
-def _understand_megatron(opened: Opened, tokenizer: Path | None, vocab_size: int | None) -> Model:
-    source = opened.megatron
-    assert source is not None  # noqa: S101 - the caller looked
+def _understand_megatron(
+    opened: Opened, source: TorchDistSource, tokenizer: Path | None, vocab_size: int | None
+) -> Model:
     saved = source.common.args
     named = saved.get("tokenizer_model")
     places = (opened.root / "tokenizer", *((Path(named),) if isinstance(named, str) and named else ()))
@@ -141,6 +143,7 @@ def _understand_megatron(opened: Opened, tokenizer: Path | None, vocab_size: int
         notes=(*notes, *read.notes),
         skipped_tensors=len(source.optimizer_tensors),
         must_equal=(),
+        knows_vocabulary=read.knows_vocabulary,
         tokenizer_places=places,
     )
 

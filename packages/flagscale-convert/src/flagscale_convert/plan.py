@@ -1,4 +1,4 @@
-"""The plan of a conversion: made from headers and metadata only, complete to the byte, before anything is written."""
+"""The plan of a conversion, made from headers and metadata only, before anything is written."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Plan:
         }
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
     src: str | PathLike[str],
     dst: str | PathLike[str],
     *,
@@ -110,7 +110,7 @@ def make_plan(
         src: a Hugging Face model directory, a Megatron iteration directory or a training directory.
         dst: directory to write; need not exist.
         to: `hf` or `torch_dist`.
-        tokenizer: directory whose tokenizer is carried along; else the one the checkpoint names, if it is there.
+        tokenizer: directory whose tokenizer is carried along; else the one the checkpoint names, if there.
         dtype: `bf16`, `fp16` or `fp32`; None keeps what is stored.
         shard_bytes: largest size of a file, if no single tensor is larger.
         vocab_size: true vocabulary, when the checkpoint does not tell it or tells it wrong.
@@ -129,9 +129,7 @@ def make_plan(
     opened = open_checkpoint(Path(src))
     asked = None if tokenizer is None else Path(tokenizer)
     model = understand(opened, tokenizer=asked, vocab_size=vocab_size, vocab_divisor=vocab_divisor)
-    hf_view: Source = (
-        model.source if opened.huggingface is not None else as_huggingface(model.source, model.bindings)
-    )
+    hf_view: Source = as_huggingface(model.source, model.bindings) if model.is_megatron else model.source
     view: Source = _only_bound(hf_view, model) if to == "hf" else as_megatron(hf_view, model.bindings)
     if dtype is not None:
         view = Cast(view, DTYPE_CODES[dtype])

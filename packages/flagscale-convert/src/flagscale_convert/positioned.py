@@ -58,12 +58,15 @@ class PositionedFiles:
                 count = os.preadv(descriptor, [view[done:]], offset + done)
             except OSError as error:
                 raise SourceDamaged(
-                    f"{self.directory / name}: {what}: reading at byte {offset + done} failed ({error.strerror})"
+                    f"{self.directory / name}: {what}: reading at byte {offset + done} failed"
+                    f" ({error.strerror})"
                 ) from error
             if count == 0:
                 raise SourceDamaged(
-                    f"{self.directory / name}: {what} needs bytes {offset} to {offset + len(view)}, the file ends at"
-                    f" {self.size(name)}: it is truncated: copy the checkpoint again, or use an older iteration"
+                    f"{self.directory / name}: {what} needs bytes {offset} to {offset + len(view)}, the file"
+                    " ends at"
+                    f" {self.size(name)}: it is truncated: copy the checkpoint again, or use an older"
+                    " iteration"
                 )
             done += count
 

@@ -1,8 +1,8 @@
 """How tensors of the two worlds correspond: declared once, read in both directions.
 
-A rule names the Hugging Face tensors that make up one Megatron tensor and an operation that says which rows of which
-part are which rows of the whole. An operation is only that list of row spans, so its inverse is the same list
-read the other way, and no tensor is needed to plan with it.
+A rule names the Hugging Face tensors that make up one Megatron tensor and an operation that says which rows
+of which part are which rows of the whole. An operation is only that list of row spans, so its inverse is the
+same list read the other way, and no tensor is needed to plan with it.
 """
 
 from __future__ import annotations

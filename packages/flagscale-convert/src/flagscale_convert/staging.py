@@ -1,8 +1,8 @@
 """The destination while it is being made: staged in a folder of its own, journalled, put in place at the end.
 
-Nothing outside `.flagscale-convert/` exists until every byte is on disk; then files move into place, those that
-make a directory loadable last. A conversion that is cut off at any moment leaves either nothing that loads or the whole,
-and the same command finishes it.
+Nothing outside `.flagscale-convert/` exists until every byte is on disk; then files move into place, those
+that make a directory loadable last. A conversion that is cut off at any moment leaves either nothing that
+loads or the whole, and the same command finishes it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flagscale_convert.errors import DestinationRefused, WriteFailed
-from flagscale_convert.locate import STAGING
+from flagscale_convert.huggingface import CONFIG, INDEX
+from flagscale_convert.locate import STAGING, TRACKER
 from flagscale_convert.plan import Plan
 from flagscale_convert.tensors import format_bytes
 from flagscale_convert.tokenizer import FILES
@@ -26,6 +27,13 @@ __all__ = ["Staging", "write_failure"]
 
 _JOURNAL = "journal.json"
 _LOCK = "lock"
+_MARKERS = {
+    "hf": (CONFIG, INDEX),
+    "torch_dist": (TRACKER, "release/metadata.json", "release/.metadata"),
+}
+"""Without these files nothing loads the directory."""
+_OWNED = {"hf": ("*.safetensors", *FILES), "torch_dist": ("release/*.distcp", "tokenizer/*")}
+"""What else belongs to a checkpoint of the format."""
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -37,7 +45,8 @@ def write_failure(path: Path, error: OSError) -> WriteFailed:
     """Say what stopped a write and what to do."""
     reason = _FULL.get(error.errno or 0, error.strerror or str(error))
     return WriteFailed(
-        f"{path}: writing failed ({reason}): what is whole was kept: make room, then run the same command again to"
+        f"{path}: writing failed ({reason}): what is whole was kept: make room, then run the same command"
+        " again to"
         " finish"
     )
 
@@ -74,7 +83,8 @@ class Staging:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise DestinationRefused(
-                    f"{self._plan.destination}: another conversion is writing to it: wait for it or choose another place"
+                    f"{self._plan.destination}: another conversion is writing to it: wait for it or choose"
+                    " another place"
                 ) from error
             self._read_journal()
             self._check_room()
@@ -83,9 +93,10 @@ class Staging:
             os.close(lock)
 
     def is_done(self, path: str) -> bool:
-        """Tell whether an earlier attempt finished this file."""
-        staged = self.folder / path
-        return path in self._done and staged.exists() and staged.stat().st_size == self._done[path]
+        """Tell whether an earlier attempt finished this file; it may have moved it into place already."""
+        staged, target = self.folder / path, self._plan.destination / path
+        place = staged if staged.exists() else target
+        return path in self._done and place.exists() and place.stat().st_size == self._done[path]
 
     def mark_done(self, path: str) -> None:
         """Record that a file is whole and on disk."""
@@ -108,11 +119,13 @@ class Staging:
         entries = [entry.name for entry in destination.iterdir() if entry.name != STAGING]
         if any(name.startswith("iter_") for name in entries):
             raise DestinationRefused(
-                f"{self._plan.destination}: holds checkpoints of a training run ({sorted(entries)[0]}): choose another"
+                f"{self._plan.destination}: holds checkpoints of a training run ({sorted(entries)[0]}):"
+                " choose another"
             )
         if entries and not self._overwrite and not (destination / STAGING).exists():
             raise DestinationRefused(
-                f"{self._plan.destination}: is not empty ({', '.join(sorted(entries)[:3])}): choose another directory, or"
+                f"{self._plan.destination}: is not empty ({', '.join(sorted(entries)[:3])}): choose another"
+                " directory, or"
                 " pass --overwrite to replace the checkpoint in it"
             )
 
@@ -130,7 +143,8 @@ class Staging:
             self._done = {str(name): int(size) for name, size in done.items()}
         elif done and not self._overwrite:
             raise DestinationRefused(
-                f"{self._plan.destination}: holds the unfinished conversion of another source or with other options:"
+                f"{self._plan.destination}: holds the unfinished conversion of another source or with other"
+                " options:"
                 " run that one again to finish it, or pass --overwrite to discard it"
             )
         else:
@@ -144,7 +158,8 @@ class Staging:
         if needed > free:
             self._forget_if_unused()
             raise WriteFailed(
-                f"{self._plan.destination}: {format_bytes(needed)} are needed, {format_bytes(free)} are free: make room or"
+                f"{self._plan.destination}: {format_bytes(needed)} are needed, {format_bytes(free)} are free:"
+                " make room or"
                 " choose another disk; nothing was written"
             )
 
@@ -169,7 +184,6 @@ class Staging:
                 target = plan.destination / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 staged = self.folder / path
-                # A commit that was cut off has moved some files already.
                 if staged.exists() or not target.exists():
                     staged.replace(target)
             _sync_directory(plan.destination)
@@ -180,19 +194,12 @@ class Staging:
     def _clear_old(self) -> None:
         """Remove the checkpoint being replaced, first what makes it loadable."""
         destination = self._plan.destination
-        for name in reversed(self._plan.texts):
+        for name in _MARKERS[self._plan.to]:
             (destination / name).unlink(missing_ok=True)
-        written = {file.path for file in self._plan.files}
-        if self._plan.to == "hf":
-            stale = [*destination.glob("*.safetensors"), *(destination / name for name in FILES)]
-        else:
-            stale = [*(destination / "release").glob("*.distcp"), *(destination / "tokenizer").glob("*")]
-        for path in stale:
-            is_moved = (
-                str(path.relative_to(destination)) in written
-                and not (self.folder / path.relative_to(destination)).exists()
-            )
-            if path.is_file() and not is_moved:
+        for path in sorted(path for pattern in _OWNED[self._plan.to] for path in destination.glob(pattern)):
+            name = str(path.relative_to(destination))
+            # A commit that was cut off has moved some files of the new checkpoint already.
+            if path.is_file() and not (name in self._done and not (self.folder / name).exists()):
                 path.unlink()
 
 

@@ -1,7 +1,7 @@
 """Tensors as rows of bytes: what every format, rule and file layout here agrees on.
 
-A tensor is `rows` (its first axis) times `row_bytes` (everything behind it). All rules of dense models move whole
-rows, so neither reading nor writing needs a tensor library. Casting, which does, is in `cast.py`.
+A tensor is `rows` (its first axis) times `row_bytes` (everything behind it). All rules of dense models move
+whole rows, so neither reading nor writing needs a tensor library. Casting, which does, is in `cast.py`.
 """
 
 from __future__ import annotations

@@ -100,6 +100,6 @@ def _special_ids(directory: Path, files: tuple[str, ...], table: Mapping[str, in
     for kind in _IDS:
         token = named.get(f"{kind}_token")
         content = token.get("content") if isinstance(token, Mapping) else token
-        if content in table:
+        if isinstance(content, str) and content in table:
             ids[f"{kind}_token_id"] = table[content]
     return ids

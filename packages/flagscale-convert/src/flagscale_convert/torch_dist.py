@@ -1,8 +1,8 @@
-"""Read Megatron's `torch_dist` checkpoints: one iteration directory, tensor by tensor, without Megatron or torch.
+"""Read Megatron's `torch_dist` checkpoints, tensor by tensor, without Megatron or torch.
 
-Every dialect gives the same logical tensors, named per layer (`decoder.layers.3.mlp.linear_fc1.weight`) however
-they are stored: one stacked tensor with a leading layer axis, or a tensor per layer; with or without a `model.`
-prefix; in any grid of chunks that any tensor-parallel or pipeline-parallel layout left.
+Every dialect gives the same logical tensors, named per layer (`decoder.layers.3.mlp.linear_fc1.weight`)
+however they are stored: one stacked tensor with a leading layer axis, or a tensor per layer; with or without
+a `model.` prefix; in any grid of chunks that any tensor-parallel or pipeline-parallel layout left.
 """
 
 from __future__ import annotations
@@ -138,12 +138,13 @@ class TorchDistSource:
             size = self.files.size(file)
             if size < end:
                 raise SourceDamaged(
-                    f"{self.directory / file}: has {size} bytes, `{name}` ends at {end}: the file is truncated:"
+                    f"{self.directory / file}: has {size} bytes, `{name}` ends at {end}: the file is"
+                    " truncated:"
                     " copy the checkpoint again, or use an older iteration"
                 )
 
     def _read_common(self) -> CommonState:
-        """Read arguments and iteration from the common-state object, or from `common.pt` of older versions."""
+        """Read arguments and iteration, from the common-state object or from an older `common.pt`."""
         legacy = self.directory / "common.pt"
         if legacy.exists():
             with PositionedFiles(self.directory) as files:

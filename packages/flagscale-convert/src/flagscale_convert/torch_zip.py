@@ -1,8 +1,8 @@
 """One `torch.save` archive inside a bigger file: find the raw bytes of its tensor, or write such an archive.
 
 Every entry of a `.distcp` file is a complete, uncompressed zip of `data.pkl` (how to rebuild the tensor) and
-`data/0` (its bytes). Reading needs the position of the second; writing needs a frame of known length around bytes
-that come later. Neither needs torch.
+`data/0` (its bytes). Reading needs the position of the second; writing needs a frame of known length around
+bytes that come later. Neither needs torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import os
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from flagscale_convert import unpickle
 from flagscale_convert.errors import SourceDamaged, Unsupported
 from flagscale_convert.tensors import TensorInfo
 
-__all__ = ["Payload", "TensorFrame", "find_tensor", "read_object"]
+__all__ = ["Payload", "TensorFrame", "find_tensor", "object_archive", "read_object"]
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -122,9 +123,11 @@ def find_tensor(descriptor: int, offset: int, length: int, info: TensorInfo, *, 
     archive = _open(descriptor, offset, length, where)
     record = unpickle.load(_read_member(archive, "data.pkl", where), where=where)
     storage_key, start, shape, stride = _tensor_arguments(record, where)
+    if len(shape) != len(stride):
+        raise SourceDamaged(f"{where}: {len(stride)} strides for {len(shape)} axes")
     if shape != info.shape:
         raise SourceDamaged(f"{where}: stored shape ({list(shape)}): the metadata says {list(info.shape)}")
-    if info.num_elements and stride != _contiguous(shape):
+    if info.num_elements and not _is_contiguous(shape, stride):
         raise Unsupported(f"{where}: strides ({list(stride)}): only contiguous tensors can be read in place")
     names = set(archive.zip.namelist())
     if f"{archive.root}/byteorder" in names and _read_member(archive, "byteorder", where) != b"little":
@@ -133,7 +136,7 @@ def find_tensor(descriptor: int, offset: int, length: int, info: TensorInfo, *, 
 
 
 def _tensor_arguments(record: Any, where: str) -> tuple[str, int, tuple[int, ...], tuple[int, ...]]:
-    """Take apart the pickled call of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)`."""
+    """Take apart the pickled `_rebuild_tensor_v2(storage, offset, size, stride, ...)`."""
     if (
         isinstance(record, unpickle.Record)
         and record.path == "torch._utils._rebuild_parameter"
@@ -150,13 +153,14 @@ def _tensor_arguments(record: Any, where: str) -> tuple[str, int, tuple[int, ...
         raise SourceDamaged(f"{where}: holds no plain tensor ({error})") from error
 
 
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides: list[int] = []
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     step = 1
-    for size in reversed(shape):
-        strides.append(step)
+    for size, given in zip(reversed(shape), reversed(stride), strict=True):
+        # Where there is one index only, any stride leads to it; torch keeps the one of the tensor cut.
+        if size != 1 and given != step:
+            return False
         step *= size
-    return tuple(reversed(strides))
+    return True
 
 
 def _member_payload(
@@ -212,20 +216,28 @@ class TensorFrame:
         Args:
             crc: CRC-32 of the data.
         """
-        members = [
-            ("archive/data.pkl", self.pickled),
-            ("archive/byteorder", b"little"),
-            ("archive/version", b"3\n"),
-        ]
-        head, directory = b"", b""
-        for name, data in members:
-            local, central = _headers(name, len(data), zipfile.crc32(data), len(head))
-            head += local + data
-            directory += central
+        head, directory, count = _members(self.pickled)
         local, central = _headers("archive/data/0", self.size_bytes, crc, len(head))
-        directory += central
         head += local
-        return head, directory + _end(len(members) + 1, len(directory), len(head) + self.size_bytes)
+        directory += central
+        return head, directory + _end(count + 1, len(directory), len(head) + self.size_bytes)
+
+
+def object_archive(pickled: bytes) -> bytes:
+    """Write the archive `torch.save` makes of an object without tensors."""
+    head, directory, count = _members(pickled)
+    return head + directory + _end(count, len(directory), len(head))
+
+
+def _members(pickled: bytes) -> tuple[bytes, bytes, int]:
+    """Write what every archive begins with: the data, its directory entries, their number."""
+    members = (("data.pkl", pickled), ("byteorder", b"little"), ("version", b"3\n"))
+    data, directory = b"", b""
+    for name, content in members:
+        local, central = _headers(f"archive/{name}", len(content), zlib.crc32(content), len(data))
+        data += local + content
+        directory += central
+    return data, directory, len(members)
 
 
 def _headers(name: str, size: int, crc: int, offset: int) -> tuple[bytes, bytes]:

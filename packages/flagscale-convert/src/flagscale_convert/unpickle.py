@@ -1,8 +1,8 @@
 """Read the pickles of a checkpoint without executing anything in them.
 
-Every global a pickle names becomes an inert record of ours, so no class or function of torch, Megatron or anything
-else is ever imported or called. A name outside the list of what checkpoints hold is refused by name, because a
-file that asks for `posix.system` deserves an alarm and not a shrug.
+Every global a pickle names becomes an inert record of ours, so no class or function of torch, Megatron or
+anything else is ever imported or called. A name outside the list of what checkpoints hold is refused by name,
+because a file that asks for `posix.system` deserves an alarm and not a shrug.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class Record:
         self.items[len(self.items)] = value
 
     def __call__(self, *args: Any, **_kwargs: Any) -> Record:
+        """Stand in for calling what was pickled; nothing is called."""
         return Record(*args)
 
     def __hash__(self) -> int:
@@ -103,8 +104,10 @@ class _Unpickler(pickle.Unpickler):
         root = module_name.partition(".")[0]
         if root not in _ALLOWED_MODULES and (module_name, global_name) not in _ALLOWED_NAMES:
             raise UnsafePickle(
-                f"{self._where}: the pickle asks for `{module_name}.{global_name}`: no checkpoint needs that, nothing"
-                " was executed: do not load this file with other tools, get the checkpoint from a source you trust"
+                f"{self._where}: the pickle asks for `{module_name}.{global_name}`: no checkpoint needs that,"
+                " nothing"
+                " was executed: do not load this file with other tools, get the checkpoint from a source you"
+                " trust"
             )
         path = f"{module_name}.{global_name}"
         if path not in self._types:
@@ -131,7 +134,8 @@ def load(data: bytes, *, where: str) -> Any:
         return _Unpickler(io.BytesIO(data), where).load()
     except _PICKLE_ERRORS as error:
         raise SourceDamaged(
-            f"{where}: not a readable pickle ({type(error).__name__}: {error}): the file is truncated or corrupt:"
+            f"{where}: not a readable pickle ({type(error).__name__}: {error}): the file is truncated or"
+            " corrupt:"
             " copy the checkpoint again"
         ) from error
 

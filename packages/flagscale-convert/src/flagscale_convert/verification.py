@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flagscale_convert.arrange import as_huggingface, as_megatron
-from flagscale_convert.locate import open_checkpoint
+from flagscale_convert.locate import Opened, open_checkpoint
 from flagscale_convert.model import Model, require_fit, understand
 from flagscale_convert.tensors import DTYPES, Source, TensorInfo
 
@@ -64,8 +64,8 @@ def verify(
 ) -> VerifyReport:
     """Compare two checkpoints, each Hugging Face or torch_dist.
 
-    Compared are the configuration (what shapes the model and what it computes) and every bit of every tensor, under
-    their Hugging Face names; padding rows of the vocabulary mean nothing and are not compared.
+    Compared are the configuration (what shapes the model and what it computes) and every bit of every tensor,
+    under their Hugging Face names; padding rows of the vocabulary mean nothing and are not compared.
 
     Args:
         a: one checkpoint.
@@ -78,12 +78,10 @@ def verify(
         SourceDamaged: half-written or truncated.
         Unsupported: an architecture that is not known.
     """
-    sides = []
-    for path in (Path(a), Path(b)):
-        model = understand(open_checkpoint(path), vocab_size=vocab_size)
-        require_fit(model, path)
-        sides.append((model, _view(model)))
-    (model_a, view_a), (model_b, view_b) = sides
+    model_a, model_b = _understand_both(open_checkpoint(Path(a)), open_checkpoint(Path(b)), vocab_size)
+    require_fit(model_a, Path(a))
+    require_fit(model_b, Path(b))
+    view_a, view_b = _view(model_a), _view(model_b)
     found = [*_compare_architectures(model_a, model_b)]
     infos_a, infos_b = view_a.tensors(), view_b.tensors()
     found += _compare_infos(infos_a, infos_b)
@@ -98,6 +96,16 @@ def verify(
         if progress is not None:
             progress(done, total)
     return VerifyReport(len(shared), total, tuple(found))
+
+
+def _understand_both(one: Opened, other: Opened, vocab_size: int | None) -> tuple[Model, Model]:
+    """Understand two checkpoints; where only one knows the vocabulary, the other takes it."""
+    left, right = understand(one, vocab_size=vocab_size), understand(other, vocab_size=vocab_size)
+    if left.knows_vocabulary and not right.knows_vocabulary:
+        right = understand(other, vocab_size=left.architecture.vocab_size)
+    elif right.knows_vocabulary and not left.knows_vocabulary:
+        left = understand(one, vocab_size=right.architecture.vocab_size)
+    return left, right
 
 
 def _view(model: Model) -> Source:
@@ -139,7 +147,7 @@ def first_difference(one: Source, name: str, other: Source, other_name: str) -> 
     rows_at_once = max(1, _BUFFER_BYTES // max(1, info.row_bytes))
     for start in range(0, info.rows, rows_at_once):
         rows = min(rows_at_once, info.rows - start)
-        left = np.empty((rows, info.row_bytes), np.uint8)
+        left: np.ndarray = np.empty((rows, info.row_bytes), np.uint8)
         right = np.empty_like(left)
         one.read_rows(name, start, left)
         other.read_rows(other_name, start, right)

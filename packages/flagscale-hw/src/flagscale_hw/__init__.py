@@ -1,19 +1,28 @@
 """Which accelerators are here, and how to run processes on hosts.
 
-Names are loaded when they are first used: importing this package costs a few milliseconds, whatever a caller needs.
+Names are loaded when they are first used: importing this package costs a few milliseconds, whatever a
+caller needs.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from flagscale_hw.__about__ import __version__
 
+TYPE_CHECKING = False  # as typing's own, whose import would cost more than all the rest
 if TYPE_CHECKING:
     from flagscale_hw.chips import Runtime, env, runtime
     from flagscale_hw.detection import detect
-    from flagscale_hw.errors import DetectError, HwError, InvalidPlan, LaunchError, RunNotFound
+    from flagscale_hw.errors import (
+        DetectError,
+        HwError,
+        InputError,
+        InvalidPlan,
+        LaunchError,
+        LaunchRefused,
+        RunNotFound,
+    )
     from flagscale_hw.logs import LogLine
     from flagscale_hw.machine import Device, Machine
     from flagscale_hw.peaks import peak
@@ -26,8 +35,10 @@ __all__ = [
     "Device",
     "File",
     "HwError",
+    "InputError",
     "InvalidPlan",
     "LaunchError",
+    "LaunchRefused",
     "LogLine",
     "Machine",
     "Plan",
@@ -49,11 +60,20 @@ __all__ = [
     "runtime",
 ]
 
-# No home may bear the name of something in it: importing the submodule would put the module in the name's place.
+# No home may bear the name of something in it: importing the submodule would put the module in the name's
+# place.
 _HOMES = {
     "chips": ("Runtime", "env", "runtime"),
     "detection": ("detect",),
-    "errors": ("DetectError", "HwError", "InvalidPlan", "LaunchError", "RunNotFound"),
+    "errors": (
+        "DetectError",
+        "HwError",
+        "InputError",
+        "InvalidPlan",
+        "LaunchError",
+        "LaunchRefused",
+        "RunNotFound",
+    ),
     "logs": ("LogLine",),
     "machine": ("Device", "Machine"),
     "peaks": ("peak",),
@@ -64,11 +84,13 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    if name == "testing":
+        return import_module(f"{__name__}.testing")
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
+    value: object = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
 

@@ -1,8 +1,8 @@
 """The seam between detection and the vendors: what a backend is, and which ones there are.
 
-A backend decides by files alone whether its chip is here, and starts a library or a tool only then. The vendor of a
-device is what the bus and the device nodes say, never which tool happens to answer: several chips bring a tool or a
-library that is called like NVIDIA's.
+A backend decides by files alone whether its chip is here, and starts a library or a tool only then. The
+vendor of a device is what the bus and the device nodes say, never which tool happens to answer: several
+chips bring a tool or a library that is called like NVIDIA's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Backend(Protocol):
         """Say whether the chip is here, from files only, within a few milliseconds."""
 
     def look(self, host: Host, timeout_s: float) -> Found:
-        """Describe the devices; called only where the chip is present. Never raises for a bad card or tool."""
+        """Describe the devices of a chip that is present. Never raises for a bad card or tool."""
 
     def visible(
         self, host: Host, devices: tuple[Device, ...]
@@ -51,7 +51,7 @@ class Backend(Protocol):
 def backends() -> Iterator[Backend]:
     """Yield every backend, in the order in which they are preferred on a host with several."""
     for module in _MODULES:
-        backend: Backend = import_module(module)  # type: ignore[assignment]
+        backend: Backend = import_module(module)
         yield backend
 
 
@@ -69,8 +69,8 @@ def pci_functions(host: Host, vendor: str, classes: frozenset[str]) -> list[PciF
     Args:
         host: where to look.
         vendor: such as `0x10de`.
-        classes: base class and sub-class, such as `0302`. The vendor alone proves nothing: it also makes audio
-            functions, network cards and bridges.
+        classes: base class and sub-class, such as `0302`. The vendor alone proves nothing: it also makes
+            audio functions, network cards and bridges.
     """
     base = "/sys/bus/pci/devices"
     found = []

@@ -1,8 +1,8 @@
 """Find the first cause in a log: the line that a person would look for, not the last thing that fell over.
 
-Launchers print their own traceback after that of the rank which failed, and servers print "see root cause above";
-so the *earliest* exception of the last burst of tracebacks is taken, and exceptions which only report that a child
-failed are passed over.
+Launchers print their own traceback after that of the rank which failed, and servers print "see root cause
+above"; so the *earliest* exception of the last burst of tracebacks is taken, and exceptions which only
+report that a child failed are passed over.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flagscale_hw.errors import DetectError
+from flagscale_hw.errors import DetectError, InputError
 from flagscale_hw.machine import Device
 
 __all__ = ["Runtime", "env", "runtime"]
@@ -60,20 +60,21 @@ def runtime(chip: str) -> Runtime:
 def env(devices: Sequence[Device]) -> dict[str, str]:
     """Return the variables that let a process use exactly these devices, in this order.
 
-    The numbers are the driver's, so they replace a restriction that is in force already and do not count within it.
+    The numbers are the driver's, so they replace a restriction that is in force already and do not count
+    within it.
 
     Raises:
-        DetectError: the devices are of different chips, or one of them is named twice.
+        InputError: the devices are of different chips, or one of them is named twice.
     """
     chips = sorted({device.chip for device in devices})
     if not chips:
         return {}
     if len(chips) > 1:
-        raise DetectError(f"devices of different chips ({', '.join(chips)}): one process uses one chip")
+        raise InputError(f"devices of different chips ({', '.join(chips)}): one process uses one chip")
     row = runtime(chips[0])
     indices = [device.index for device in devices]
     if len(set(indices)) < len(indices):
-        raise DetectError(f"devices {indices}: one is named twice: name each device once")
+        raise InputError(f"devices {indices}: one is named twice: name each device once")
     if row.visible_devices_variable is None:
         return {}
     selected = {row.visible_devices_variable: ",".join(map(str, indices))}

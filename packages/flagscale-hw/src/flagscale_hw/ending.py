@@ -1,8 +1,8 @@
 """End everything below the calling process, and prove that nothing is left.
 
-The calling process must be a sub-reaper. Then each process that ever descended from it is, while it lives, below
-it: orphans come back as direct children even when they started their own session. "No child is left", which the
-kernel answers at once, therefore proves that no descendant is left.
+The calling process must be a sub-reaper. Then each process that ever descended from it is, while it lives,
+below it: orphans come back as direct children even when they started their own session. "No child is left",
+which the kernel answers at once, therefore proves that no descendant is left.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from flagscale_hw.identity import Identity, descendants
+from flagscale_hw.identity import Identity, children, descendants
 
 __all__ = ["Reaped", "end_children", "reap"]
 
@@ -38,12 +38,16 @@ def reap(reaped: Reaped) -> bool:
 
 
 def end_children(first_signal: int, grace_left_s: Callable[[], float], reaped: Reaped) -> list[Identity]:
-    """Send `first_signal` to every descendant, wait, then SIGKILL until none is left.
+    """Send `first_signal` to every child, wait, then SIGKILL every descendant until none is left.
+
+    A child is asked once, when it is first seen: planned processes at once, a process further down when its
+    own parent has ended and it has become an orphan, that is, a child of ours. While its parent lives, the
+    parent is in charge: a data loader that ends together with its trainer takes the checkpoint down with it.
 
     Args:
         first_signal: the polite request, such as SIGTERM.
-        grace_left_s: asked again and again how many seconds of patience are left, so that a second, more urgent
-            request can shorten the first; SIGKILL begins at 0 or below.
+        grace_left_s: asked again and again how many seconds of patience are left, so that a second, more
+            urgent request can shorten the first; SIGKILL begins at 0 or below.
         reaped: told about each child that ended.
 
     Returns:
@@ -62,7 +66,7 @@ def end_children(first_signal: int, grace_left_s: Callable[[], float], reaped: R
 
 
 def _send_to_new(signum: int, asked: set[Identity]) -> None:
-    for process in descendants(os.getpid()):
+    for process in children(os.getpid()):
         if process not in asked:
             asked.add(process)
             with contextlib.suppress(

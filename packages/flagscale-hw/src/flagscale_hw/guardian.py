@@ -1,7 +1,8 @@
 """The guardian: parent of the supervisor, with one duty.
 
-If the supervisor is killed, everything below it falls to the guardian (it is a sub-reaper too), which ends it and
-writes how the run ended. It holds no other resource and does nothing else, so that there is nothing in it to fail.
+If the supervisor is killed, everything below it falls to the guardian (it is a sub-reaper too), which ends
+it and writes how the run ended. It holds no other resource and does nothing else, so that there is nothing
+in it to fail.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from pathlib import Path
 from types import FrameType
 
 from flagscale_hw.ending import end_children
-from flagscale_hw.errors import HwError
+from flagscale_hw.errors import HwError, LaunchRefused
 from flagscale_hw.kernel import become_subreaper
 from flagscale_hw.order import Order
-from flagscale_hw.record import Record
+from flagscale_hw.record import Record, say
 from flagscale_hw.rundir import RunDirectory
 from flagscale_hw.supervisor import SHORT_GRACE_S, Supervisor
 
@@ -29,7 +30,7 @@ __all__ = ["ANSWER", "LIFELINE", "guard"]
 ANSWER = 3
 """File descriptor on which the launcher is told that the run is recorded, or why it cannot be."""
 LIFELINE = 4
-"""File descriptor that ends with the launcher; one `D` on it means that the run may outlive the launcher."""
+"""File descriptor that ends with the launcher; see `KEEP` and `LET_GO`."""
 
 _REFUSED = 3
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -47,7 +48,7 @@ def guard(run_dir: Path) -> int:
     except OSError:
         sys.stderr.write("flagscale_hw.supervisor: it is started by flagscale_hw.launch, not by hand\n")
         return 2
-    with open(0, encoding="utf-8", closefd=False) as told:
+    with os.fdopen(0, encoding="utf-8", closefd=False) as told:
         order = Order.from_json(told.read())
     _settle(run_dir)
     directory = RunDirectory(run_dir)
@@ -71,7 +72,7 @@ def _settle(run_dir: Path) -> None:
         LIFELINE + 1, os.sysconf("SC_OPEN_MAX")
     )  # whatever the launcher had open is not ours to hold
     for handle in (ANSWER, LIFELINE):
-        os.set_inheritable(handle, False)
+        os.set_inheritable(handle, False)  # noqa: FBT003 - has no other form
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # the plan with its secrets is in memory now: let the nameless file go
     os.close(null)
@@ -99,16 +100,22 @@ def _supervise(directory: RunDirectory, order: Order, watch: int) -> int:
         try:
             supervisor.prepare()
         except (HwError, OSError) as error:
-            _answer({"problem": str(error), "kind": type(error).__name__})
+            supervisor.take_back()
+            kind = "refused" if isinstance(error, LaunchRefused) else "problem"
+            _answer({kind: _in_words(error)})
             return _REFUSED
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         _answer({"run_id": order.run_id})
         return supervisor.run()
     except BaseException:  # noqa: BLE001 - the last frame of a forked process; a bug must reach the log
-        traceback.print_exc()
+        say(traceback.format_exc())
         return 1
-    finally:
-        sys.stderr.flush()
+
+
+def _in_words(error: HwError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the run directory'}: {error.strerror}: choose another directory"
+    return str(error)
 
 
 def _answer(said: dict[str, str]) -> None:

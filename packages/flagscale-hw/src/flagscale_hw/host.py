@@ -1,6 +1,7 @@
 """A view of one host for probes: files below a root, and commands that cannot hang the caller.
 
-Every probe looks through this view and nowhere else, so a directory tree with a few stub tools is a machine too.
+Every probe looks through this view and nowhere else, so a directory tree with a few stub tools is a machine
+too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ _TOOL_FOLDERS = (
 )
 _OUTPUT_LIMIT = 4 << 20
 _KILL_WAIT_S = 0.2
+_START = (
+    "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_module(sys.argv[2], run_name='__main__')"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Host:
     def names(self, folder: str) -> list[str]:
         """Return the sorted names in a folder; none when it cannot be read."""
         try:
-            return sorted(os.listdir(self.path(folder)))
+            return sorted(entry.name for entry in self.path(folder).iterdir())
         except OSError:
             return []
 
@@ -93,10 +97,9 @@ class Host:
             return _run([str(word) for word in argv], folder, {**self.environ, "LC_ALL": "C"}, timeout_s)
 
     def run_module(self, module: str, timeout_s: float) -> Answer:
-        """Run one of our modules in a process of its own, where a library that hangs or crashes does no harm."""
-        start = "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_module(sys.argv[2], run_name='__main__')"
+        """Run one of our modules in its own process, where a library that hangs or crashes does no harm."""
         package_root = Path(__file__).resolve().parents[1]
-        return self.run([sys.executable, "-I", "-S", "-c", start, package_root, module], timeout_s)
+        return self.run([sys.executable, "-I", "-S", "-c", _START, package_root, module], timeout_s)
 
 
 def _run(argv: list[str], folder: str, environ: dict[str, str], timeout_s: float) -> Answer:

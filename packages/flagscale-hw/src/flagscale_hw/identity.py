@@ -1,4 +1,4 @@
-"""Who a process is: pid, start time and boot, so that a pid that was used again is never taken for the old one.
+"""Who a process is: pid, start time and boot. A pid that was used again is never taken for the old process.
 
 What does not live here: deciding what to end (`ending.py`).
 """
@@ -16,11 +16,13 @@ __all__ = [
     "MARKER",
     "Identity",
     "boot_id",
+    "children",
     "command_of",
     "descendants",
     "identify",
     "marked",
     "pid_namespace",
+    "started_at",
 ]
 
 MARKER = "FLAGSCALE_RUN_ID"
@@ -104,21 +106,37 @@ def identify(pid: int) -> Identity | None:
     return None if started is None else Identity(pid, started, boot_id())
 
 
+def started_at(child_pid: int) -> int | None:
+    """Return the start time in clock ticks of a child that was not waited for, even if it has ended."""
+    stat = _stat(child_pid)
+    return None if stat is None else stat[2]
+
+
+def children(pid: int) -> list[Identity]:
+    """Return the living processes whose parent is `pid`, without their own children."""
+    found = []
+    for child in _pids():
+        stat = _stat(child)
+        if stat is not None and stat[0] not in _DEAD and stat[1] == pid:
+            found.append(Identity(child, stat[2], boot_id()))
+    return found
+
+
 def descendants(root_pid: int) -> list[Identity]:
     """Return every living process below `root_pid`, parents before children, without `root_pid` itself.
 
     The list is a snapshot: processes that fork while it is taken may be missing from it, so callers that must
     reach all of them look again until the kernel says that no child is left.
     """
-    children: dict[int, list[Identity]] = {}
+    by_parent: dict[int, list[Identity]] = {}
     for pid in _pids():
         stat = _stat(pid)
         if stat is not None and stat[0] not in _DEAD:
-            children.setdefault(stat[1], []).append(Identity(pid, stat[2], boot_id()))
+            by_parent.setdefault(stat[1], []).append(Identity(pid, stat[2], boot_id()))
     found: list[Identity] = []
     queue = [root_pid]
     while queue:
-        below = children.pop(queue.pop(0), [])
+        below = by_parent.pop(queue.pop(0), [])
         found += below
         queue += [child.pid for child in below]
     return found
@@ -141,7 +159,7 @@ def marked(run_id: str) -> list[Identity]:
 
 
 def command_of(pid: int) -> str:
-    """Return the command line of a process for people to read, at most 120 characters; empty when unreadable."""
+    """Return the command line of a process, cut at 120 characters; empty when it cannot be read."""
     try:
         raw = (_PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
@@ -151,9 +169,10 @@ def command_of(pid: int) -> str:
 
 
 def _pids() -> Iterator[int]:
-    for entry in os.listdir(_PROC):
-        if entry.isdigit():
-            yield int(entry)
+    with os.scandir(_PROC) as entries:
+        for entry in entries:
+            if entry.name.isdigit():
+                yield int(entry.name)
 
 
 def _stat(pid: int) -> tuple[str, int, int] | None:

@@ -1,4 +1,4 @@
-"""The index of runs on this machine: one small pointer per run, so that `list` needs no search of the disk."""
+"""The index of runs on this machine: one small pointer per run, so that listing needs no search."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["index_dir", "remember", "remembered"]
 
 
 def index_dir() -> Path:
-    """Return where pointers live: `$FLAGSCALE_STATE_DIR/runs`, else `flagscale/runs` in the XDG state folder."""
+    """Return where pointers live: `$FLAGSCALE_STATE_DIR/runs`, else `flagscale/runs` of the XDG state."""
     own = os.environ.get("FLAGSCALE_STATE_DIR")
     if own:
         return Path(own) / "runs"

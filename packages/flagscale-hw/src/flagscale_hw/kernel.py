@@ -32,10 +32,10 @@ def become_subreaper() -> None:
 
 
 def die_with_parent(parent_pid: int, signum: signal.Signals = signal.SIGKILL) -> None:
-    """Ask the kernel to send `signum` to the calling process when its parent dies; exit if it is dead already.
+    """Ask the kernel to send `signum` to the calling process when its parent dies; exit if it is dead.
 
-    Call it in the child right after the fork. The kernel watches the parent's *thread* that forked, so the parent
-    must fork from a thread that lives as long as the parent itself.
+    Call it in the child right after the fork. The kernel watches the parent's *thread* that forked, so the
+    parent must fork from a thread that lives as long as the parent itself.
     """
     _prctl(_PR_SET_PDEATHSIG, int(signum))
     # The parent may have died between fork and prctl; the signal for that death will never come.

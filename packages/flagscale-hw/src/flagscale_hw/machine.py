@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from flagscale_hw.errors import InputError
 
 __all__ = ["Device", "Machine", "Problem"]
 
@@ -53,7 +56,7 @@ class Machine:
 
     hostname: str
     num_cpus: int
-    """Processors that this process may use: affinity and container limit are taken into account. At least 1."""
+    """Processors that this process may use, by affinity and container limit. At least 1."""
     memory_bytes: int
     """Memory that this process may use: the container's limit where there is one."""
     chip: str = "cpu"
@@ -62,7 +65,7 @@ class Machine:
     """Every accelerator of the machine, in the driver's order; empty when the chip is `cpu`."""
     cpu_name: str | None = None
     visible_indices: tuple[int, ...] | None = None
-    """Indices of the devices that the environment lets this process use, in that order; None when unrestricted."""
+    """Devices that the environment lets this process use, in that order; None when it sets no limit."""
     problems: tuple[Problem, ...] = ()
 
     @property
@@ -70,8 +73,20 @@ class Machine:
         """The devices that this process may use, in the order in which it numbers them."""
         if self.visible_indices is None:
             return self.devices
+        return self.select(self.visible_indices)
+
+    def select(self, indices: Sequence[int]) -> tuple[Device, ...]:
+        """Return the devices with these indices, in this order.
+
+        Raises:
+            InputError: there is no such device.
+        """
         by_index = {device.index: device for device in self.devices}
-        return tuple(by_index[index] for index in self.visible_indices)
+        for index in indices:
+            if index not in by_index:
+                have = ", ".join(map(str, by_index)) or "none"
+                raise InputError(f"device {index}: not on this machine: it has {have}")
+        return tuple(by_index[index] for index in indices)
 
     def to_dict(self) -> dict[str, Any]:
         """Render as plain JSON."""

@@ -1,4 +1,4 @@
-"""NVIDIA: gate by device nodes, driver files and the bus; facts by NVML, else nvidia-smi, else the driver's files."""
+"""NVIDIA: gate by device nodes, driver files and the bus; facts by NVML, nvidia-smi or the driver's files."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ _UNKNOWN = re.compile(
 )
 _REJECTED = re.compile(r'Field "([\w.]+)" is not a valid field')
 _GPUS = "/proc/driver/nvidia/gpus"
+_MAX_COMMAS = 3
+_HIDE_ALL = ("-1", "NoDevFiles")
 
 # nvidia-smi's column -> our field.
 _COLUMNS = {
@@ -62,6 +64,8 @@ def look(host: Host, timeout_s: float) -> Found:
         found = Found(tool.devices, found.problems + tool.problems if not tool.devices else tool.problems)
     if not found.devices or has_hung:
         found = Found(_complete_from_files(host, found.devices), found.problems)
+    if not found.devices and not found.problems:
+        return Found(problems=(Problem(where=CHIP, text="the driver is loaded but lists no device"),))
     return found
 
 
@@ -125,7 +129,7 @@ def _ask_tool(host: Host, timeout_s: float) -> Found:
 
 
 def parse_csv(text: str) -> Found:
-    """Read the table that `nvidia-smi --query-gpu=... --format=csv` prints, by its header, with or without units.
+    """Read the table of `nvidia-smi --query-gpu=... --format=csv` by its header, with or without units.
 
     Lines that are no rows, such as the report of a lost card between good ones, become problems.
     """
@@ -149,6 +153,8 @@ def _device(header: list[str], cells: list[str]) -> Device | None:
     titles = [title.partition("[")[0].strip() for title in header]
     surplus = len(cells) - len(titles)
     if not titles or surplus < 0 or (surplus and "name" not in titles):
+        return None
+    if surplus > _MAX_COMMAS:
         return None
     if surplus:
         at = titles.index("name")  # the only column in which a comma may stand
@@ -185,7 +191,7 @@ def _complete_from_files(host: Host, known: tuple[Device, ...]) -> tuple[Device,
     """Add the devices of which only the driver's files or the bus tell."""
     listed = [short_address(name) for name in host.names(_GPUS)]
     addresses = listed or [function.address for function in pci_functions(host, _VENDOR, _CLASSES)]
-    version = re.search(r"Kernel Module\D*\s(\d+\.[\d.]+)", host.read("/proc/driver/nvidia/version") or "")
+    version = re.search(r"Kernel Module.*?\s(\d+\.\d[\d.]*)", host.read("/proc/driver/nvidia/version") or "")
     driver = version[1] if version else None
     by_bus = {device.pci_bus: device for device in known}
     devices = [
@@ -223,17 +229,22 @@ def visible(host: Host, devices: tuple[Device, ...]) -> tuple[tuple[int, ...] | 
     entries = [entry.strip() for entry in text.split(",")] if text.strip() else []
     for entry in entries:
         index = _index_of(entry, devices)
-        if index is None or index in chosen:
-            why = "names no device" if index is None else "is named twice"
-            problem = Problem(
-                where=CHIP,
-                text=f"CUDA_VISIBLE_DEVICES={text}: {entry!r} {why}, so CUDA uses {'none' if index is not None else 'only those before it'}",
-                hint=f"give indices 0 to {len(devices) - 1} or whole UUIDs",
-            )
-            is_meant = entry == "-1" or entry == "NoDevFiles"  # the usual ways to hide every device
-            return (() if index is not None else tuple(chosen)), (() if is_meant else (problem,))
+        if index is None:
+            if entry in _HIDE_ALL:
+                return tuple(chosen), ()
+            return tuple(chosen), (_doubt(text, f"{entry!r} names no device; CUDA stops before it", devices),)
+        if index in chosen:
+            return (), (_doubt(text, f"{entry!r} is named twice; CUDA then uses none", devices),)
         chosen.append(index)
     return tuple(chosen), ()
+
+
+def _doubt(text: str, what: str, devices: tuple[Device, ...]) -> Problem:
+    return Problem(
+        where=CHIP,
+        text=f"CUDA_VISIBLE_DEVICES={text}: {what}",
+        hint=f"give indices 0 to {len(devices) - 1} or whole UUIDs",
+    )
 
 
 def _index_of(entry: str, devices: tuple[Device, ...]) -> int | None:

@@ -2,8 +2,8 @@
 
     python -m flagscale_hw.nvml
 
-prints one JSON object per line: `{"device": {...}}`, `{"problem": {...}}`, and `{"done": true}` at the end, each as
-soon as it is known, so that a hang on one card keeps the cards before it.
+prints one JSON object per line: `{"device": {...}}`, `{"problem": {...}}`, and `{"done": true}` at the end,
+each as soon as it is known, so that a hang on one card keeps the cards before it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,18 @@ _TEXT_BYTES = 96
 
 class _Memory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+class _Memory2(ctypes.Structure):
+    """As `_Memory`, but what the driver keeps for itself does not count as used."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint),
+        ("total", ctypes.c_ulonglong),
+        ("reserved", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    )
 
 
 class _Utilisation(ctypes.Structure):
@@ -130,9 +142,14 @@ def _device(library: _Library, index: int, driver: str | None) -> Iterator[dict[
 
 
 def _memory(library: _Library, handle: ctypes.c_void_p) -> tuple[int, int]:
-    memory = _Memory()
-    library.call("nvmlDeviceGetMemoryInfo", handle, ctypes.byref(memory))
-    return memory.total, memory.used
+    precise = _Memory2(version=ctypes.sizeof(_Memory2) | 2 << 24)
+    try:
+        library.call("nvmlDeviceGetMemoryInfo_v2", handle, ctypes.byref(precise))
+    except _Failure:  # drivers before 510
+        memory = _Memory()
+        library.call("nvmlDeviceGetMemoryInfo", handle, ctypes.byref(memory))
+        return memory.total, memory.used
+    return precise.total, precise.used
 
 
 def _utilisation(library: _Library, handle: ctypes.c_void_p) -> float:

@@ -1,4 +1,4 @@
-"""What the launcher tells the supervisor, over a file that has no name: a plan with its secrets never lies on disk."""
+"""What the launcher tells the supervisor, through a nameless file: secrets never lie on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from flagscale_hw.identity import Identity, boot_id, pid_namespace
 from flagscale_hw.plan import Plan
 
-__all__ = ["Order", "here"]
+__all__ = ["KEEP", "LET_GO", "Order", "here"]
+
+KEEP = b"K"
+"""Said on the lifeline: the launch is complete, and the run ends with its launcher."""
+LET_GO = b"D"
+"""Said on the lifeline: the launch is complete, and the run outlives its launcher."""
 
 
 def here() -> dict[str, str]:

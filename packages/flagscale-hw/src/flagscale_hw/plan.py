@@ -1,9 +1,9 @@
 """The plan: everything a launch needs, decided, as frozen data.
 
-A plan is made by a pure function and started by `flagscale_hw.launch`; nothing is decided between the two. What
-only the host can know (a free port, the run directory) stands in it as a placeholder: `{port:NAME}` and `{run_dir}`.
-The supervisor replaces placeholders in argv, env values, cwd, texts of files and probe URLs; every other brace is
-left alone, so JSON may stand in an argument.
+A plan is made by a pure function and started by `flagscale_hw.launch`; nothing is decided between the two.
+What only the host can know (a free port, the run directory) stands in it as a placeholder: `{port:NAME}`
+and `{run_dir}`. The supervisor replaces placeholders in argv, env values, cwd, texts of files and probe
+URLs; every other brace is left alone, so JSON may stand in an argument.
 
 What does not live here: starting, watching and stopping (`runs.py`, `supervisor.py`).
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 from flagscale_hw.errors import InvalidPlan
 
-__all__ = ["PLACEHOLDER", "File", "Plan", "Probe", "Process", "StopPolicy"]
+__all__ = ["PLACEHOLDER", "File", "Plan", "Probe", "Process", "StopPolicy", "render_json"]
 
 PLACEHOLDER = re.compile(r"\{(?:port:([a-z0-9_-]+)|(run_dir))\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
@@ -30,6 +30,7 @@ _OWN_FILES = frozenset(
     {"plan.json", "manifest.json", "state.json", "supervisor.json", "supervisor.log", "stop.json", "logs"}
 )
 _MASKED_INSIDE = 6
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,9 @@ class File:
 class Probe:
     """How to know that a run is ready: one HTTP request that must answer with a certain JSON value.
 
-    A status of 200 alone proves nothing (servers answer `/health` before they can generate), so `expect` names a
-    path in the JSON body, such as `usage.completion_tokens` or `choices.0.text`, that must exist and be neither
-    null, 0 nor empty.
+    A status of 200 alone proves nothing (servers answer `/health` before they can generate), so `expect`
+    names a path in the JSON body, such as `usage.completion_tokens` or `choices.0.text`, that must exist
+    and be neither null, 0 nor empty.
     """
 
     url: str
@@ -88,8 +89,8 @@ class Plan:
     """What will run. Same experiment and same machines give the same plan, byte for byte.
 
     Raises:
-        InvalidPlan: two processes share a name, a placeholder names a port that is not leased, a file would be
-            written outside the run directory, or anything else in it could not be done as written.
+        InvalidPlan: two processes share a name, a placeholder names a port that is not leased, a file would
+            be written outside the run directory, or anything else in it could not be done as written.
     """
 
     kind: str
@@ -106,8 +107,8 @@ class Plan:
     max_restarts: int = 0
     """How often the whole run is started again after a process failed or did not become ready."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Plain JSON kept for readers (the resolved experiment with secrets masked, parallel layout, versions, chips);
-    the launcher copies it to the manifest and never looks inside."""
+    """Plain JSON kept for readers (the resolved experiment with secrets masked, parallel layout, versions,
+    chips); the launcher copies it to the manifest and never looks inside."""
     secrets: tuple[str, ...] = ()
     """Names of environment variables whose values are masked wherever the plan is shown or recorded."""
 
@@ -170,8 +171,8 @@ class Plan:
         """Render as deterministic JSON.
 
         Args:
-            masked: show the values of `secrets` as `***`, also where such a value stands in an argument, a file or a
-                header. Without it the text is what `from_json` reads.
+            masked: show the values of `secrets` as `***`, also where such a value stands in an argument, a
+                file or a header. Without it the text is what `from_json` reads.
         """
         data = asdict(self)
         if masked:
@@ -184,7 +185,7 @@ class Plan:
             data = _mask(data, sorted(values, key=len, reverse=True))
             for process in data["processes"]:
                 process["env"] = {k: "***" if k in self.secrets else v for k, v in process["env"].items()}
-        return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return render_json(data)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -207,6 +208,17 @@ class Plan:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidPlan(f"not a plan: {error}") from error
+
+
+def render_json(data: Any) -> str:
+    """Render plain data as the same text every time, readable, and always valid UTF-8.
+
+    Bytes that are not UTF-8, which arguments and environments may hold, are escaped.
+    """
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False)
+    if _SURROGATE.search(text):
+        text = json.dumps(data, indent=2, sort_keys=True)
+    return text + "\n"
 
 
 def _problems_of_process(process: Process) -> Iterator[str]:

@@ -1,28 +1,28 @@
 """Leases of TCP ports on this host, without a gap in which two runs can take the same one.
 
-A lease is two things: a listening socket that keeps everybody else away until just before the engine starts, and a
-name in the abstract socket space that keeps other FlagScale runs away until the run is over. Abstract names belong
-to one network name space, as ports do, and vanish with the process that holds them.
+A lease is two things: a listening socket that keeps everybody else away until just before the engine
+starts, and a name in the abstract socket space that keeps other FlagScale runs away until the run is over.
+Abstract names belong to one network name space, as ports do, and vanish with the process that holds them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import random
 import socket
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from flagscale_hw.errors import LaunchError
+from flagscale_hw.errors import LaunchError, LaunchRefused
 from flagscale_hw.identity import command_of
 
 __all__ = ["PortLease", "lease_ports", "port_owner"]
 
 _FIRST_FREE = 20000
 _TRIES = 400
+_ANY = "0.0.0.0"  # noqa: S104 - bound to keep others away; nothing is served
 
 
 class PortLease:
@@ -49,7 +49,7 @@ class PortLease:
         """Keep the number from everybody; does nothing when it is held already."""
         if self._held:
             return
-        self._held.append(_listener(socket.AF_INET, "0.0.0.0", self.number))  # noqa: S104 - to exclude, not to serve
+        self._held.append(_listener(socket.AF_INET, _ANY, self.number))
         if socket.has_ipv6:
             # A host without IPv6 refuses the family or the address; then nobody else can use them either.
             try:
@@ -73,7 +73,8 @@ class PortLease:
 def _listener(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
     held = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # With SO_REUSEADDR the remains of closed connections do not count; a socket that listens still excludes all.
+        # With SO_REUSEADDR the remains of closed connections do not count; a socket that listens still
+        # excludes all.
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -92,7 +93,8 @@ def lease_ports(wanted: Mapping[str, int | None]) -> dict[str, PortLease]:
         wanted: name -> number, or None for any free one.
 
     Raises:
-        LaunchError: a wanted port is in use or forbidden; names it and, where the host tells, its owner.
+        LaunchRefused: a wanted port is in use or forbidden; names it and, where the host tells, its owner.
+        LaunchError: no port is free.
     """
     leases: dict[str, PortLease] = {}
     try:
@@ -112,10 +114,10 @@ def _lease_one(name: str, number: int) -> PortLease:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             owner = port_owner(number) or "a process that this user may not see"
-            raise LaunchError(
+            raise LaunchRefused(
                 f"port {name!r} ({number}): in use by {owner}: choose another port, or stop that process"
             ) from error
-        raise LaunchError(
+        raise LaunchRefused(
             f"port {name!r} ({number}): {error.strerror}: choose a port above 1023 that this user may open"
         ) from error
 
@@ -141,7 +143,7 @@ def _ephemeral_start() -> int:
 
 
 def port_owner(number: int) -> str | None:
-    """Name the process that has a port, such as `pid 4711 (python -m http.server)`; None when it cannot be seen."""
+    """Name the process that has a port, such as `pid 47 (python -m http.server)`; None when unknown."""
     pid = _lease_holder(number) or _listening_pid(number)
     if pid is None:
         return None
@@ -163,9 +165,10 @@ def _lease_holder(number: int) -> int | None:
 
 def _listening_pid(number: int) -> int | None:
     inodes = _listening_inodes(number)
-    for entry in os.listdir("/proc") if inodes else ():
-        if entry.isdigit() and _has_socket(entry, inodes):
-            return int(entry)
+    if inodes:
+        for process in Path("/proc").iterdir():
+            if process.name.isdigit() and _has_socket(process, inodes):
+                return int(process.name)
     return None
 
 
@@ -183,14 +186,13 @@ def _listening_inodes(number: int) -> set[str]:
     return inodes
 
 
-def _has_socket(pid: str, inodes: set[str]) -> bool:
-    folder = f"/proc/{pid}/fd"
+def _has_socket(process: Path, inodes: set[str]) -> bool:
     try:
-        handles = os.listdir(folder)
+        handles = list((process / "fd").iterdir())
     except OSError:
-        return False
+        return False  # gone, or of another user
     for handle in handles:
         with contextlib.suppress(OSError):
-            if os.readlink(f"{folder}/{handle}") in inodes:
+            if str(handle.readlink()) in inodes:
                 return True
     return False

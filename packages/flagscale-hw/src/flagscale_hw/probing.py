@@ -1,6 +1,7 @@
 """Ask a server whether it really answers.
 
-Each probe asks in a process of its own, so a server that never finishes its answer cannot hold the supervisor.
+Each probe asks in a process of its own, so a server that never finishes its answer cannot hold the
+supervisor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from flagscale_hw.plan import Probe
 from flagscale_hw.spawn import fork_helper
 
-__all__ = ["ProbeRun", "ask"]
+__all__ = ["ProbeRun", "ask", "wait_any"]
 
 _BODY_LIMIT = 1 << 20
 _LOOPBACK = ("localhost", "127.", "::1", "0.0.0.0")  # noqa: S104 - compared, never bound
@@ -38,6 +39,8 @@ class ProbeRun:
         if fork_helper() == 0:
             try:
                 _keep_asking(self.probe, report)
+            except BaseException as error:  # noqa: BLE001 - the last frame of a forked process
+                _report(report, passed=False, text=f"the probe broke: {type(error).__name__}: {error}")
             finally:
                 os._exit(0)
         os.close(report)
@@ -70,9 +73,13 @@ def _keep_asking(probe: Probe, report: int) -> None:
     passed = False
     while not passed:
         passed, text = ask(probe)
-        os.write(report, json.dumps({"passed": passed, "text": text}).encode() + b"\n")
+        _report(report, passed=passed, text=text)
         if not passed:
             time.sleep(probe.interval_s)
+
+
+def _report(report: int, *, passed: bool, text: str) -> None:
+    os.write(report, json.dumps({"passed": passed, "text": text}).encode() + b"\n")
 
 
 def ask(probe: Probe) -> tuple[bool, str]:
@@ -99,6 +106,8 @@ def ask(probe: Probe) -> tuple[bool, str]:
     except TimeoutError:
         return False, f"no answer within {probe.request_timeout_s:g} s"
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(getattr(error, "reason", None), TimeoutError):
+            return False, f"no connection within {probe.request_timeout_s:g} s"
         return False, _quote(str(getattr(error, "reason", "") or error or type(error).__name__).encode())
 
 
@@ -125,7 +134,7 @@ def _judge(probe: Probe, code: int, body: bytes) -> tuple[bool, str]:
         return True, text
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False, f"{text} (not JSON, `{probe.expect}` is expected in it)"
     if _at(value, probe.expect):
         return True, text

@@ -1,20 +1,20 @@
-"""The state of a run while it is being written: kept by the supervisor, finished by the guardian if need be."""
+"""The state of a run while it is written: kept by the supervisor, finished by the guardian if need be."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
 import time
 from dataclasses import replace
 
-from flagscale_hw.identity import identify
+from flagscale_hw.identity import started_at
 from flagscale_hw.manifest import complete
 from flagscale_hw.rundir import RunDirectory
 from flagscale_hw.status import ProcessStatus, RunState, RunStatus
 
-__all__ = ["Record"]
+__all__ = ["Record", "say"]
 
-_FINAL_TRIES_S = 10.0
+_FINAL_TRIES_S = 3.0
 
 
 class Record:
@@ -47,12 +47,7 @@ class Record:
 
     def started(self, name: str, pid: int) -> None:
         """Note that a process runs."""
-        who = identify(pid)
-        self._put(
-            ProcessStatus(
-                name=name, pid=pid, start_time=None if who is None else who.start_time, started_at=time.time()
-            )
-        )
+        self._put(ProcessStatus(name=name, pid=pid, start_time=started_at(pid), started_at=time.time()))
 
     def ended(self, pid: int, wait_status: int) -> None:
         """Note how a child ended; children that are not planned processes are orphans and leave no trace."""
@@ -75,10 +70,10 @@ class Record:
     def save(self) -> bool:
         """Write the status; False when the disk does not take it."""
         try:
-            self.directory.write(self.directory.state, self.status.to_dict())
+            self.directory.write(self.directory.state, self.status.to_dict(), is_final=self.status.is_over)
         except OSError as error:
             if self.is_saved:
-                print(f"state.json: not written: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the supervisor's log
+                say(f"state.json: not written: {error}")
             self.is_saved = False
         else:
             self.is_saved = True
@@ -88,7 +83,7 @@ class Record:
         """Record the end, manifest first, so that whoever sees the end also sees a whole manifest.
 
         Returns:
-            False when the disk did not take it for ten seconds.
+            False when the disk did not take it for three seconds.
         """
         self.directory.release_reserve()
         self.status = replace(self.status, state=state, reason=reason, ended_at=time.time())
@@ -106,6 +101,12 @@ class Record:
         if manifest is None:
             return
         try:
-            self.directory.write(self.directory.manifest, complete(manifest, self.status))
+            self.directory.write(self.directory.manifest, complete(manifest, self.status), is_final=True)
         except OSError as error:
-            print(f"manifest.json: not written: {error}", file=sys.stderr, flush=True)  # noqa: T201 - the supervisor's log
+            say(f"manifest.json: not written: {error}")
+
+
+def say(text: str) -> None:
+    """Speak to `supervisor.log`, which is the standard error of whoever keeps the record."""
+    with contextlib.suppress(OSError):  # the disk is full: the very thing that may have to be said
+        os.write(2, f"{text}\n".encode(errors="replace"))

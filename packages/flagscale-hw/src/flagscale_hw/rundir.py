@@ -8,13 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from flagscale_hw.identity import Identity
+from flagscale_hw.plan import render_json
 from flagscale_hw.status import RunStatus
 
-__all__ = ["RunDirectory"]
+__all__ = ["Claim", "RunDirectory"]
 
 _RESERVE_BYTES = 64 * 1024
 
@@ -38,25 +42,9 @@ class RunDirectory:
         return self.logs / f"{process}.log"
 
     def files(self) -> tuple[Path, ...]:
-        """Return every file that a run keeps here beside its logs."""
-        return (
-            self.plan, self.manifest, self.state, self.supervisor, self.stop_request, self.supervisor_log, self._reserve
-        )  # fmt: skip
-
-    def claim(self, plan_text: str) -> bool:
-        """Take the directory for one run by creating its `plan.json`; False when another run has it.
-
-        Raises:
-            OSError: the directory cannot be made or written.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(self.plan, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            return False
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(plan_text)
-        return True
+        """Return every file that a run keeps here beside its plan and its logs."""
+        of_supervisor = (self.supervisor, self.supervisor_log, self._reserve)
+        return (self.manifest, self.state, self.stop_request, *of_supervisor)
 
     def reserve(self) -> None:
         """Put space aside so that the end of the run can be recorded on a disk that has become full.
@@ -73,25 +61,33 @@ class RunDirectory:
         with contextlib.suppress(OSError):
             self._reserve.unlink()
 
-    def write(self, path: Path, data: Any) -> None:
-        """Replace a JSON file at once: a reader sees the old one or the new one, also after a power cut.
+    def write(self, path: Path, data: Any, *, is_final: bool = False) -> None:
+        """Replace a JSON file at once: a reader sees the old one or the new one, never a part.
+
+        Args:
+            path: one of the files of this directory.
+            data: plain data.
+            is_final: wait until it would survive a power cut. What is written before the end would not help
+                then, for the run itself is gone, and a busy disk must not hold up a launch.
 
         Raises:
             OSError: no space, no permission; the old file is untouched.
         """
-        text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        text = render_json(data)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with beside.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
+                if is_final:
+                    os.fsync(file.fileno())
             beside.replace(path)
         except OSError:
             with contextlib.suppress(OSError):
                 beside.unlink()
             raise
-        self._sync_names()
+        if is_final:
+            self._sync_names()
 
     def _sync_names(self) -> None:
         handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -121,3 +117,79 @@ class RunDirectory:
             return Identity(**(self.read(self.supervisor) or {})[role])
         except (KeyError, TypeError):
             return None
+
+
+class Claim:
+    """The right to put a run into a directory, given to one launcher at most.
+
+    Every step can be undone by `give_up` wherever it was interrupted: what is ours is read from the disk,
+    where the plan is a hard link to a file whose name only we know. Variables may not have been set yet.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        self._is_new = not directory.path.exists()
+        self._has_created = False
+        self._proof = directory.path / f".claim-{uuid.uuid4().hex}"
+
+    def take(self, plan_text: str) -> bool:
+        """Create the directory and its `plan.json`; False when another run has it.
+
+        Raises:
+            OSError: the directory cannot be made or written.
+        """
+        self._directory.path.mkdir(parents=True, exist_ok=True)
+        self._proof.write_text(plan_text, encoding="utf-8")
+        try:
+            self._directory.plan.hardlink_to(self._proof)
+        except FileExistsError:
+            return False
+        except OSError:
+            return self._take_without_links(plan_text)
+        return True
+
+    def _take_without_links(self, plan_text: str) -> bool:
+        """Create the plan on a file system that has no hard links."""
+        try:
+            with self._directory.plan.open("x", encoding="utf-8") as file:
+                self._has_created = True
+                file.write(plan_text)
+        except FileExistsError:
+            return False
+        return True
+
+    @property
+    def is_ours(self) -> bool:
+        """Tell whether the directory's plan is the one that we have put there."""
+        try:
+            return self._has_created or self._proof.samefile(self._directory.plan)
+        except OSError:
+            return False
+
+    def settle(self) -> None:
+        """Leave the directory to the run, for good."""
+        self._proof.unlink()
+
+    def give_up(self, others: Iterable[Path]) -> None:
+        """Take away what this launch has put into the directory, and the directory if it was made for it.
+
+        Args:
+            others: files of the run that go too if the directory is ours.
+        """
+        if self.is_ours and self._is_new:
+            shutil.rmtree(self._directory.path, ignore_errors=True)
+        elif self.is_ours:
+            for path in (*self._directory.files(), *others):
+                _remove(path)
+            with contextlib.suppress(OSError):
+                self._directory.logs.rmdir()
+            _remove(self._directory.plan)
+        _remove(self._proof)
+        if self._is_new:
+            with contextlib.suppress(OSError):
+                self._directory.path.rmdir()
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

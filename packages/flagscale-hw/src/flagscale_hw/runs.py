@@ -10,38 +10,29 @@ What does not live here: the process that watches over the run (`supervisor.py`)
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
 import math
 import os
 import signal
-import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from flagscale_hw.__about__ import __version__
-from flagscale_hw.errors import HwError, InvalidPlan, LaunchError, RunNotFound
-from flagscale_hw.identity import identify, marked
+from flagscale_hw.errors import InvalidPlan, LaunchError, LaunchRefused, RunNotFound
+from flagscale_hw.identity import marked
 from flagscale_hw.index import remembered
 from flagscale_hw.logs import LogLine, follow_logs, read_logs
-from flagscale_hw.order import Order, here
+from flagscale_hw.order import here
 from flagscale_hw.plan import Plan
-from flagscale_hw.rundir import RunDirectory
+from flagscale_hw.rundir import Claim, RunDirectory
+from flagscale_hw.starting import Start, reap_guardians
 from flagscale_hw.status import RunStatus
 
 __all__ = ["Run", "launch", "list_runs", "open_run"]
 
-_ANSWER_LIMIT_S = 60.0
 _END_LIMIT_S = 15.0
 _POLL_S = 0.05
-_START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from flagscale_hw.supervisor import main; raise SystemExit(main())"
-
-_guardians: set[int] = set()
-"""Guardians that this very process started and has to reap."""
-_lifelines: list[int] = []
-"""Kept open as long as this process lives: the kernel closes them at its death, whatever the death."""
 
 
 class Run:
@@ -71,7 +62,7 @@ class Run:
 
         A recorded state is believed only while somebody who could change it is alive, or when it is final.
         """
-        _reap_guardians()
+        reap_guardians()
         status = self._directory.read_status()
         if status is not None and (status.is_over or not self._is_of_here()):
             return status
@@ -107,7 +98,8 @@ class Run:
         """Wait until the run is over and its supervisor is gone.
 
         Args:
-            timeout_s: give up after so many seconds; then the returned status is not over. None waits forever.
+            timeout_s: give up after so many seconds; then the returned status is not over. None waits
+                forever.
         """
         status = self._poll(timeout_s, lambda now: now.is_over)
         if status.is_over and self._is_of_here():
@@ -118,9 +110,9 @@ class Run:
         """Wait until the run is ready (running, for a plan without probes) or over.
 
         Args:
-            timeout_s: give up after so many seconds; then the status is still `starting`. None waits forever.
+            timeout_s: give up after so many seconds; the status then says `starting`. None waits forever.
         """
-        return self._poll(timeout_s, lambda now: now.state != "starting")
+        return self._poll(timeout_s, lambda now: now.state not in {"starting", "stopping"})
 
     def _poll(self, timeout_s: float | None, is_enough: Callable[[RunStatus], bool]) -> RunStatus:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
@@ -134,7 +126,7 @@ class Run:
         deadline = time.monotonic() + _END_LIMIT_S
         while self._is_alive("guardian") and time.monotonic() < deadline:
             time.sleep(_POLL_S / 5)
-            _reap_guardians()
+            reap_guardians()
 
     def stop(self, grace_s: float | None = None) -> RunStatus:
         """End the run and wait for its end; a run that is over is left as it is.
@@ -212,11 +204,13 @@ def launch(plan: Plan, run_dir: str | os.PathLike[str], *, detach: bool = True) 
     Args:
         plan: what to run, on this host.
         run_dir: made if missing; must not hold a run, not even one that is over.
-        detach: let the run outlive the calling process. Otherwise it ends when the caller does, even by SIGKILL.
+        detach: let the run outlive the calling process. Otherwise it ends when the caller does, even by
+            SIGKILL.
 
     Raises:
         InvalidPlan: the plan asks for another host.
-        LaunchError: the directory holds a run or cannot be written, or a port is taken. Nothing is left behind.
+        LaunchRefused: the directory holds a run or cannot be written, or a port is taken.
+        LaunchError: anything else that keeps it from starting. Nothing is left behind in either case.
     """
     elsewhere = sorted({process.host for process in plan.processes} - {"local"})
     if elsewhere:
@@ -224,214 +218,36 @@ def launch(plan: Plan, run_dir: str | os.PathLike[str], *, detach: bool = True) 
             f"plan {plan.name}: host {elsewhere[0]!r}: this version starts processes on `local` only"
         )
     directory = RunDirectory(Path(run_dir).absolute())
-    is_new = not directory.path.exists()
-    _claim(directory, plan)
-    starting = _Start(directory)
+    run = Run(directory.path)
+    claim = Claim(directory)
+    starting = Start(directory)
     try:
+        _take(claim, run, plan)
         starting.begin(plan)
-        run = Run(directory.path)
         if detach:
             starting.let_go()
         else:
             starting.keep()
+        claim.settle()
     except BaseException:  # also Ctrl-C: whatever stops a launch, nothing may stay
+        if starting.is_let_go:
+            run.stop(grace_s=0.0)
         starting.abort()
-        _remove(directory, plan, is_new=is_new)
+        claim.give_up(run.dir / "logs" / f"{process.name}.log" for process in plan.processes)
         raise
     return run
 
 
-def _claim(directory: RunDirectory, plan: Plan) -> None:
+def _take(claim: Claim, run: Run, plan: Plan) -> None:
     try:
-        is_ours = directory.claim(plan.to_json())
+        is_taken = not claim.take(plan.to_json())
     except OSError as error:
-        raise LaunchError(
-            f"{directory.path}: cannot hold a run: {error.strerror}: choose another directory"
-        ) from error
-    if not is_ours:
-        state = Run(directory.path).status().state
-        raise LaunchError(
-            f"{directory.path}: holds a run already ({state}): choose a new directory for each run"
-        )
-
-
-class _Start:
-    """The few moments in which a run depends on its launcher."""
-
-    def __init__(self, directory: RunDirectory) -> None:
-        self._directory = directory
-        self._lifeline = -1
-        self._answer = -1
-        self._run_id = ""
-
-    def begin(self, plan: Plan) -> None:
-        """Start the guardian and wait until the supervisor has put itself on record.
-
-        Raises:
-            LaunchError: the supervisor refused or broke.
-        """
-        launcher = identify(os.getpid())
-        if launcher is None:
-            raise LaunchError("/proc: not readable: mount it, the launcher identifies processes by it")
-        self._run_id = uuid.uuid4().hex
-        order = Order(plan=plan, run_id=self._run_id, launcher=launcher, versions=_versions())
-        try:
-            self._start_guardian(order)
-        except OSError as error:
-            raise LaunchError(
-                f"{self._directory.path}: cannot start the supervisor: {error.strerror}"
-            ) from error
-        said = self._wait_for_answer()
-        if "problem" in said:
-            raise _refusal(said)
-        if "run_id" not in said:
-            text = _read_end(self._directory.supervisor_log)
-            raise LaunchError(f"{self._directory.path}: the supervisor ended before it had begun: {text}")
-
-    def _start_guardian(self, order: Order) -> None:
-        passed: list[int] = []
-        try:
-            told = _nameless_file(order.to_json())
-            passed.append(told)
-            listen, report = os.pipe()
-            self._answer = listen
-            passed.append(report)
-            hang, hold = os.pipe()
-            self._lifeline = hold
-            passed.append(hang)
-            log = os.open(self._directory.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            passed.append(log)
-            # Moved out of the way first: a target number may be one of the sources.
-            sources = [_move_up(passed, handle) for handle in (told, log, log, report, hang)]
-            package_root = str(Path(__file__).resolve().parents[1])
-            pid = os.posix_spawn(
-                sys.executable,
-                # -I -S: neither the user's site nor a json.py in the working directory has a say in the supervisor.
-                [sys.executable, "-I", "-S", "-c", _START, package_root, str(self._directory.path)],
-                os.environ,
-                file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(sources)],
-                setsid=True,
-                setsigmask=(),
-            )
-            _guardians.add(pid)
-        finally:
-            for handle in passed:
-                os.close(handle)
-
-    def _wait_for_answer(self) -> dict[str, str]:
-        data = b""
-        deadline = time.monotonic() + _ANSWER_LIMIT_S
-        while not data.endswith(b"\n") and _is_readable(self._answer, deadline):
-            chunk = os.read(self._answer, 4096)
-            if not chunk:
-                break
-            data += chunk
-        try:
-            said: dict[str, str] = json.loads(data)
-        except ValueError:
-            return {}
-        return said
-
-    def let_go(self) -> None:
-        """Let the run outlive this process."""
-        os.write(self._lifeline, b"D")
-        self._close()
-
-    def keep(self) -> None:
-        """Bind the run to the life of this process."""
-        _lifelines.append(self._lifeline)
-        self._lifeline = -1
-        self._close()
-
-    def abort(self) -> None:
-        """End what has been started, and wait until it is gone."""
-        if self._lifeline < 0 and self._run_id:
-            with contextlib.suppress(HwError):
-                Run(self._directory.path).stop(grace_s=0.0)
-        lifeline, self._lifeline = self._lifeline, -1
-        if lifeline >= 0:
-            os.close(lifeline)
-        # The guardian holds the other end of this pipe until it ends, so its end is the end of everything.
-        deadline = time.monotonic() + _END_LIMIT_S
-        while self._answer >= 0 and _is_readable(self._answer, deadline) and os.read(self._answer, 4096):
-            pass
-        self._close()
-        _reap_guardians()
-
-    def _close(self) -> None:
-        for handle in (self._lifeline, self._answer):
-            if handle >= 0:
-                os.close(handle)
-        self._lifeline = self._answer = -1
-
-
-def _refusal(said: dict[str, str]) -> HwError:
-    kind = InvalidPlan if said.get("kind") == "InvalidPlan" else LaunchError
-    return kind(said["problem"])
-
-
-def _nameless_file(text: str) -> int:
-    handle = os.memfd_create("flagscale-order", os.MFD_CLOEXEC)
-    with open(handle, "wb", closefd=False) as file:
-        file.write(text.encode())
-    os.lseek(handle, 0, os.SEEK_SET)
-    return handle
-
-
-def _move_up(opened: list[int], handle: int) -> int:
-    import fcntl
-
-    moved = fcntl.fcntl(handle, fcntl.F_DUPFD_CLOEXEC, 10)
-    opened.append(moved)
-    return moved
-
-
-def _is_readable(handle: int, deadline: float) -> bool:
-    import select
-
-    ready, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
-    return bool(ready)
-
-
-def _read_end(log: Path) -> str:
-    from flagscale_hw.cause import first_cause
-
-    return first_cause(log) or "it said nothing"
-
-
-def _versions() -> dict[str, str]:
-    """Return the installed FlagScale packages; read from file names, because importlib.metadata costs 100 ms."""
-    found = {"flagscale-hw": __version__}
-    for folder in sys.path:
-        with contextlib.suppress(OSError):
-            for entry in os.listdir(folder or "."):
-                if entry.startswith("flagscale_") and entry.endswith(".dist-info"):
-                    name, _, version = entry.removesuffix(".dist-info").partition("-")
-                    found.setdefault(name.replace("_", "-"), version)
-    return found
-
-
-def _remove(directory: RunDirectory, plan: Plan, *, is_new: bool) -> None:
-    """Take away what a launch that failed has put there, and nothing else."""
-    import shutil
-
-    if is_new:
-        shutil.rmtree(directory.path, ignore_errors=True)
-        return
-    shutil.rmtree(directory.logs, ignore_errors=True)
-    for path in (*directory.files(), *(directory.path / file.path for file in plan.files)):
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def _reap_guardians() -> None:
-    for pid in tuple(_guardians):
-        try:
-            if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                continue
-        except ChildProcessError:
-            pass  # the calling program reaps all children itself
-        _guardians.discard(pid)
+        # A full disk is nobody's wrong input; every other reason is the directory that was chosen.
+        kind = LaunchError if error.errno in (errno.ENOSPC, errno.EDQUOT) else LaunchRefused
+        raise kind(f"{run.dir}: cannot hold a run: {error.strerror}: choose another directory") from error
+    if is_taken:
+        state = run.status().state
+        raise LaunchRefused(f"{run.dir}: holds a run already ({state}): choose a new directory for each run")
 
 
 def open_run(run_dir: str | os.PathLike[str]) -> Run:
@@ -450,6 +266,11 @@ def open_run(run_dir: str | os.PathLike[str]) -> Run:
 
 def list_runs() -> tuple[Run, ...]:
     """Return every known run of this user on this machine, the newest last."""
-    return tuple(
-        Run(path) for path in sorted(remembered(), key=lambda path: (path / "plan.json").stat().st_mtime)
-    )
+    return tuple(Run(path) for path in sorted(remembered(), key=_launched_at))
+
+
+def _launched_at(path: Path) -> float:
+    try:
+        return (path / "plan.json").stat().st_mtime
+    except OSError:
+        return 0.0

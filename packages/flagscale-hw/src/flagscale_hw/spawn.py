@@ -18,6 +18,12 @@ from flagscale_hw.kernel import die_with_parent
 
 __all__ = ["Command", "fork_helper", "spawn"]
 
+_ORDINARY = (
+    *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD),
+    # Every Python process ignores these two; an engine expects the kernel's own defaults.
+    *(signal.SIGPIPE, signal.SIGXFSZ),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -42,11 +48,11 @@ def spawn(command: Command) -> int:
     """
     listen, report = os.pipe()
     parent = os.getpid()
-    pid = os.fork()
+    pid = _fork()
     if pid == 0:
         _become(command, parent, report)
     os.close(report)
-    with open(listen, encoding="utf-8", errors="replace") as answers:
+    with os.fdopen(listen, encoding="utf-8", errors="replace") as answers:
         problem = answers.read()
     if problem:
         os.waitpid(pid, 0)
@@ -60,10 +66,23 @@ def fork_helper() -> int:
     The helper answers signals by dying, and dies with the supervisor.
     """
     parent = os.getpid()
-    pid = os.fork()
+    pid = _fork()
     if pid == 0:
         _reset_signals()
         die_with_parent(parent)
+    return pid
+
+
+def _fork() -> int:
+    """Fork with every signal held back; in the child they stay so until `_reset_signals`.
+
+    A signal that reached the child any earlier would go to the supervisor's handlers, which it has inherited,
+    and be lost: the child would outlive the polite request.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    pid = os.fork()
+    if pid != 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pid
 
 
@@ -83,7 +102,7 @@ def _become(command: Command, parent_pid: int, report: int) -> NoReturn:
         except OSError as error:
             _say(report, f"working directory {command.cwd}: {error.strerror}")
             os._exit(127)
-        os.execvpe(command.argv[0], list(command.argv), dict(command.env))
+        os.execvpe(command.argv[0], list(command.argv), dict(command.env))  # noqa: S606 - that is the point
     except (OSError, ValueError) as error:
         _say(report, getattr(error, "strerror", None) or str(error))
     finally:
@@ -97,9 +116,6 @@ def _say(report: int, text: str) -> None:
 
 def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
-    # SIGPIPE and SIGXFSZ are ignored by every Python process; an engine expects the kernel's own defaults.
-    for signum in (
-        signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGQUIT,
-    ):  # fmt: skip
+    for signum in _ORDINARY:
         signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -46,7 +46,7 @@ class RunStatus:
 
     state: RunState
     reason: str = ""
-    """The first cause, for people; empty while all is well."""
+    """The first cause, for people; while the run starts, what it waits for; empty while all is well."""
     processes: tuple[ProcessStatus, ...] = ()
     ports: Mapping[str, int] = field(default_factory=dict)
     """The ports that were leased, by the names the plan gave them."""

@@ -5,14 +5,16 @@
     guardian (sub-reaper) --forks--> supervisor (sub-reaper, own session) --forks--> planned processes
 
 The guardian (`guardian.py`) only waits for the supervisor and cleans up if it is killed. The supervisor ends
-everything when a process fails, when it is asked to, when its launcher dies before having let go, and when the
-guardian dies. It has one thread: it forks, and the parent-death signal of its children is bound to the thread.
+everything when a process fails, when it is asked to, when its launcher dies before having let go, and when
+the guardian dies. It has one thread: it forks, and the parent-death signal of its children is bound to the
+thread.
 
 What does not live here: the directory (`rundir.py`), ending (`ending.py`), readiness (`probing.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -27,11 +29,11 @@ from flagscale_hw.cause import first_cause, last_lines
 from flagscale_hw.ending import end_children, reap
 from flagscale_hw.errors import LaunchError
 from flagscale_hw.identity import MARKER, Identity, identify
-from flagscale_hw.order import Order, here
+from flagscale_hw.order import KEEP, LET_GO, Order, here
 from flagscale_hw.plan import PLACEHOLDER, Probe, Process
 from flagscale_hw.ports import PortLease, lease_ports
 from flagscale_hw.probing import ProbeRun, wait_any
-from flagscale_hw.record import Record
+from flagscale_hw.record import Record, say
 from flagscale_hw.rundir import RunDirectory
 from flagscale_hw.spawn import Command, spawn
 from flagscale_hw.status import ProcessStatus, RunState, RunStatus
@@ -67,11 +69,13 @@ class Supervisor:
         self._launcher = _watch(order.launcher)
         self._wake, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._leases: dict[str, PortLease] = {}
+        self._placed: list[Path] = []
         self._probes: list[ProbeRun] = []
         self._log_starts: dict[str, int] = {}
         self._demand: _Outcome | None = None
         self._deadline = float("inf")
         self._is_asked_to_stop = False
+        self._is_launched = False
         self._record = Record(directory, self._first_status())
 
     def _first_status(self) -> RunStatus:
@@ -94,14 +98,27 @@ class Supervisor:
         directory = self._directory
         directory.logs.mkdir(exist_ok=True)
         directory.reserve()
-        for file in self._plan.files:
-            place = directory.path / file.path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(self._fill(file.text), encoding="utf-8")
+        self._place_files()
         directory.write(directory.manifest, manifest.begin(self._order, self._record.status.started_at))
         self._record_identities()
         directory.write(directory.state, self._record.status.to_dict())
         self._remember()
+
+    def _place_files(self) -> None:
+        for file in self._plan.files:
+            place = self._directory.path / file.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("x", encoding="utf-8") as out:  # never over a file that was there before
+                self._placed.append(place)
+                out.write(self._fill(file.text))
+
+    def take_back(self) -> None:
+        """Take away the files of the plan, after a launch that was refused or broken off."""
+        for place in self._placed:
+            with contextlib.suppress(OSError):
+                place.unlink()
+                for folder in place.parents[: len(place.relative_to(self._directory.path).parts) - 1]:
+                    folder.rmdir()  # refused by the system while anything else is in it
 
     def _record_identities(self) -> None:
         who = {"supervisor": identify(os.getpid()), "guardian": identify(os.getppid())}
@@ -112,7 +129,7 @@ class Supervisor:
         try:
             index.remember(self._order.run_id, self._directory.path)
         except OSError as error:
-            _say(f"this run will not be listed: {error}")
+            say(f"this run will not be listed: {error}")
 
     def _listen_to_signals(self) -> None:
         def note_stop(_signum: int, _frame: FrameType | None) -> None:
@@ -213,7 +230,7 @@ class Supervisor:
         if self._launcher in ready:
             self._lose_launcher()
         for probe in [probe for probe in self._probes if probe.handle in ready]:
-            probe.read()
+            self._read_probe(probe)
         if self._is_asked_to_stop:
             self._is_asked_to_stop = False
             self._ask_to_end(_Outcome("stopped", "stopped on request", self._requested_grace_s()))
@@ -221,19 +238,30 @@ class Supervisor:
         if not self._record.is_saved:
             self._record.save()
 
+    def _read_probe(self, probe: ProbeRun) -> None:
+        before = probe.last_answer
+        probe.read()
+        if not probe.has_passed and probe.last_answer != before:
+            self._record.change("starting", f"waiting for {probe.probe.url}: {probe.last_answer}")
+
     def _read_lifeline(self) -> None:
         if self._lifeline is None:
             return
-        is_let_go = os.read(self._lifeline, 1) == b"D"
+        said = os.read(self._lifeline, 1)
+        self._is_launched = self._is_launched or said in {LET_GO, KEEP}
+        if said == KEEP:
+            return
         os.close(self._lifeline)
         self._lifeline = None
-        if is_let_go:
+        if said == LET_GO:
             self._launcher = None
         else:
             self._lose_launcher()
 
     def _lose_launcher(self) -> None:
         self._launcher = None
+        if not self._is_launched:
+            self.take_back()
         pid = self._order.launcher.pid
         self._ask_to_end(_Outcome("failed", f"its launcher (pid {pid}) ended before the run did"))
 
@@ -285,7 +313,8 @@ class Supervisor:
         return f"{text}: {cause}" if cause else text
 
     def _reason_of_late(self, probe: ProbeRun) -> str:
-        text = f"not ready after {probe.probe.timeout_s:g} s: {probe.probe.url} answered last: {probe.last_answer}"
+        asked = probe.probe
+        text = f"not ready after {asked.timeout_s:g} s: {asked.url} answered last: {probe.last_answer}"
         for process in self._plan.processes:
             lines = last_lines(
                 self._directory.log(process.name), 3, offset=self._log_starts.get(process.name, 0)
@@ -353,20 +382,13 @@ def _watch(process: Identity) -> int | None:
     return handle
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m flagscale_hw.supervisor RUN_DIR`, which only `flagscale_hw.launch` does."""
     from flagscale_hw.guardian import guard
 
     arguments = sys.argv[1:] if argv is None else list(argv)
     if len(arguments) != 1:
-        _say(
-            "flagscale_hw.supervisor: one run directory is needed; it is started by flagscale_hw.launch, not by hand"
-        )
+        say("flagscale_hw.supervisor: give one run directory; flagscale_hw.launch starts it, not a person")
         return 2
     return guard(Path(arguments[0]))
 

@@ -7,7 +7,7 @@ plan = flagscale_train.plan(experiment, machine)
 from __future__ import annotations
 
 from flagscale_hw.chips import runtime
-from flagscale_hw.errors import DetectError
+from flagscale_hw.errors import InputError
 from flagscale_hw.machine import Device, Machine
 
 __all__ = ["fake_host"]
@@ -23,11 +23,12 @@ def fake_host(chip: str, count: int = 0) -> Machine:
         count: number of devices; 0 for `cpu`.
 
     Raises:
-        DetectError: the chip is not known, or the count does not fit it.
+        DetectError: the chip is not known.
+        InputError: the count does not fit the chip.
     """
     runtime(chip)
     if (chip == "cpu") != (count == 0) or count < 0:
-        raise DetectError(
+        raise InputError(
             f"fake host {chip!r} with {count} devices: give 0 for `cpu` and 1 or more for other chips"
         )
     return Machine(

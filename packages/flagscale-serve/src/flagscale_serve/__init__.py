@@ -1,5 +1,70 @@
-"""Serving runner of FlagScale on vLLM, SGLang, llama.cpp and transformers."""
+"""Serving runner of FlagScale on vLLM and transformers.
+
+    run("model_dir"), status(), chat(None, "Hello"), stop()
+
+Every verb of the command line is one function here with the same name (`list` is `list_runs`).
+"""
 
 from flagscale_serve.__about__ import __version__
+from flagscale_serve.chat import chat
+from flagscale_serve.errors import (
+    EngineMissing,
+    InvalidModel,
+    InvalidService,
+    NotServing,
+    RequestFailed,
+    RunFailed,
+    ServeError,
+)
+from flagscale_serve.model import Model, read_model
+from flagscale_serve.plan import plan
+from flagscale_serve.runs import (
+    InstanceStatus,
+    Options,
+    Prepared,
+    ServiceStatus,
+    check,
+    find_run,
+    list_runs,
+    logs,
+    prepare,
+    run,
+    start,
+    status,
+    stop,
+    wait_ready,
+)
+from flagscale_serve.service import Instance, Service, of_experiment, of_model
 
-__all__ = ["__version__"]
+__all__ = [
+    "EngineMissing",
+    "Instance",
+    "InstanceStatus",
+    "InvalidModel",
+    "InvalidService",
+    "Model",
+    "NotServing",
+    "Options",
+    "Prepared",
+    "RequestFailed",
+    "RunFailed",
+    "ServeError",
+    "Service",
+    "ServiceStatus",
+    "__version__",
+    "chat",
+    "check",
+    "find_run",
+    "list_runs",
+    "logs",
+    "of_experiment",
+    "of_model",
+    "plan",
+    "prepare",
+    "read_model",
+    "run",
+    "start",
+    "status",
+    "stop",
+    "wait_ready",
+]

@@ -70,7 +70,7 @@ def make_plan(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         source: FlagScale experiment file, or the name of a recipe such as `qwen3/tiny`.
         overrides: Hydra overrides such as `train.model.train_iters=10`.
     """
-    experiment = load(source, list(overrides))
+    experiment = load(source, list(overrides), task="train")
     return plan(experiment, hw.detect(), findings=examine(experiment))
 
 
@@ -89,7 +89,7 @@ def run(source: str | os.PathLike[str], overrides: Sequence[str] = (), *, detach
     Raises:
         InvalidInput: the experiment cannot be trained here, or it is being trained already.
     """
-    experiment = load(source, list(overrides))
+    experiment = load(source, list(overrides), task="train")
     planned = plan(experiment, hw.detect(), findings=examine(experiment))
     root = Path(experiment.exp_dir) / _RUNS
     with _alone(root):
@@ -167,7 +167,7 @@ def find(target: str | os.PathLike[str], overrides: Sequence[str] = ()) -> hw.Ru
         raise NotFound(
             f"{target}: no run in it: give a run directory, an experiment directory or an experiment file"
         )
-    exp_dir = Path(load(target, list(overrides)).exp_dir)
+    exp_dir = Path(load(target, list(overrides), task="train").exp_dir)
     try:
         return hw.open_run((exp_dir / _RUNS / _LATEST).resolve())
     except hw.RunNotFound:

@@ -1,0 +1,164 @@
+"""Broken bytes: every fault has its line, none a traceback, none hides another."""
+
+import time
+
+import pytest
+
+from flagscale_config import ConfigError, check, load
+from flagscale_config.document import MAX_BYTES
+
+
+def complaints(source: str, overrides: tuple[str, ...] = ()) -> list[str]:
+    """Return the errors as lines."""
+    return [str(problem) for problem in check(source, overrides) if problem.severity == "error"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a: [1\nb: 2\n", "e.yaml:2:2: YAML syntax: expected ',' or ']', but got ':'"),
+        ("a: 1\n\tb: 2\n", "e.yaml:2:1: YAML syntax: found character '\\t' that cannot start any token"),
+        ("a: 'x\n", "e.yaml:2:1: YAML syntax: found unexpected end of stream"),
+        ("a: *nothing\n", "e.yaml:1:4: YAML syntax: found undefined alias 'nothing'"),
+        (
+            "a: !!python/object/apply:os.system ['true']\n",
+            "e.yaml:1:4: YAML syntax: could not determine a constr",
+        ),
+        ("a: !Foo 1\n", "e.yaml:1:4: YAML syntax: could not determine a constructor"),
+        ("a: 1\n---\nb: 2\n", "e.yaml:2:1: YAML syntax: but found another document"),
+        ("{a: 1}: 2\n", "e.yaml:1:1: a key must be text, not a list or a mapping"),
+        (b"a: \xff\n", "e.yaml:1:4: byte 0xff is not UTF-8; save the file as UTF-8"),
+        (b"ok: 1\nb: \x00\n", "e.yaml:2:4: control character U+0000 is not allowed in YAML; remove it"),
+        ("- 1\n- 2\n", "e.yaml:1:1: the file must hold `key: value` pairs"),
+        ("just text\n", "e.yaml:1:1: the file must hold `key: value` pairs"),
+        ("", "e.yaml:1:1: experiment is required: a mapping with exp_name, exp_dir and task"),
+        ("a: &a [*a]\n", "e.yaml:1:4: nested more than 60 levels deep"),
+        ("a: " + "[" * 200 + "]" * 200, "e.yaml:1:64: nested more than 60 levels deep"),
+        ("a: " + "[" * 5000, "e.yaml"),
+        ("a: " + "9" * 10000, "e.yaml"),
+        (
+            "<<: 1\n",
+            "e.yaml:1:5: YAML syntax: expected a mapping or list of mappings for merging, but found scalar",
+        ),
+    ],
+)
+def test_broken_files_are_located(content, expected, project):
+    project({"e.yaml": content})
+    first = complaints("e.yaml")[0]
+    assert first.startswith(expected)
+    assert "\n" not in first
+
+
+def test_duplicate_keys_are_all_reported_beside_other_faults(project):
+    project(
+        {
+            "e.yaml": """
+                experiment:
+                  exp_name: a
+                  exp_name: b
+                  task: {type: serve}
+                  runer: {}
+                serve:
+                  - serve_id: m
+                    engine_args: {model: x, model: y}
+                """
+        }
+    )
+    assert complaints("e.yaml") == [
+        "e.yaml:3:3: experiment.exp_name: duplicate key; first given at line 2; keep one",
+        "e.yaml:5:3: experiment.runer: unknown key; did you mean runner?",
+        "e.yaml:8:29: serve.0.engine_args.model: duplicate key; first given at line 8; keep one",
+    ]
+
+
+def test_alias_bombs_are_refused_quickly(project):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    project({"e.yaml": "\n".join(lines)})
+    start = time.monotonic()
+    (first,) = complaints("e.yaml")
+    assert "more than 100000 values, aliases expanded" in first
+    assert time.monotonic() - start < 20
+
+
+def test_interpolation_bombs_are_refused_quickly(project):
+    lines = ["experiment: {exp_name: a, task: {type: serve}}", "b0: [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, 12):
+        again = f'"${{b{level - 1}}}"'
+        lines.append(f"b{level}: [{', '.join([again] * 9)}]")
+    project({"e.yaml": "\n".join(lines)})
+    start = time.monotonic()
+    assert any("interpolations expand to too many" in line for line in complaints("e.yaml"))
+    assert time.monotonic() - start < 60
+
+
+def test_huge_files_are_not_read(project):
+    project({"e.yaml": b"a: 1\n" + b"#" * MAX_BYTES})
+    (first,) = complaints("e.yaml")
+    assert first == "e.yaml: the file is larger than 4 MiB; this is not a configuration"
+
+
+@pytest.mark.parametrize("prefix", [b"\xef\xbb\xbf", b"# text\r\n"])
+def test_byte_order_marks_and_windows_lines_are_fine(prefix, project):
+    body = b"experiment: {exp_name: a, task: {type: serve}}\r\nserve:\r\n- {serve_id: m}\r\n"
+    project({"e.yaml": prefix + body})
+    assert load("e.yaml").name == "a"
+
+
+def test_missing_files_say_what_there_is(project):
+    project(
+        {
+            "conf/a.yaml": "defaults: [_self_, {train: tinny}, {serve: one}]\n",
+            "conf/train/tiny.yaml": "",
+            "conf/serve/two.yaml": "",
+        }
+    )
+    assert complaints("conf/a.yaml") == [
+        "conf/a.yaml:1:20: defaults: no such file: conf/train/tinny.yaml; did you mean tiny?",
+        "conf/a.yaml:1:36: defaults: no such file: conf/serve/one.yaml; available: two",
+    ]
+    assert complaints("conf/nothing.yaml") == ["conf/nothing.yaml: no such file; check the path"]
+    assert complaints("conf") == ["conf: is a directory; name an experiment file in it"]
+
+
+def test_a_file_may_be_named_without_its_suffix(tiny):
+    assert load("conf/tiny").source == load(tiny).source
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a: ${b}\nb: ${a}\n", "a: cannot resolve '${b}': it refers to itself"),
+        ("a: {x: '${a}'}\n", "a.x: cannot resolve '${a}': it refers to itself"),
+        ("a: ${nothing.here}\n", "a: cannot resolve '${nothing.here}': 'nothing.here' not found"),
+        ("a: ${oc.env:FLAGSCALE_SURELY_UNSET}\n", "Environment variable 'FLAGSCALE_SURELY_UNSET' not found"),
+        ("a: ${made.up:1}\n", "a: cannot resolve '${made.up:1}': Unsupported interpolation type made.up"),
+        ("a: ${env:FLAGSCALE_SURELY_UNSET}\n", "Environment variable 'FLAGSCALE_SURELY_UNSET' not found"),
+        ("a: ${b\n", "a: '${b' is not an interpolation: "),
+    ],
+)
+def test_interpolations_that_fail_are_located(content, expected, project):
+    project({"e.yaml": content})
+    found = complaints("e.yaml")
+    assert any(line.startswith("e.yaml:1:") and expected in line for line in found)
+
+
+@pytest.mark.parametrize("text", ["???", "${data_path:??}", "${data_path ???}", "${ x :???}", "'${a.b:??}'"])
+def test_values_required_from_the_user_are_listed(text, edited):
+    source = edited("conf/train/tiny.yaml", "data_path: corpus", f"data_path: {text}")
+    (line,) = complaints(source)
+    assert line == (
+        "conf/train/tiny.yaml:16:3: train.data.data_path: required from the user: set it in the file or pass "
+        "train.data.data_path=..."
+    )
+    assert load(source, ["train.data.data_path=/d"]).train.options["data_path"] == ("/d",)
+
+
+def test_errors_survive_pickling(project):
+    import pickle
+
+    with pytest.raises(ConfigError) as caught:
+        load("nothing.yaml")
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert copy.problems == caught.value.problems
+    assert copy.exit_code == 2

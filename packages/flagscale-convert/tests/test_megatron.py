@@ -1,0 +1,135 @@
+"""Real Megatron and real transformers: the same numbers on both sides of a conversion."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flagscale_convert import convert, inspect, make_plan, verify
+
+pytestmark = pytest.mark.megatron
+
+TOLERANCE = 1e-4
+LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+LLAMA3 = {
+    "rope_theta": 20.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+MODELS = {
+    "qwen3-tied": {"family": "qwen3", "tied": True, "heads": 4, "groups": 2},
+    "qwen3": {"family": "qwen3", "heads": 6, "groups": 2},
+    "llama-llama3-rope": {"family": "llama", "heads": 4, "groups": 2, "config": LLAMA3},
+    "llama-multi-head": {"family": "llama", "heads": 4, "groups": 4},
+    "qwen2-linear-rope": {"family": "qwen2", "heads": 4, "groups": 2, "config": LINEAR},
+}
+
+
+def megatron_args(model):
+    return {
+        **{name: value for name, value in model.args().items() if name != "params_dtype"},
+        "group_query_attention": model.groups != model.heads,
+        "use_rope_scaling": "llama3" in str(model.config),
+        "rope_scaling_factor": 8.0,
+        "rotary_base": model.config.get("rope_theta", 50000),
+        "rotary_seq_len_interpolation_factor": 4.0 if "linear" in str(model.config) else None,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+    }
+
+
+def transformers_logits(folder, tokens):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def from_transformers(model, folder):
+    """A model as transformers itself writes it, in its own newest form of config.json."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**model.hf_config())
+    torch.manual_seed(5)
+    made = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + noise / 4 if "norm" in name else noise / 8)
+    made.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def results(request, shape, tmp_path_factory):
+    """Every model both ways through one Megatron job of one or two tensor-parallel ranks."""
+    return run_all(shape, request.param, tmp_path_factory.mktemp(f"tp{request.param}"))
+
+
+def run_all(shape, size, root: Path):
+    tokens = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(9))
+    save_file({"tokens": tokens}, root / "tokens")
+    jobs = []
+    for name, options in MODELS.items():
+        model = shape(**options)
+        from_transformers(model, root / f"{name}-hf")
+        convert(make_plan(root / f"{name}-hf", root / f"{name}-converted", to="torch_dist"))
+        jobs += [
+            {"do": "load", "path": f"{root}/{name}-converted", "logits": f"{root}/{name}-loaded"},
+            {
+                "do": "save",
+                "path": f"{root}/{name}-trained",
+                "logits": f"{root}/{name}-saved",
+                "args": megatron_args(model),
+            },
+        ]
+    (root / "request").write_text(json.dumps({"tokens": str(root / "tokens"), "jobs": jobs}))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)),
+            str(Path(__file__).with_name("megatron_process.py")),
+            str(root / "request"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return root, tokens
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_megatron_loads_what_was_converted(results, name):
+    root, tokens = results
+    ours = load_file(root / f"{name}-loaded")["logits"][..., :131]
+    theirs = transformers_logits(root / f"{name}-hf", tokens)
+    assert theirs.abs().max() > 1
+    assert (ours - theirs).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_loads_what_megatron_saved(results, name):
+    root, tokens = results
+    found = inspect(root / f"{name}-trained")
+    assert found.iteration == 7
+    assert not found.suspicions
+    convert(make_plan(root / f"{name}-trained", root / f"{name}-out", to="hf"))
+    theirs = transformers_logits(root / f"{name}-out", tokens)
+    ours = load_file(root / f"{name}-saved")["logits"][..., :131]
+    assert theirs.abs().max() > 1
+    assert (ours - theirs).abs().max() < TOLERANCE
+    assert verify(root / f"{name}-trained", root / f"{name}-out").is_equal

@@ -1,0 +1,147 @@
+"""The command: what it prints, and what it exits with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import flagscale_hw
+from flagscale_hw import cli
+from flagscale_hw.testing import fake_host
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    found = fake_host("nvidia", 2)
+    monkeypatch.setattr("flagscale_hw.detection.detect", lambda **_: found)
+    return found
+
+
+def test_the_table(machine, capsys):
+    assert cli.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "fake: Fake CPU, 64 CPUs, 512.0 GiB"
+    assert lines[3].split() == (
+        [
+            "0",
+            "nvidia",
+            "NVIDIA",
+            "H100",
+            "80GB",
+            "HBM3",
+            "0.0",
+            "/",
+            "80.0",
+            "GiB",
+            "0%",
+            "30",
+            "C",
+            "70",
+            "W",
+            "0000:01:00.0",
+        ]
+    )
+    assert lines[-1] == "2 x nvidia: torch device cuda, collectives nccl"
+
+
+def test_json(machine, capsys):
+    assert cli.main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(machine.to_dict()))
+
+
+@pytest.mark.parametrize("words", [["env", "--devices", "1,0"], ["env"]])
+def test_env_is_for_the_shell(machine, capsys, words):
+    assert cli.main(words) == 0
+    chosen = "1,0" if len(words) > 1 else "0,1"
+    assert (
+        capsys.readouterr().out
+        == f"export CUDA_DEVICE_ORDER=PCI_BUS_ID\nexport CUDA_VISIBLE_DEVICES={chosen}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["env", "--devices", "7"], "error: device 7: not on this machine: it has 0, 1\n"),
+        (["env", "--devices", "x"], "error: --devices 'x': give indices separated by commas, such as 0,1\n"),
+        (["env", "--devices", "1,1"], "error: devices [1, 1]: one is named twice: name each device once\n"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(machine, capsys, words, said):
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("words", [["nosuch"], ["--timeout", "0"], ["--timeout", "x"], ["--nosuch"]])
+def test_words_that_are_not_known(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+
+
+def test_a_bug_is_code_1_and_a_traceback_only_on_request(monkeypatch, capsys):
+    def broken(**_):
+        raise RuntimeError("oops")
+
+    monkeypatch.setattr("flagscale_hw.detection.detect", broken)
+    assert cli.main([]) == 1
+    said = capsys.readouterr().err
+    assert "a bug in flagscale-hw" in said
+    assert "Traceback" not in said
+    assert cli.main(["--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_130(monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flagscale_hw.detection.detect", interrupted)
+    assert cli.main([]) == 130
+
+
+def test_the_doctor(capsys):
+    code = cli.main(["doctor", "--json"])
+    findings = json.loads(capsys.readouterr().out)
+    assert code == (0 if all(finding["is_good"] for finding in findings) else 3)
+    assert {"nvidia", "launcher", "index of runs"} <= {finding["subject"] for finding in findings}
+
+
+def test_the_doctor_finds_an_index_that_cannot_be_written(monkeypatch, capsys):
+    monkeypatch.setenv("FLAGSCALE_STATE_DIR", "/proc/nowhere")
+    assert cli.main(["doctor"]) == 3
+    assert (
+        "FAIL index of runs: /proc/nowhere/runs cannot be written: set FLAGSCALE_STATE_DIR"
+        in capsys.readouterr().out
+    )
+
+
+def command(*words: str, **options: object) -> subprocess.Popen[str]:
+    words = (sys.executable, "-m", "flagscale_hw.cli", *words)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_reader_that_leaves_is_no_error():
+    with command("--json") as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_help_is_quick():
+    def seconds() -> float:
+        started = time.perf_counter()
+        with command("--help") as process:
+            assert "usage: flagscale-hw" in process.stdout.read()
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) < 0.6
+
+
+def test_the_version():
+    with command("--version") as process:
+        assert process.stdout.read() == f"flagscale-hw {flagscale_hw.__version__}\n"

@@ -1,0 +1,107 @@
+"""The library route, against a library made of Python functions."""
+
+# ruff: noqa: N802 - the names are those of the library
+from __future__ import annotations
+
+import ctypes
+
+from flagscale_hw.nvml import describe
+
+LOST, NOT_SUPPORTED, DENIED = 15, 3, 4
+
+
+class FakeLibrary:
+    """NVML with two cards, the second of which is broken in parts."""
+
+    def __init__(self, *, init: int = 0, lost: tuple[int, ...] = ()) -> None:
+        self._init = init
+        self._lost = lost
+        texts = {LOST: b"GPU is lost", DENIED: b"Insufficient Permissions", 9: b"Driver Not Loaded"}
+        self.nvmlErrorString = lambda code: texts[code]
+
+    def nvmlInit_v2(self):
+        return self._init
+
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = 2
+        return 0
+
+    def nvmlSystemGetDriverVersion(self, buffer, _size):
+        buffer.value = b"570.1"
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle):
+        handle._obj.value = index.value + 100
+        return LOST if index.value in self._lost else 0
+
+    def nvmlDeviceGetName(self, _handle, buffer, _size):
+        buffer.value = b"NVIDIA H200"
+        return 0
+
+    def nvmlDeviceGetUUID(self, handle, buffer, _size):
+        buffer.value = b"GPU-%d" % handle.value
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, _handle, memory):
+        memory._obj.total, memory._obj.used = 141 << 30, 0
+        return 0
+
+    def nvmlDeviceGetUtilizationRates(self, _handle, rates):
+        rates._obj.gpu = 42
+        return 0
+
+    def nvmlDeviceGetTemperature(self, _handle, _sensor, value):
+        value._obj.value = 36
+        return 0
+
+    def nvmlDeviceGetPowerUsage(self, handle, value):
+        value._obj.value = 75500
+        return DENIED if handle.value == 101 else 0
+
+    def nvmlDeviceGetPciInfo_v3(self, _handle, pci):
+        pci._obj.domain, pci._obj.bus, pci._obj.device = 1, 0xD8, 0
+        return 0
+
+
+def test_facts_come_through_and_a_field_that_fails_is_none():
+    *messages, done = describe(FakeLibrary())
+    devices = [message["device"] for message in messages if "device" in message]
+    assert done == {"done": True}
+    assert devices[0] == {
+        "chip": "nvidia",
+        "index": 0,
+        "driver": "570.1",
+        "pci_bus": "0001:d8:00.0",
+        "name": "NVIDIA H200",
+        "uuid": "GPU-100",
+        "compute_capability": None,  # the library has no such function
+        "memory_total_bytes": 141 << 30,
+        "memory_used_bytes": 0,
+        "utilisation_percent": 42.0,
+        "temperature_c": 36.0,
+        "power_w": 75.5,
+    }
+    assert devices[1]["power_w"] is None
+    assert [message["problem"] for message in messages if "problem" in message] == [
+        {"where": "nvidia 1 power_w", "text": "nvmlDeviceGetPowerUsage: Insufficient Permissions"}
+    ]
+
+
+def test_a_lost_card_keeps_its_place():
+    messages = list(describe(FakeLibrary(lost=(0,))))
+    assert [message["device"]["index"] for message in messages if "device" in message] == [0, 1]
+    assert messages[0]["problem"]["text"] == "nvmlDeviceGetHandleByIndex_v2: GPU is lost"
+
+
+def test_no_driver_is_one_problem():
+    (message,) = describe(FakeLibrary(init=9))
+    assert message["problem"]["text"] == "libnvidia-ml.so.1: nvmlInit_v2: Driver Not Loaded"
+
+
+def test_structures_have_the_size_of_nvidias_header():
+    from flagscale_hw import nvml
+
+    assert ctypes.sizeof(nvml._Memory) == 24
+    assert ctypes.sizeof(nvml._Memory2) == 40
+    assert ctypes.sizeof(nvml._Utilisation) == 8
+    assert ctypes.sizeof(nvml._Pci) == 68

@@ -1,0 +1,186 @@
+"""Ask a served model one thing, and stream what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from flagscale_serve.errors import InvalidService, NotServing, RequestFailed
+from flagscale_serve.runs import InstanceStatus, find_run, status_of
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["Server", "chat", "find_server"]
+
+_CONNECT_TIMEOUT_S = 10.0
+_TOKEN_TIMEOUT_S = 600.0
+_DONE = "[DONE]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """Where to ask."""
+
+    url: str
+    """Base address ending in `/v1`."""
+    model: str | None
+    """None: the first that the server lists."""
+    has_chat_template: bool | None = None
+    """None: not known."""
+
+
+def chat(  # noqa: PLR0913 - what people set on a request
+    target: str | None,
+    message: str,
+    *,
+    system: str | None = None,
+    complete: bool = False,
+    model: str | None = None,
+    max_tokens: int = 512,
+    temperature: float | None = None,
+    api_key: str | None = None,
+) -> Iterator[str]:
+    """Ask once and yield the answer piece by piece, as it is generated.
+
+    Args:
+        target: address of any OpenAI-compatible server, or what `find_run` takes.
+        message: what to say; with `complete`, the text to go on from.
+        system: instructions in front of the message.
+        complete: continue plain text, without the model's chat template.
+        model: name or instance to ask when the target serves several.
+        max_tokens: length of the answer at most, in tokens.
+        temperature: 0 always takes the likeliest token; None leaves it to the server.
+        api_key: the server's key; else `$OPENAI_API_KEY`.
+
+    Raises:
+        NotServing: nobody answers there, or not yet.
+        InvalidService: the model has no chat template.
+        RequestFailed: the server refused, or broke off.
+    """
+    server = find_server(target, model)
+    if complete and system is not None:
+        raise InvalidService(
+            "system: a plain completion has no system message: put it into the text, or leave out complete"
+        )
+    if not complete and server.has_chat_template is False:
+        raise InvalidService(
+            f"{server.model}: the model has no chat template: ask for a plain completion (--complete), or "
+            "put a chat_template.jinja into its directory"
+        )
+    body: dict[str, Any] = {"max_tokens": max_tokens, "stream": True}
+    if temperature is not None:
+        body["temperature"] = temperature
+    if complete:
+        body["prompt"] = message
+    else:
+        said = [{"role": "system", "content": system}] if system is not None else []
+        body["messages"] = [*said, {"role": "user", "content": message}]
+    yield from _ask(server, body, api_key or os.environ.get("OPENAI_API_KEY"))
+
+
+def find_server(target: str | None, model: str | None = None) -> Server:
+    """Find the server that a target means.
+
+    Raises:
+        NotServing: there is none, it is not ready, or it serves several models and none was named.
+    """
+    if target is not None and target.startswith(("http://", "https://")):
+        base = target.rstrip("/")
+        return Server(url=base if base.endswith("/v1") else f"{base}/v1", model=model)
+    now = status_of(find_run(target))
+    if not now.is_ready:
+        raise NotServing(
+            f"{now.run_dir}: not ready: it is {now.state}{f' ({now.reason})' if now.reason else ''}"
+        )
+    instance = _choose(now.instances, model)
+    if instance.url is None:
+        raise NotServing(f"{now.run_dir}: the port of {instance.name} is not known")
+    return Server(
+        url=instance.url,
+        model=instance.model,
+        has_chat_template=instance.has_chat_template,
+    )
+
+
+def _choose(instances: tuple[InstanceStatus, ...], model: str | None) -> InstanceStatus:
+    found = [one for one in instances if model in (None, one.model, one.name)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(one.model for one in instances)
+    given = "several models are served" if model is None else f"model {model!r}: not served"
+    raise NotServing(f"{given}: choose one of {names} with --model")
+
+
+def _ask(server: Server, body: dict[str, Any], api_key: str | None) -> Iterator[str]:
+    import httpx
+
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    # A proxy of the environment must not see, or break, a request to this very machine.
+    is_local = (urlsplit(server.url).hostname or "") in ("localhost", "127.0.0.1", "::1")
+    timeout = httpx.Timeout(_TOKEN_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+    try:
+        with httpx.Client(headers=headers, timeout=timeout, trust_env=not is_local) as client:
+            body["model"] = server.model or _first_model(client, server.url)
+            path = "completions" if "prompt" in body else "chat/completions"
+            with client.stream("POST", f"{server.url}/{path}", json=body) as response:
+                _check(response, server.url)
+                yield from _pieces(response)
+    except httpx.ConnectError as error:
+        raise NotServing(f"{server.url}: nobody answers ({error}): is the server running?") from None
+    except httpx.InvalidURL as error:
+        raise InvalidService(f"{server.url}: not an address: {error}") from None
+    except httpx.HTTPError as error:
+        raise RequestFailed(f"{server.url}: the answer broke off: {error or type(error).__name__}") from None
+
+
+def _first_model(client: httpx.Client, url: str) -> str:
+    response = client.get(f"{url}/models")
+    _check(response, url)
+    try:
+        return str(response.json()["data"][0]["id"])
+    except (ValueError, LookupError, TypeError):
+        raise NotServing(f"{url}/models: it lists no model: name one with --model") from None
+
+
+def _check(response: httpx.Response, url: str) -> None:
+    if response.status_code == 200:
+        return
+    response.read()
+    cure = "give the server's key with --api-key" if response.status_code == 401 else "see the server's log"
+    raise RequestFailed(f"{url}: HTTP {response.status_code}: {_message(response.text)}: {cure}")
+
+
+def _message(text: str) -> str:
+    """Find the sentence for people in an error body."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text.strip()[:500] or "no explanation"
+    for key in ("error", "detail", "message"):
+        if isinstance(found, Mapping) and key in found:
+            found = found[key]
+    return found if isinstance(found, str) else json.dumps(found)[:500]
+
+
+def _pieces(response: httpx.Response) -> Iterator[str]:
+    for line in response.iter_lines():
+        if not line.startswith("data:"):
+            continue
+        data = line.removeprefix("data:").strip()
+        if data == _DONE:
+            return
+        try:
+            event = json.loads(data)
+        except ValueError:
+            raise RequestFailed(f"the server sent what is not JSON: {data[:200]}") from None
+        if "error" in event:
+            raise RequestFailed(f"the server broke off: {_message(data)}")
+        for choice in event.get("choices") or ():
+            piece = choice.get("text") if "text" in choice else (choice.get("delta") or {}).get("content")
+            if piece:
+                yield piece

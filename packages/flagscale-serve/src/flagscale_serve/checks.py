@@ -1,0 +1,122 @@
+"""What is checked on this machine before a service starts: its models and their engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flagscale_serve.engines import ENGINES, Engine
+from flagscale_serve.errors import EngineMissing, InvalidModel
+from flagscale_serve.model import Model, read_model
+from flagscale_serve.service import Service
+
+__all__ = ["check_engines", "check_models"]
+
+_TIMEOUT_S = 60.0
+# Finds without importing: an import of an engine takes seconds, and can fail for reasons of the machine.
+_LOOK = """
+import importlib.metadata, importlib.util, json, sys
+wanted = json.loads(sys.argv[1])
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+print(json.dumps({
+    "python": sys.version.split()[0],
+    "missing": [name for name in wanted["modules"] if importlib.util.find_spec(name) is None],
+    "versions": {name: version(name) for name in wanted["distributions"]},
+}))
+"""
+# Head sizes for which vLLM has an attention kernel on CPUs; with another it starts, then dies at the first
+# request.
+_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+def check_models(service: Service, chip: str) -> tuple[Model, ...]:
+    """Read the model of every instance.
+
+    Raises:
+        InvalidModel: one is not whole, or cannot run on this engine and chip.
+    """
+    models = []
+    for instance in service.instances:
+        options = instance.settled
+        tokenizer = options.get("tokenizer")
+        model = read_model(
+            Path(instance.model),
+            tokenizer=Path(service.cwd, tokenizer) if tokenizer else None,
+            with_weights=options.get("load_format") != "dummy",
+        )
+        if instance.engine == "vllm" and chip == "cpu":
+            _check_head_dim(model)
+        models.append(model)
+    return tuple(models)
+
+
+def _check_head_dim(model: Model) -> None:
+    if model.head_dim is not None and model.head_dim not in _CPU_HEAD_DIMS:
+        raise InvalidModel(
+            f"{model.path / 'config.json'}: head_dim: {model.head_dim}: vLLM on a CPU has attention for "
+            f"{', '.join(map(str, _CPU_HEAD_DIMS))} only: use engine `transformers`"
+        )
+
+
+def check_engines(service: Service, python: str) -> dict[str, str]:
+    """Ask the Python that should run the engines whether it has them.
+
+    Returns:
+        Engine name -> its version.
+
+    Raises:
+        EngineMissing: that Python does not exist or lacks an engine; says what to install.
+    """
+    names = sorted({instance.engine for instance in service.instances})
+    return {name: _look((*service.shell, python), ENGINES[name], service) for name in names}
+
+
+def _look(start: Sequence[str], engine: Engine, service: Service) -> str:
+    python = start[-1]
+    wanted = json.dumps({"modules": engine.modules, "distributions": engine.distributions})
+    found = _ask((*start, "-c", _LOOK, wanted), python, service)
+    missing = found["missing"] + [name for name, version in found["versions"].items() if version is None]
+    if missing:
+        raise EngineMissing(
+            f"engine {engine.name}: {python} (Python {found['python']}) has no "
+            f"{', '.join(dict.fromkeys(missing))}: install it there with `{engine.install}`, or name the "
+            "Python that has it with --python"
+        )
+    return str(found["versions"][engine.distributions[0]])
+
+
+def _ask(argv: Sequence[str], python: str, service: Service) -> dict[str, Any]:
+    try:
+        done = subprocess.run(
+            argv,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            cwd=service.cwd,
+            # A folder of the working directory must not pass for the engine; PYTHONPATH may well lead to it.
+            env={**os.environ, **service.env, "PYTHONSAFEPATH": "1"},
+        )
+    except OSError as error:
+        raise EngineMissing(
+            f"python {python!r}: {error.strerror}: give --python the interpreter that has the engine"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise EngineMissing(f"python {python!r}: no answer within {_TIMEOUT_S:g} s: try it by hand") from None
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise EngineMissing(
+            f"python {python!r}: exit {done.returncode}, it said: {said}: give --python the interpreter "
+            "that has the engine"
+        ) from None
+    return answer

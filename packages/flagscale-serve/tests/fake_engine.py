@@ -1,0 +1,140 @@
+"""Stands for the Python that has an engine; has the manners of one, or the lack of them (FAKE_MODE).
+
+It answers the question whether it has the engine, and is the server otherwise. Tests copy it behind a
+shebang.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+MODE = os.environ.get("FAKE_MODE", "good")
+BORN = time.monotonic()
+SLEEPER = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+# The sleeper's parent ends at once, and it has a session of its own: only a sub-reaper can still find it.
+FORKER = """
+import subprocess, sys
+child = subprocess.Popen(
+    [sys.executable, "-c", sys.argv[1]], start_new_session=True, stdout=subprocess.PIPE, text=True
+)
+print(child.stdout.readline().strip(), flush=True)
+"""
+
+
+def remember(pid):
+    with Path(os.environ["FAKE_PIDS"]).open("a") as file:
+        file.write(f"{pid}\n")
+
+
+def answer_whether_installed():
+    wanted = json.loads(sys.argv[-1])
+    answer = {
+        "python": "3.12.0",
+        "missing": [name for name in wanted["modules"] if name == os.environ.get("FAKE_MISSING")],
+        "versions": dict.fromkeys(wanted["distributions"], "9.9"),
+    }
+    print(json.dumps(answer))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, text, *args):
+        print(text % args, flush=True)
+
+    def answer(self, status, body):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        if self.path == "/v1/models":
+            self.answer(200, {"object": "list", "data": [{"id": "from-the-list"}]})
+        else:
+            self.answer(200, {"status": "ok"})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        key = os.environ.get("VLLM_API_KEY")
+        if key and self.headers.get("Authorization") != f"Bearer {key}":
+            self.answer(401, {"error": "Unauthorized"})
+        elif MODE == "mute":
+            self.answer(200, {"choices": [], "usage": {"completion_tokens": 0}})
+        elif MODE == "slow" and time.monotonic() - BORN < 2:
+            self.answer(503, {"error": "still loading"})
+        elif body.get("max_tokens") == 13:
+            self.answer(400, {"error": {"message": "13 is unlucky", "code": 400}})
+        elif body.get("stream"):
+            self.stream(body)
+        else:
+            self.answer(200, {"choices": [{"text": "!"}], "usage": {"completion_tokens": 1}})
+
+    def stream(self, body):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        is_plain = "prompt" in body
+        said = (
+            body["prompt"] if is_plain else "|".join(f"{m['role']}={m['content']}" for m in body["messages"])
+        )
+        for piece in (
+            said,
+            f" t={body.get('temperature')}",
+            f" n={body['max_tokens']}",
+            f" m={body['model']}",
+        ):
+            choice = {"text": piece} if is_plain else {"delta": {"content": piece}}
+            self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+            self.wfile.flush()
+            if body["max_tokens"] == 14:
+                self.wfile.write(b'data: {"error": "the engine fell over"}\n\n')
+                return
+        self.wfile.write(b"data: [DONE]\n\n")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+
+def load():
+    print("Loading weights: 100%", flush=True)
+    if MODE == "dies":
+        raise RuntimeError("weights are made of cheese")
+
+
+def main():
+    if "-c" in sys.argv:
+        answer_whether_installed()
+        return
+    remember(os.getpid())
+    Path(os.environ["FAKE_PIDS"] + ".argv").write_text(json.dumps(sys.argv[1:]))
+    load()
+    if MODE in ("deaf", "family"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if MODE == "family":
+        done = subprocess.run([sys.executable, "-c", FORKER, SLEEPER], stdout=subprocess.PIPE, check=True)
+        remember(int(done.stdout))
+    host, port = (sys.argv[sys.argv.index(flag) + 1] for flag in ("--host", "--port"))
+    server = Server((host, int(port)), Handler)
+    print("Application startup complete", flush=True)
+    if MODE == "dies-later":
+        threading.Timer(1.5, lambda: os._exit(7)).start()
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The life of a service, through the command line and the real launcher, with a fake engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+
+def supervisor_pids(run_dir: str) -> dict[str, int]:
+    recorded = json.loads((Path(run_dir) / "supervisor.json").read_text())
+    return {role: recorded[role]["pid"] for role in ("supervisor", "guardian")}
+
+
+def test_run_detach_returns_when_a_token_came_and_stop_leaves_nothing(shell, model_dir, alive):
+    shell.mode("slow")
+    done = shell("run", model_dir, "--detach")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"ready after [\d.]+ s: http://127\.0\.0\.1:\d+/v1  model tiny-qwen3", done.stdout)
+    status = shell.the_status(model_dir)
+    assert (status["state"], status["is_ready"], status["reason"]) == ("ready", True, "")
+    assert status["instances"][0]["model_dir"] == str(model_dir)
+    (pid,) = shell.engine_pids()
+    assert alive(pid)
+    assert alive(status["instances"][0]["pid"])
+
+    stopped = shell("stop", model_dir, "--json")
+    assert stopped.returncode == 0
+    assert json.loads(stopped.stdout)["state"] == "stopped"
+    assert not alive(pid)
+    assert shell("status", model_dir).returncode == 3
+    again = shell("stop", model_dir)
+    assert again.returncode == 3
+    assert "not running: it is stopped" in again.stderr
+
+
+def test_a_healthy_server_without_a_token_is_not_ready(shell, model_dir, eventually, alive):
+    shell.mode("mute")
+    assert shell("run", model_dir, "--detach", "--no-wait").returncode == 0
+    eventually(lambda: "startup complete" in shell("logs", model_dir).stdout)
+    status = shell.the_status(model_dir)
+    assert (status["state"], status["is_ready"]) == ("starting", False)
+    asked = shell("chat", model_dir, "-m", "hi")
+    assert asked.returncode == 3
+    assert "not ready" in asked.stderr
+    assert shell("status", model_dir).returncode == 3
+
+
+def test_no_token_in_time_ends_the_run_and_says_so(shell, model_dir, alive):
+    shell.mode("mute")
+    done = shell("run", model_dir, "--detach", "--timeout", "3")
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    assert "completion_tokens" in done.stderr
+    assert not [pid for pid in shell.engine_pids() if alive(pid)]
+
+
+def test_an_engine_that_dies_at_start_gives_its_first_cause(shell, model_dir):
+    shell.mode("dies")
+    done = shell("run", model_dir, "--detach")
+    assert done.returncode == 4
+    assert "weights are made of cheese" in done.stderr
+    assert "Traceback" not in done.stderr
+    status = shell.the_status(model_dir)
+    assert status["state"] == "failed"
+    assert "weights are made of cheese" in status["reason"]
+    assert shell("status", model_dir).returncode == 4
+    assert "raise RuntimeError" in shell("logs", model_dir).stdout
+
+
+@pytest.mark.parametrize("mode", ["deaf", "family"])
+def test_stop_ends_an_engine_that_does_not_listen(shell, model_dir, alive, mode):
+    shell.mode(mode)
+    assert shell("run", model_dir, "--detach").returncode == 0
+    pids = shell.engine_pids()
+    assert len(pids) == (2 if mode == "family" else 1)
+    assert all(map(alive, pids))
+    assert shell("stop", model_dir, "--grace", "0.5").returncode == 0
+    assert not [pid for pid in pids if alive(pid)]
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "guardian", "engine"])
+def test_kill_9_of_any_part_leaves_nothing(shell, model_dir, alive, eventually, victim):
+    shell.mode("family")
+    assert shell("run", model_dir, "--detach").returncode == 0
+    run_dir = shell.the_status()["run_dir"]
+    pids = supervisor_pids(run_dir)
+    engine = shell.engine_pids()
+    os.kill({**pids, "engine": engine[0]}[victim], signal.SIGKILL)
+    everybody = [*pids.values(), *engine]
+    eventually(lambda: not [pid for pid in everybody if alive(pid)], deadline_s=10)
+    status = shell.the_status()
+    assert status["state"] == "failed"
+    assert status["reason"]
+
+
+@pytest.mark.parametrize("when", ["starting", "ready"])
+def test_kill_9_of_the_foreground_command_leaves_nothing(shell, model_dir, alive, eventually, when):
+    shell.mode("family" if when == "ready" else "mute")
+    command = shell.popen("run", model_dir)
+    if when == "ready":
+        assert "ready after" in command.stdout.readline()
+    else:
+        eventually(lambda: len(shell.engine_pids()) == 1)
+    command.kill()
+    command.communicate()
+    run_dir = shell.the_status()["run_dir"]
+    everybody = [*supervisor_pids(run_dir).values(), *shell.engine_pids()]
+    eventually(lambda: not [pid for pid in everybody if alive(pid)], deadline_s=10)
+    assert shell.the_status()["state"] in ("stopped", "failed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["starting", "ready"])
+def test_ctrl_c_stops_and_exits_130(shell, model_dir, alive, eventually, number, when):
+    shell.mode("good" if when == "ready" else "mute")
+    command = shell.popen("run", model_dir)
+    if when == "ready":
+        assert "ready after" in command.stdout.readline()
+    else:
+        eventually(shell.engine_pids)
+    command.send_signal(number)
+    _, errors = command.communicate(timeout=30)
+    assert command.returncode == 130
+    assert "nothing of it is left" in errors
+    assert "Traceback" not in errors
+    assert not [pid for pid in shell.engine_pids() if alive(pid)]
+    assert shell.the_status()["state"] == "stopped"
+
+
+def test_ctrl_c_while_waiting_for_a_detached_run_stops_it(shell, model_dir, alive, eventually):
+    shell.mode("mute")
+    command = shell.popen("run", model_dir, "--detach")
+    eventually(shell.engine_pids)
+    command.send_signal(signal.SIGINT)
+    command.communicate(timeout=30)
+    assert command.returncode == 130
+    assert not [pid for pid in shell.engine_pids() if alive(pid)]
+
+
+def test_the_foreground_ends_with_4_when_the_engine_dies_later(shell, model_dir):
+    shell.mode("dies-later")
+    done = shell("run", model_dir)
+    assert "ready after" in done.stdout
+    assert done.returncode == 4
+    assert "7" in done.stderr
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(shell, model_dir):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = shell("run", model_dir, "--port", port, "--detach")
+    assert done.returncode == 2
+    assert str(port) in done.stderr
+    assert "in use" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert shell.engine_pids() == []
+
+
+def test_the_asked_port_is_the_port(shell, model_dir):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert f":{port}/v1" in shell("run", model_dir, "--port", port, "--detach").stdout
+
+
+def test_start_log_tells_phases_and_what_to_try(shell, model_dir):
+    done = shell("run", model_dir, "--detach")
+    assert "loading weights" in done.stderr
+    assert "waiting for the first token" in done.stderr
+    assert "Loading weights: 100%" not in done.stderr
+    assert "try: curl http://127.0.0.1" in done.stdout
+    assert "chat/completions" in done.stdout
+    assert "Loading weights: 100%" in shell("run", model_dir, "--detach", "--verbose").stderr
+
+
+def test_list_and_choice_among_several(shell, model_dir):
+    assert "no services" in shell("list").stderr
+    assert shell("stop").returncode == 3
+    shell("run", model_dir, "--detach")
+    shell("run", model_dir, "--detach")
+    listed = json.loads(shell("list", "--json").stdout)
+    assert [one["state"] for one in listed] == ["ready", "ready"]
+    refused = shell("stop")
+    assert refused.returncode == 3
+    assert "2 services are running" in refused.stderr
+    run_id = Path(listed[0]["run_dir"]).name
+    assert shell("stop", run_id).returncode == 0
+    assert [one["state"] for one in json.loads(shell("list", "--json").stdout)] == ["stopped", "ready"]
+    assert shell("stop").returncode == 0
+
+
+def test_logs_follow_ends_with_the_run(shell, model_dir):
+    shell.mode("dies-later")
+    shell("run", model_dir, "--detach")
+    done = shell("logs", model_dir, "-f")
+    assert done.returncode == 0
+    assert "startup complete" in done.stdout
+
+
+def test_a_run_directory_is_not_used_twice(shell, model_dir, tmp_path):
+    assert shell("run", model_dir, "--detach", "--run-dir", tmp_path / "mine").returncode == 0
+    again = shell("run", model_dir, "--detach", "--run-dir", tmp_path / "mine")
+    assert again.returncode in (2, 4)
+    assert "mine" in again.stderr
+    assert shell("stop", tmp_path / "mine").returncode == 0

@@ -1,0 +1,41 @@
+"""What a log says about a start and about its end."""
+
+from __future__ import annotations
+
+from flagscale_serve.progress import Phases, Tail, details
+
+
+def test_a_tail_gives_whole_lines_once(tmp_path):
+    log = tmp_path / "a.log"
+    tail = Tail(log)
+    assert tail.lines() == []
+    log.write_bytes(b"one\ntw")
+    assert tail.lines() == ["one"]
+    with log.open("ab") as file:
+        file.write(b"o\n 10%\r 20%\r 30%\nrest")
+    assert tail.lines() == ["two", " 30%"]
+    assert tail.lines() == []
+    assert tail.lines(is_over=True) == ["rest"]
+
+
+def test_phases_follow_the_engines_words():
+    phases = Phases("vllm")
+    assert phases.current == "importing the engine"
+    assert phases.read("INFO Loading weights took 1 s")
+    assert not phases.read("INFO Loading weights took 2 s")
+    assert not phases.read("WARNING TORCH_COMPILE_DISABLE is set, disabling torch.compile.")
+    assert phases.read("INFO:     Application startup complete.")
+    assert phases.current == "waiting for the first token"
+    assert phases.last_line == "INFO:     Application startup complete."
+
+
+def test_details_are_the_lines_below_the_quoted_one(tmp_path):
+    log = tmp_path / "a.log"
+    log.write_text(
+        "Traceback (most recent call last):\n  File x\nValidationError: 1 validation error for Config\n"
+        "  Value error, no such thing\n    For information visit y\nlater\n"
+    )
+    reason = "a: exited with code 1: ValidationError: 1 validation error for Config"
+    assert details(reason, log) == "Value error, no such thing; For information visit y"
+    assert details("something else", log) == ""
+    assert details(reason, tmp_path / "missing.log") == ""

@@ -1,0 +1,189 @@
+"""Real engines, a real (tiny, random) model: what is served is what the model says, and stop leaves nothing.
+
+The transformers tests run in an environment that has transformers[serving] and torch. The vLLM tests need a
+Python that has vLLM, named by FLAGSCALE_TEST_VLLM_PYTHON; without it they fail, because a skipped proof looks
+like a proof.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+PROMPT = "def main():"
+NUM_TOKENS = 24
+# Importing vLLM on two busy cores was seen to take minutes.
+READY_S = 400
+
+
+def descendants(pid: int) -> set[int]:
+    """Return every process below one, as the kernel tells it now."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def everybody(status: dict) -> set[int]:
+    recorded = json.loads((Path(status["run_dir"]) / "supervisor.json").read_text())
+    return descendants(recorded["guardian"]["pid"])
+
+
+def make_model(python: str, folder: Path) -> tuple[Path, dict]:
+    model = folder / "model"
+    script = Path(__file__).parent / "engines" / "tiny_model.py"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([python, script, model, PROMPT, str(NUM_TOKENS)], check=True, env=env)
+    return model, json.loads((folder / "expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def for_transformers(tmp_path_factory):
+    return make_model(sys.executable, tmp_path_factory.mktemp("transformers"))
+
+
+@pytest.fixture(scope="module")
+def vllm_python():
+    python = os.environ.get("FLAGSCALE_TEST_VLLM_PYTHON")
+    if not python:
+        pytest.fail("FLAGSCALE_TEST_VLLM_PYTHON is not set: name a Python that has vLLM")
+    return python
+
+
+@pytest.fixture(scope="module")
+def for_vllm(tmp_path_factory, vllm_python):
+    return make_model(vllm_python, tmp_path_factory.mktemp("vllm"))
+
+
+def ask(status: dict, path: str, **more: object) -> httpx.Response:
+    (instance,) = status["instances"]
+    body = {"model": instance["model"], "max_tokens": NUM_TOKENS, "temperature": 0, **more}
+    return httpx.post(f"{instance['url']}/{path}", json=body, timeout=120, trust_env=False)
+
+
+def check_answers(shell, status: dict, expected: dict) -> None:
+    """Greedy answers equal `model.generate`: completion, chat, and both streamed by the command line."""
+    completion = ask(status, "completions", prompt=PROMPT).json()
+    assert completion["choices"][0]["text"] == expected["completion"]
+    assert completion["usage"]["completion_tokens"] == NUM_TOKENS
+    chat = ask(status, "chat/completions", messages=[{"role": "user", "content": PROMPT}]).json()
+    assert chat["choices"][0]["message"]["content"] == expected["chat"]
+    settings = ("--temperature", "0", "--max-tokens", NUM_TOKENS, "-m", PROMPT)
+    assert shell("chat", *settings).stdout == expected["chat"] + "\n"
+    assert shell("chat", "--complete", *settings).stdout == expected["completion"] + "\n"
+    models = httpx.get(f"{status['instances'][0]['url']}/models", timeout=60, trust_env=False).json()
+    assert status["instances"][0]["model"] in [one["id"] for one in models["data"]]
+
+
+def check_stop(shell, alive, status: dict) -> None:
+    pids = everybody(status)
+    assert len(pids) >= 3
+    assert shell("stop").returncode == 0
+    assert not [pid for pid in pids if alive(pid)]
+    assert shell.the_status()["state"] == "stopped"
+
+
+@pytest.mark.transformers
+def test_transformers_serves_what_the_model_says(shell, for_transformers, alive):
+    model, expected = for_transformers
+    shell.env["FLAGSCALE_SERVE_PYTHON"] = sys.executable
+    done = shell("run", model, "--detach", "--timeout", READY_S)
+    assert done.returncode == 0, done.stderr
+    assert "loading weights" in done.stderr
+    status = shell.the_status()
+    check_answers(shell, status, expected)
+    refused = ask(status, "completions", prompt="x", model="another")
+    assert refused.status_code == 400
+    check_stop(shell, alive, status)
+
+
+@pytest.mark.transformers
+def test_transformers_is_stopped_in_the_middle_of_an_answer(shell, for_transformers, alive, serve_file):
+    """Left alone, the server waits for the answer to end, which takes longer than anybody waits."""
+    model, _ = for_transformers
+    shell.env["FLAGSCALE_SERVE_PYTHON"] = sys.executable
+    path = serve_file(f"- serve_id: m\n  engine_args: {{model: {model}, served_model_name: org/tiny}}\n")
+    done = shell("run", path, "--detach", "--timeout", READY_S)
+    assert done.returncode == 0, done.stderr
+    status = shell.the_status()
+    assert status["instances"][0]["model"] == "org/tiny"
+    asking = shell.popen("chat", "-m", "go on", "--max-tokens", "100000", "--temperature", "0")
+    assert asking.stdout.read(1)
+    pids = everybody(status)
+    assert shell("stop", "--grace", "2").returncode == 0
+    assert not [pid for pid in pids if alive(pid)]
+    asking.communicate(timeout=30)
+    assert asking.returncode == 4
+
+
+VLLM_FILE = """
+- serve_id: tiny
+  engine: vllm
+  engine_args:
+    model: {model}
+    served_model_name: tiny
+    dtype: float32
+    kv_cache_memory_bytes: 67108864
+    max_model_len: 1024
+"""
+
+
+@pytest.fixture
+def vllm_shell(shell, vllm_python):
+    shell.env["FLAGSCALE_SERVE_PYTHON"] = vllm_python
+    return shell
+
+
+@pytest.mark.vllm
+def test_vllm_serves_what_the_model_says(vllm_shell, for_vllm, alive, serve_file):
+    model, expected = for_vllm
+    done = vllm_shell("run", serve_file(VLLM_FILE.format(model=model)), "--detach", "--timeout", READY_S)
+    assert done.returncode == 0, done.stderr
+    assert "loading weights" in done.stderr
+    status = vllm_shell.the_status()
+    check_answers(vllm_shell, status, expected)
+    assert ask(status, "completions", prompt="x", model="another").status_code == 404
+    check_stop(vllm_shell, alive, status)
+
+
+@pytest.mark.vllm
+def test_vllm_killed_leaves_no_orphaned_engine(vllm_shell, for_vllm, alive, serve_file, eventually):
+    """The engine core of a killed API server lives on for ever when nobody looks after it."""
+    model, _ = for_vllm
+    path = serve_file(VLLM_FILE.format(model=model))
+    done = vllm_shell("run", path, "--detach", "--timeout", READY_S)
+    assert done.returncode == 0, done.stderr
+    status = vllm_shell.the_status()
+    pids = everybody(status)
+    os.kill(status["instances"][0]["pid"], signal.SIGKILL)
+    eventually(lambda: not [pid for pid in pids if alive(pid)], deadline_s=10)
+    assert vllm_shell.the_status()["state"] == "failed"
+
+
+@pytest.mark.vllm
+def test_vllm_that_cannot_start_gives_its_first_cause(vllm_shell, for_vllm, serve_file):
+    model, _ = for_vllm
+    path = serve_file(VLLM_FILE.format(model=model) + "    tokenizer: /no/such/tokenizer\n", name="bad")
+    done = vllm_shell("run", path, "--detach", "--timeout", READY_S)
+    assert done.returncode == 2
+    (model / "config.json").write_text(
+        (model / "config.json").read_text().replace("Qwen3ForCausalLM", "NoSuchModel")
+    )
+    done = vllm_shell("run", serve_file(VLLM_FILE.format(model=model)), "--detach", "--timeout", READY_S)
+    assert done.returncode == 4
+    assert "NoSuchModel" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,178 @@
+"""What a FlagScale serve file means, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from flagscale_config import load
+from flagscale_serve import InvalidService, of_experiment, of_model
+
+
+def service_of(path, *overrides, **more):
+    return of_experiment(load(path, overrides), default_engine="vllm", **more)
+
+
+ONE = """
+- serve_id: vllm_model
+  engine_args:
+    model: /models/some-model
+"""
+
+
+def test_a_model_directory_is_one_instance_named_after_its_folder():
+    service = of_model("models/My Model@2", cwd="/home/me", engine="transformers")
+    (instance,) = service.instances
+    assert instance.model == "/home/me/models/My Model@2"
+    assert instance.served_names == ("My-Model-2", "/home/me/models/My Model@2", "models/My Model@2")
+    assert (instance.host, instance.port, instance.engine) == ("127.0.0.1", None, "transformers")
+
+
+def test_a_file_is_read_and_relative_paths_start_where_it_was_loaded(serve_file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = serve_file(
+        """
+        - serve_id: vllm_model
+          engine_args:
+            model: ../models/./x
+            served_model_name: org/name
+            port: 9010
+            max_model_len: 4096
+        """,
+        experiment="envs:\n  SOME: 1\ncmds:\n  before_start: ulimit -n 1000",
+    )
+    service = service_of(path)
+    (instance,) = service.instances
+    assert service.cwd == str(tmp_path)
+    assert instance.model == str(tmp_path.parent / "models/x")
+    assert instance.served_names == ("org/name",)
+    assert instance.port == 9010
+    assert dict(instance.options) == {"max_model_len": 4096}
+    assert dict(service.env) == {"SOME": "1"}
+    assert service.shell[:3] == ("bash", "-c", 'ulimit -n 1000\nexec "$@"')
+
+
+def test_the_engines_own_section_wins_once_and_for_all(serve_file):
+    path = serve_file(
+        """
+        - serve_id: a
+          engine_args:
+            model: /models/common
+            port: 8001
+            max_num_seqs: 8
+            dtype: float16
+          engine_args_specific:
+            vllm:
+              model: /models/own
+              port: 8002
+              max_num_seqs: 16
+        """
+    )
+    (instance,) = service_of(path).instances
+    assert instance.model == "/models/own"
+    assert instance.port == 8002
+    assert instance.settled == {"max_num_seqs": 16, "dtype": "float16"}
+    (other,) = service_of(path, engine="transformers").instances
+    assert (other.model, other.port) == ("/models/common", 8001)
+    assert other.settled == {"max_num_seqs": 8, "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("item", "backend", "forced", "expected"),
+    [
+        ("", "", None, "vllm"),
+        ("", "transformers", None, "transformers"),
+        ("vllm", "transformers", None, "vllm"),
+        ("vllm", "vllm", "transformers", "transformers"),
+    ],
+)
+def test_who_chooses_the_engine(serve_file, item, backend, forced, expected):
+    path = serve_file(ONE + (f"  engine: {item}\n" if item else ""))
+    overrides = [f"+experiment.task.backend={backend}"] if backend else []
+    assert service_of(path, *overrides, engine=forced).instances[0].engine == expected
+
+
+def test_every_list_item_is_an_instance(serve_file):
+    path = serve_file(
+        """
+        - serve_id: Model A
+          engine_args: {model: /models/a, port: 8001}
+        - serve_id: model_b
+          engine_args: {model: /models/b}
+        """
+    )
+    assert [(i.name, i.model, i.port) for i in service_of(path).instances] == [
+        ("model-a", "/models/a", 8001),
+        ("model_b", "/models/b", None),
+    ]
+
+
+def test_deploy_port_is_the_first_instances(serve_file):
+    path = serve_file(ONE, experiment="runner:\n  deploy:\n    port: 9000")
+    assert service_of(path).instances[0].port == 9000
+    with pytest.raises(InvalidService, match=r"serve\[0\].*9001 contradicts .*deploy.port 9000"):
+        service_of(path, "+serve.0.engine_args.port=9001")
+
+
+def test_two_instances_cannot_have_one_port(serve_file):
+    path = serve_file(
+        """
+        - serve_id: a
+          engine_args: {model: /models/a, port: 8001}
+        - serve_id: b
+          engine_args: {model: /models/b, port: 8001}
+        """
+    )
+    with pytest.raises(InvalidService, match="port 8001: asked for by 'a' and by 'b'"):
+        service_of(path)
+
+
+REFUSED = {
+    "several hosts": ("runner:\n  hostfile: hosts.txt", "experiment.runner.hostfile: 'hosts.txt'"),
+    "several nodes": ("runner:\n  nnodes: 2", "experiment.runner.nnodes: 2"),
+    "cloud": ("runner:\n  type: cloud", "experiment.runner.type: 'cloud'"),
+    "docker": ("runner:\n  docker: box", "experiment.runner.docker: 'box'"),
+    "prefill and decode": (
+        "runner:\n  deploy:\n    prefill_decode_disaggregation: true",
+        "prefill_decode_disaggregation: True",
+    ),
+    "composition": ("runner:\n  deploy:\n    enable_composition: true", "enable_composition: True"),
+    "after the stop": ("cmds:\n  after_stop: rm -f x", "experiment.cmds.after_stop: 'rm -f x'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused_by_name(serve_file, case):
+    experiment, message = REFUSED[case]
+    with pytest.raises(InvalidService) as caught:
+        service_of(serve_file(ONE, experiment=experiment))
+    assert message in str(caught.value)
+    assert "not supported by this version" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_replicas_are_refused(serve_file):
+    path = serve_file(ONE + "  resources:\n    num_replicas: 2\n")
+    with pytest.raises(InvalidService, match="num_replicas: 2: several replicas"):
+        service_of(path)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "-x", "a--b", "x@main"])
+def test_a_name_that_clients_cannot_write_is_refused(serve_file, name):
+    path = serve_file(ONE + f"    served_model_name: {json.dumps(name)}\n")
+    with pytest.raises(InvalidService, match="served_model_name"):
+        service_of(path)
+
+
+def test_a_file_of_another_task_is_refused(serve_file):
+    path = serve_file(ONE)
+    experiment = load(path).model_copy(update={"serve": ()})
+    with pytest.raises(InvalidService, match="flagscale-serve runs files whose task type is `serve`"):
+        of_experiment(experiment, default_engine="vllm")
+
+
+def test_several_keys_are_refused(serve_file):
+    path = serve_file(ONE + "    api_key: [first, second]\n")
+    with pytest.raises(InvalidService, match="2 keys"):
+        service_of(path)
