@@ -21,8 +21,9 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     """Call a command's `main` with its arguments and return the process's exit code.
 
     An exception with an int `exit_code` is the user's: `error: ...` on standard error and that code. Ctrl-C
-    is 130, a reader that closed the pipe ends the command quietly, a full disk is 4, anything else is a bug: one
-    line that says so and 1. With `--debug` (anywhere before `--`; it is removed) or FLAGSCALE_DEBUG=1 tracebacks are shown.
+    is 130, a reader that closed the pipe ends the command quietly, a full disk is 4, anything else is a bug:
+    one line that says so and 1. With `--debug` (anywhere before `--`; it is removed) or FLAGSCALE_DEBUG=1
+    tracebacks are shown.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     limit = words.index("--") if "--" in words else len(words)
@@ -55,12 +56,12 @@ def _open_closed_streams() -> None:
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             # The lowest free number is taken: this one, because those below are open by now.
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _let_every_letter_pass() -> None:
-    """Print what the locale cannot write as an escape, as Python does on standard error, instead of ending."""
+    """Print what the locale cannot write as an escape, as Python does on standard error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
