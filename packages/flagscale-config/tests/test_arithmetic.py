@@ -88,6 +88,8 @@ INVALID = [
 VALID = [
     ["experiment.runner.nproc_per_node=4", "+train.system.pipeline_model_parallel_size=2"],
     ["+train.system.tensor_model_parallel_size=2", "+train.system.sequence_parallel=true"],
+    ["+train.system.tensor_model_parallel_size=2", "+train.model.group_query_attention=true",
+     "+train.model.num_query_groups=1"],
     ["train.model.hidden_size=66", "+train.model.kv_channels=16"],
     ["+train.system.context_parallel_size=2"],
     ["+train.system.expert_model_parallel_size=2", "+train.model.num_experts=4"],

@@ -156,7 +156,8 @@ class Keeper:
     def start_tree(self, **rest: object) -> tuple[Run, list[tuple[int, int]]]:
         run = self.start(python(TREE), **rest)
         members = tree_of(run.dir)
-        until(lambda: run.status().state == "running")  # so that pids are on record
+        until(lambda: run.status().state != "starting")  # so that pids are on record
+        assert run.status().state == "running", run.status()
         return run, members
 
     def end(self) -> None:

@@ -287,8 +287,9 @@ def test_a_run_can_be_stopped_between_restarts(keeper):
 
 INTERRUPTED = """
 import os, signal, sys, threading, time
-from flagscale_hw import Plan, Process, launch
-plan = Plan(kind="t", name="t", processes=(Process(name="a", argv=("/bin/sleep", "600")),))
+from flagscale_hw import File, Plan, Process, launch
+process = Process(name="a", argv=("/bin/sleep", "600"))
+plan = Plan(kind="t", name="t", processes=(process,), files=(File(path="conf/a/b.txt", text="x"),))
 delay = float(sys.argv[2])
 bomb = threading.Thread(target=lambda: (time.sleep(delay), os.kill(os.getpid(), signal.SIGINT)))
 try:
@@ -309,6 +310,9 @@ def test_ctrl_c_while_launching_leaves_nothing(keeper, tmp_path):
     seen = set()
     for number in range(7):
         place = tmp_path / f"interrupted{number}"
+        if number % 2:
+            place.mkdir()
+            (place / "precious").touch()
         done = subprocess.run(
             [sys.executable, "-c", INTERRUPTED, str(place), str(0.009 * number)],
             capture_output=True,
@@ -320,7 +324,9 @@ def test_ctrl_c_while_launching_leaves_nothing(keeper, tmp_path):
         seen.add(done.stdout.strip())
         assert keeper.carrying(str(place)) == []
         if done.stdout.strip() == "interrupted":
-            assert not place.exists()
+            left = sorted(path.name for path in place.iterdir()) if place.exists() else []
+            assert left == (["precious"] if number % 2 else [])
+            assert place.exists() == bool(number % 2)
     assert seen <= {"interrupted", "launched"}
     assert "interrupted" in seen
 

@@ -30,7 +30,7 @@ __all__ = ["ANSWER", "LIFELINE", "guard"]
 ANSWER = 3
 """File descriptor on which the launcher is told that the run is recorded, or why it cannot be."""
 LIFELINE = 4
-"""File descriptor that ends with the launcher; one `D` on it means that the run may outlive the launcher."""
+"""File descriptor that ends with the launcher; see `KEEP` and `LET_GO`."""
 
 _REFUSED = 3
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

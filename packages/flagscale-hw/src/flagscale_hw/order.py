@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from flagscale_hw.identity import Identity, boot_id, pid_namespace
 from flagscale_hw.plan import Plan
 
-__all__ = ["Order", "here"]
+__all__ = ["KEEP", "LET_GO", "Order", "here"]
+
+KEEP = b"K"
+"""Said on the lifeline: the launch is complete, and the run ends with its launcher."""
+LET_GO = b"D"
+"""Said on the lifeline: the launch is complete, and the run outlives its launcher."""
 
 
 def here() -> dict[str, str]:

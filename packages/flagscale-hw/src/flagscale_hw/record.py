@@ -70,7 +70,7 @@ class Record:
     def save(self) -> bool:
         """Write the status; False when the disk does not take it."""
         try:
-            self.directory.write(self.directory.state, self.status.to_dict())
+            self.directory.write(self.directory.state, self.status.to_dict(), is_final=self.status.is_over)
         except OSError as error:
             if self.is_saved:
                 say(f"state.json: not written: {error}")
@@ -101,7 +101,7 @@ class Record:
         if manifest is None:
             return
         try:
-            self.directory.write(self.directory.manifest, complete(manifest, self.status))
+            self.directory.write(self.directory.manifest, complete(manifest, self.status), is_final=True)
         except OSError as error:
             say(f"manifest.json: not written: {error}")
 

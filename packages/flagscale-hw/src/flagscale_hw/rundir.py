@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,8 +61,14 @@ class RunDirectory:
         with contextlib.suppress(OSError):
             self._reserve.unlink()
 
-    def write(self, path: Path, data: Any) -> None:
-        """Replace a JSON file at once: a reader sees the old one or the new one, also after a power cut.
+    def write(self, path: Path, data: Any, *, is_final: bool = False) -> None:
+        """Replace a JSON file at once: a reader sees the old one or the new one, never a part.
+
+        Args:
+            path: one of the files of this directory.
+            data: plain data.
+            is_final: wait until it would survive a power cut. What is written before the end would not help
+                then, for the run itself is gone, and a busy disk must not hold up a launch.
 
         Raises:
             OSError: no space, no permission; the old file is untouched.
@@ -72,13 +79,15 @@ class RunDirectory:
             with beside.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
+                if is_final:
+                    os.fsync(file.fileno())
             beside.replace(path)
         except OSError:
             with contextlib.suppress(OSError):
                 beside.unlink()
             raise
-        self._sync_names()
+        if is_final:
+            self._sync_names()
 
     def _sync_names(self) -> None:
         handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -167,7 +176,9 @@ class Claim:
         Args:
             others: files of the run that go too if the directory is ours.
         """
-        if self.is_ours:
+        if self.is_ours and self._is_new:
+            shutil.rmtree(self._directory.path, ignore_errors=True)
+        elif self.is_ours:
             for path in (*self._directory.files(), *others):
                 _remove(path)
             with contextlib.suppress(OSError):

@@ -48,7 +48,7 @@ def spawn(command: Command) -> int:
     """
     listen, report = os.pipe()
     parent = os.getpid()
-    pid = os.fork()
+    pid = _fork()
     if pid == 0:
         _become(command, parent, report)
     os.close(report)
@@ -66,10 +66,23 @@ def fork_helper() -> int:
     The helper answers signals by dying, and dies with the supervisor.
     """
     parent = os.getpid()
-    pid = os.fork()
+    pid = _fork()
     if pid == 0:
         _reset_signals()
         die_with_parent(parent)
+    return pid
+
+
+def _fork() -> int:
+    """Fork with every signal held back; in the child they stay so until `_reset_signals`.
+
+    A signal that reached the child any earlier would go to the supervisor's handlers, which it has inherited,
+    and be lost: the child would outlive the polite request.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    pid = os.fork()
+    if pid != 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pid
 
 

@@ -22,7 +22,7 @@ from flagscale_hw.__about__ import __version__
 from flagscale_hw.cause import first_cause
 from flagscale_hw.errors import LaunchError, LaunchRefused
 from flagscale_hw.identity import identify
-from flagscale_hw.order import Order
+from flagscale_hw.order import KEEP, LET_GO, Order
 from flagscale_hw.plan import Plan
 from flagscale_hw.rundir import RunDirectory
 
@@ -137,11 +137,13 @@ class Start:
         """Let the run outlive this process."""
         self.is_let_go = True  # before the fact: an interrupt may come right after it
         with contextlib.suppress(BrokenPipeError):  # a short run is over by now
-            os.write(self._lifeline, b"D")
+            os.write(self._lifeline, LET_GO)
         self._close()
 
     def keep(self) -> None:
         """Bind the run to the life of this process."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._lifeline, KEEP)
         _lifelines.append(self._lifeline)
         self._lifeline = -1
         self._close()

@@ -29,7 +29,7 @@ from flagscale_hw.cause import first_cause, last_lines
 from flagscale_hw.ending import end_children, reap
 from flagscale_hw.errors import LaunchError
 from flagscale_hw.identity import MARKER, Identity, identify
-from flagscale_hw.order import Order, here
+from flagscale_hw.order import KEEP, LET_GO, Order, here
 from flagscale_hw.plan import PLACEHOLDER, Probe, Process
 from flagscale_hw.ports import PortLease, lease_ports
 from flagscale_hw.probing import ProbeRun, wait_any
@@ -75,6 +75,7 @@ class Supervisor:
         self._demand: _Outcome | None = None
         self._deadline = float("inf")
         self._is_asked_to_stop = False
+        self._is_launched = False
         self._record = Record(directory, self._first_status())
 
     def _first_status(self) -> RunStatus:
@@ -112,10 +113,12 @@ class Supervisor:
                 out.write(self._fill(file.text))
 
     def take_back(self) -> None:
-        """Undo what `prepare` has placed, after it was refused."""
+        """Take away the files of the plan, after a launch that was refused or broken off."""
         for place in self._placed:
             with contextlib.suppress(OSError):
                 place.unlink()
+                for folder in place.parents[: len(place.relative_to(self._directory.path).parts) - 1]:
+                    folder.rmdir()  # refused by the system while anything else is in it
 
     def _record_identities(self) -> None:
         who = {"supervisor": identify(os.getpid()), "guardian": identify(os.getppid())}
@@ -244,16 +247,21 @@ class Supervisor:
     def _read_lifeline(self) -> None:
         if self._lifeline is None:
             return
-        is_let_go = os.read(self._lifeline, 1) == b"D"
+        said = os.read(self._lifeline, 1)
+        self._is_launched = self._is_launched or said in {LET_GO, KEEP}
+        if said == KEEP:
+            return
         os.close(self._lifeline)
         self._lifeline = None
-        if is_let_go:
+        if said == LET_GO:
             self._launcher = None
         else:
             self._lose_launcher()
 
     def _lose_launcher(self) -> None:
         self._launcher = None
+        if not self._is_launched:
+            self.take_back()
         pid = self._order.launcher.pid
         self._ask_to_end(_Outcome("failed", f"its launcher (pid {pid}) ended before the run did"))
 
