@@ -194,7 +194,8 @@ def _run(given: argparse.Namespace) -> int:
     started = run(given.source, given.overrides, detach=given.detach)
     if given.detach:
         print(started.dir)
-        _next("follow it", f"flagscale-train logs -f {started.dir}", f"flagscale-train status {started.dir}")
+        where = shlex.quote(str(started.dir))
+        _next("follow it", f"flagscale-train logs -f {where}", f"flagscale-train status {where}")
         return 0
     print(f"run {started.dir}", flush=True)
     try:
@@ -295,6 +296,8 @@ def _list(given: argparse.Namespace) -> int:
     if given.json:
         _print_json([one.to_dict() for one in found])
         return 0
+    if not found:
+        print("no trainings are known on this machine", file=sys.stderr)
     for one in found:
         print(f"{one.run.state:<10} step {one.progress.iteration:>7}  {one.name:<24} {one.run_dir}")
     return 0
