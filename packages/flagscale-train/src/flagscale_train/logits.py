@@ -138,7 +138,13 @@ def _plan(
     for name in (*_SAVING, *_SHARING, *_PRECISION):
         options.pop(name, None)
     options |= {"load": str(root), "no_load_optim": True, "no_load_rng": True, "micro_batch_size": 1}
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=1")
+    launcher = (
+        "-m",
+        "flagscale_train.worker.torchrun",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=1",
+    )
     own = (f"--flagscale-tokens={tokens}", f"--flagscale-output={output}")
     extra = experiment.train.extra_args if experiment.train else ()
     argv = (
