@@ -34,6 +34,16 @@ RECIPE = "qwen3/tiny"
 VOCABULARY = 4096
 PROMPT = "def __init__(self"
 LOGITS_TOLERANCE = 1e-4
+# float32, so that a greedy answer can be compared word for word; bf16 rounds near-ties either way.
+SERVE_FILE = """\
+experiment:
+  exp_name: demo
+  exp_dir: {exp_dir}
+  task: {{type: serve}}
+serve:
+  - serve_id: demo
+    engine_args: {{model: {model}, dtype: float32}}
+"""
 
 
 class DemoError(Exception):
@@ -213,10 +223,11 @@ class Demo:
 
     def serve_and_ask(self) -> None:
         """Serve the converted model, ask it over HTTP, compare with transformers.generate, stop it."""
-        run_dir = self.serve / time.strftime("%Y%m%d-%H%M%S")
+        run_dir, file = self.serve / time.strftime("%Y%m%d-%H%M%S"), self.root / "serve.yaml"
+        file.write_text(SERVE_FILE.format(exp_dir=self.serve, model=self.hf))
         # The default on a chip is vLLM; this environment has it only where someone installed it beside us.
         engine = [] if importlib.util.find_spec("vllm") else ["--engine", "transformers"]
-        self.run("flagscale-serve", "run", self.hf, "--detach", "--run-dir", run_dir, *engine)
+        self.run("flagscale-serve", "run", file, "--detach", "--run-dir", run_dir, *engine)
         try:
             status = json.loads(self.run("flagscale-serve", "status", run_dir, "--json", quiet=True))
             instance = status["instances"][0]
