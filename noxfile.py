@@ -41,7 +41,7 @@ nox.options.error_on_external_run = True
 os.environ["UV_NO_SOURCES"] = "1"
 # A user's torch or Python settings must not decide whether our tests pass.
 os.environ.pop("PYTHONPATH", None)
-# A shell starts background jobs with Ctrl-C ignored, which is inherited: tests that send it would wait for ever.
+# Shells start background jobs with Ctrl-C ignored, which is inherited: tests that send it would hang.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 each_package: Callable[..., Any] = nox.parametrize("package", PACKAGES, ids=PACKAGES)
