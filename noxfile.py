@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import tempfile
 import tomllib
 from collections.abc import Callable
@@ -40,6 +41,8 @@ nox.options.error_on_external_run = True
 os.environ["UV_NO_SOURCES"] = "1"
 # A user's torch or Python settings must not decide whether our tests pass.
 os.environ.pop("PYTHONPATH", None)
+# Shells start background jobs with Ctrl-C ignored, which is inherited: tests that send it would hang.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 each_package: Callable[..., Any] = nox.parametrize("package", PACKAGES, ids=PACKAGES)
 

@@ -34,6 +34,16 @@ RECIPE = "qwen3/tiny"
 VOCABULARY = 4096
 PROMPT = "def __init__(self"
 LOGITS_TOLERANCE = 1e-4
+# float32, so that a greedy answer can be compared word for word; bf16 rounds near-ties either way.
+SERVE_FILE = """\
+experiment:
+  exp_name: demo
+  exp_dir: {exp_dir}
+  task: {{type: serve}}
+serve:
+  - serve_id: demo
+    engine_args: {{model: {model}, dtype: float32}}
+"""
 
 
 class DemoError(Exception):
@@ -117,7 +127,7 @@ class Demo:
         ]
 
     def train_and_resume(self) -> None:
-        """Train, kill the run without warning half-way, resume, and compare the steps trained twice."""
+        """Train, cut the power half-way, resume, and compare the steps trained twice."""
         if not self.finished():
             before = {event["iteration"]: event for event in self.steps_of_all_runs()}
             if not before:
@@ -147,7 +157,11 @@ class Demo:
             )
 
     def train_until_killed(self) -> dict[int, dict[str, Any]]:
-        """Start the training, and SIGKILL its launcher once it is ten steps past the half-way checkpoint."""
+        """Start the training, and kill all of it at once, ten steps past the half-way checkpoint.
+
+        Every process gets SIGKILL, as in a power cut: if asked first, it would save a checkpoint, and then no
+        step would be trained twice.
+        """
         argv = self.command("flagscale-train", "run", *self.training_words())
         launcher = subprocess.Popen(argv, env=self.env)
         target = self.steps // 2 + 10
@@ -157,10 +171,12 @@ class Demo:
                     break
             else:
                 raise DemoError(f"training ended with {launcher.wait()} before step {target}")
+            for pid in survivors(self.train):
+                os.kill(pid, signal.SIGKILL)
+            print(f"\n--- every process of the training was killed (SIGKILL) at step {target} ---")
         finally:
             launcher.kill()
             launcher.wait()
-        print(f"\n--- launcher killed (SIGKILL) at step {target}; waiting until nothing is left ---")
         wait_until_gone(self.train)
         self.run("flagscale-train", "status", self.train / "runs" / "latest")
         return {event["iteration"]: event for event in self.steps_of_all_runs()}
@@ -207,10 +223,11 @@ class Demo:
 
     def serve_and_ask(self) -> None:
         """Serve the converted model, ask it over HTTP, compare with transformers.generate, stop it."""
-        run_dir = self.serve / time.strftime("%Y%m%d-%H%M%S")
+        run_dir, file = self.serve / time.strftime("%Y%m%d-%H%M%S"), self.root / "serve.yaml"
+        file.write_text(SERVE_FILE.format(exp_dir=self.serve, model=self.hf))
         # The default on a chip is vLLM; this environment has it only where someone installed it beside us.
         engine = [] if importlib.util.find_spec("vllm") else ["--engine", "transformers"]
-        self.run("flagscale-serve", "run", self.hf, "--detach", "--run-dir", run_dir, *engine)
+        self.run("flagscale-serve", "run", file, "--detach", "--run-dir", run_dir, *engine)
         try:
             status = json.loads(self.run("flagscale-serve", "status", run_dir, "--json", quiet=True))
             instance = status["instances"][0]
@@ -278,17 +295,16 @@ def ancestors() -> set[int]:
     return found
 
 
-def survivors(folder: Path) -> list[str]:
-    """Processes below or beside this one that carry `folder` in their arguments or environment."""
-    found, mark, above = [], str(folder).encode(), ancestors()
+def survivors(folder: Path) -> dict[int, str]:
+    """Processes (pid and words) beside this one that carry `folder` in their arguments or environment."""
+    found, mark, above = {}, str(folder).encode(), ancestors()
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            words = (process / "cmdline").read_bytes()
-            environment = (process / "environ").read_bytes()
-            if int(process.name) not in above and (mark in words or mark in environment):
-                found.append(f"{process.name} {words.replace(bytes(1), b' ').decode(errors='replace')[:100]}")
+            words, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
+        if int(process.name) not in above and (mark in words or mark in environment):
+            found[int(process.name)] = words.replace(bytes(1), b" ").decode(errors="replace")[:100]
     return found
 
 

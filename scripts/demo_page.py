@@ -29,7 +29,7 @@ def page(demo: Demo, *, wall_s: float) -> str:
     rate = statistics.median(step["tokens_per_second"] for step in steps[5:])
     lines = [
         "=" * WIDTH,
-        f" FlagScale demo: {wall_s / 60:.1f} min on {platform.machine()}, see {demo.root}",
+        f" FlagScale demo: {wall_s / 60:.1f} min on {platform.machine()}, see {near(demo.root)}",
         "=" * WIDTH,
         terminal_curve(steps, held_out),
         f" model       Qwen3 architecture, {facts['parameters']:,} parameters, vocabulary {vocabulary:,}",
@@ -107,7 +107,12 @@ def files(demo: Demo, picture: Path) -> list[str]:
         demo.hf,
         picture,
     ]
-    return [f"   {size(path) / 1e6:8.1f} MB  {path.relative_to(demo.root.parent)}" for path in made]
+    return [f"   {size(path) / 1e6:8.1f} MB  {near(path)}" for path in made]
+
+
+def near(path: Path) -> Path:
+    """Shorten a path to what one would type from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def size(path: Path) -> int:
@@ -122,8 +127,8 @@ def size(path: Path) -> int:
 def next_commands(demo: Demo) -> list[str]:
     """Commands worth trying with what the demo left behind."""
     return [
-        f"flagscale-train status {demo.train / 'runs' / 'latest'}",
-        f"flagscale-convert inspect {demo.train / 'checkpoints'}",
-        f"flagscale-serve run {demo.hf}",
+        f"flagscale-train status {near(demo.train / 'runs' / 'latest')}",
+        f"flagscale-convert inspect {near(demo.train / 'checkpoints')}",
+        f"flagscale-serve run {near(demo.hf)}",
         "flagscale-config show qwen3/tiny --origin",
     ]

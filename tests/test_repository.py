@@ -1,6 +1,8 @@
 """The repository keeps its own promises: licences, versions, pins and documents."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -45,3 +47,10 @@ def test_readme_shows_the_two_commands_that_ci_runs(name: str) -> None:
 def test_links_in_documents_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_the_committed_schema_is_the_one_the_package_prints() -> None:
+    script = Path(sys.executable).parent / "flagscale-config"
+    argv = [script, "schema", "experiment", "--check", ROOT / "schemas/experiment.json"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,13 @@ def test_check_of_a_bad_file_lists_everything(tiny, capsys):
         f"error: override '{layers}=x': {layers}: must be an integer ('x' given) [config/value]",
         "2 errors",
     ]
+
+
+def test_an_empty_name_and_an_override_without_key_are_named(tiny, capsys):
+    assert cli.main(["check", ""]) == 2
+    assert "the name of the file is empty" in capsys.readouterr().err
+    assert cli.main(["check", tiny, "=3"]) == 2
+    assert "the key is missing" in capsys.readouterr().err
 
 
 def test_check_as_json(tiny, capsys):
@@ -164,6 +172,45 @@ def test_a_closed_pipe_is_quiet(tiny):
         )
     assert done.stderr == ""
     assert done.returncode == 0
+
+
+def test_a_full_disk_behind_the_output_is_named():
+    with Path("/dev/full").open("w") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "flagscale_config.cli", "schema", "experiment"],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.stderr == (
+        "error: writing: No space left on device: the output is not whole: make room and run again\n"
+    )
+    assert done.returncode == 4
+
+
+def test_letters_that_the_locale_lacks_are_escaped():
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    code = (
+        "from flagscale_config import command; raise SystemExit(command.run(lambda _: print('\\xfc') or 0))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **plain},
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("\\xfc\n", "", 0)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_bug(closed, tiny):
+    line = f'"{sys.executable}" -m flagscale_config.cli check {tiny} {closed}'
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stderr, done.returncode) == ("", 0)
 
 
 class Refused(Exception):

@@ -162,3 +162,10 @@ def test_errors_survive_pickling(project):
     copy = pickle.loads(pickle.dumps(caught.value))
     assert copy.problems == caught.value.problems
     assert copy.exit_code == 2
+
+
+def test_control_characters_in_keys_do_not_break_lines(project):
+    head = "experiment:\n  exp_name: a\n  task: {type: serve}\n"
+    project({"e.yaml": (head + '  "x\\ny\\e[31m": 1\nserve: [{serve_id: m}]\n').encode()})
+    (line,) = complaints("e.yaml")
+    assert line == "e.yaml:4:3: experiment.x\\ny\\x1b[31m: unknown key"

@@ -130,6 +130,13 @@ def test_old_places_are_read_and_noted(tiny):
     assert "torchrun is a backend, not a type" in notes
 
 
+def test_odd_old_places_are_refused_not_joined(tiny):
+    assert any(
+        "experiment.runner: must be a mapping" in line
+        for line in lines(tiny, "~experiment.runner", "+experiment.runner=[]", "+experiment.deploy={port:1}")
+    )
+
+
 def test_an_entrypoint_is_accepted_and_noted(tiny):
     experiment = load(tiny, ["+experiment.task.entrypoint=flagscale/train/megatron/train_gpt.py"])
     assert experiment.task.entrypoint == "flagscale/train/megatron/train_gpt.py"

@@ -70,6 +70,7 @@ KEYS = st.sampled_from(
 
 
 @QUIET
+@example(section={"deploy": {}, "runner": []}, task={"type": "train"}, body=None)
 @given(section=st.dictionaries(KEYS, TREES, max_size=4), task=TREES | st.just({"type": "train"}), body=TREES)
 def test_any_values_under_any_keys(section, task, body, project):
     tree = {"experiment": {"exp_name": "a", "task": task, **section}, "train": body, "serve": body}
@@ -81,6 +82,7 @@ OPTIONS = st.sampled_from(sorted(option_table("megatron").options))
 
 
 @QUIET
+@example(options={"no_rope_freq": ["???"]})
 @given(options=st.dictionaries(OPTIONS, TREES, max_size=5))
 def test_any_value_for_any_option(options, project):
     tree = {

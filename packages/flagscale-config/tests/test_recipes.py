@@ -9,10 +9,10 @@ from flagscale_config import ConfigError, load, recipes
 FILES = {
     "site/offering/__init__.py": "raise RuntimeError('a recipe package must not be imported')\n",
     "site/offering/recipes/__init__.py": "raise RuntimeError('a recipe package must not be imported')\n",
-    "site/offering/recipes/qwen3/conf/0_6b.yaml": (
+    "site/offering/recipes/acme/conf/0_6b.yaml": (
         "defaults: [_self_, {serve: 0_6b}]\nexperiment: {exp_name: q, task: {type: serve}}\n"
     ),
-    "site/offering/recipes/qwen3/conf/serve/0_6b.yaml": "- {serve_id: m, engine_args: {model: x}}\n",
+    "site/offering/recipes/acme/conf/serve/0_6b.yaml": "- {serve_id: m, engine_args: {model: x}}\n",
     "site/offering/recipes/llama3/conf/70b.yaml": "a: 1\n",
     "site/offering/recipes/both/conf/7b.yaml": (
         "defaults: [_self_, {serve: 7b}]\nexperiment: {exp_name: s, task: {type: serve}}\n"
@@ -38,28 +38,28 @@ def offered(project, monkeypatch, tmp_path):
 
 def test_recipes_are_found_without_importing(offered):
     found = recipes()
-    assert found["qwen3/0_6b"] == offered / "qwen3/conf/0_6b.yaml"
+    assert found["acme/0_6b"] == offered / "acme/conf/0_6b.yaml"
     assert "llama3/70b" in found
-    assert not any(name.startswith("qwen3/serve") for name in found)
+    assert not any(name.startswith("acme/serve") for name in found)
     assert "offering" not in sys.modules
 
 
 def test_a_recipe_loads_by_name_with_overrides(offered):
-    experiment = load("qwen3/0_6b", ["experiment.exp_name=mine"])
+    experiment = load("acme/0_6b", ["experiment.exp_name=mine"])
     assert experiment.name == "mine"
     assert experiment.serve[0].engine_args == {"model": "x"}
 
 
 def test_a_mistyped_recipe_names_the_nearest(offered):
     with pytest.raises(
-        ConfigError, match=r"qwen3/06b: no such file and no such recipe; did you mean qwen3/0_6b\?"
+        ConfigError, match=r"acme/06b: no such file and no such recipe; did you mean acme/0_6b\?"
     ):
-        load("qwen3/06b")
+        load("acme/06b")
 
 
 def test_a_file_wins_over_a_recipe(offered, project):
-    project({"qwen3/0_6b.yaml": "experiment: {exp_name: f, task: {type: serve}}\nserve: [{serve_id: a}]\n"})
-    assert load("qwen3/0_6b").name == "f"
+    project({"acme/0_6b.yaml": "experiment: {exp_name: f, task: {type: serve}}\nserve: [{serve_id: a}]\n"})
+    assert load("acme/0_6b").name == "f"
 
 
 def test_a_name_offered_for_two_tasks_is_chosen_by_the_task(offered, tmp_path):

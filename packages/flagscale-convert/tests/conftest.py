@@ -20,7 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+EXPERT_NAMES = {
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -39,6 +49,19 @@ class Shape:
     vocab: int = 131
     dtype: torch.dtype = torch.float32
     config: dict[str, Any] = field(default_factory=dict)
+    experts: int = 5
+    per_token: int = 2
+    expert_ffn: int = 28
+    renormalised: bool = True
+    plain: tuple[int, ...] = ()
+    """Layers without experts, in families that have experts."""
+
+    def has_experts(self, layer: int) -> bool:
+        return self.family in EXPERT_NAMES and layer not in self.plain
+
+    @property
+    def has_norm(self) -> bool:
+        return self.family in ("qwen3", "qwen3_moe")
 
     @property
     def padded(self) -> int:
@@ -61,8 +84,24 @@ class Shape:
             "tie_word_embeddings": self.tied,
             "hidden_act": "silu",
             "initializer_range": 0.02,
+            **self.hf_experts(),
             **self.config,
         }
+
+    def hf_experts(self) -> dict[str, Any]:
+        shared = {"num_experts_per_tok": self.per_token, "router_aux_loss_coef": 0.01}
+        if self.family == "mixtral":
+            return {**shared, "num_local_experts": self.experts, "intermediate_size": self.expert_ffn}
+        if self.family == "qwen3_moe":
+            return {
+                **shared,
+                "num_experts": self.experts,
+                "moe_intermediate_size": self.expert_ffn,
+                "norm_topk_prob": self.renormalised,
+                "mlp_only_layers": list(self.plain),
+                "decoder_sparse_step": 1,
+            }
+        return {}
 
     def args(self) -> dict[str, Any]:
         """What Megatron's trainer would save."""
@@ -80,7 +119,7 @@ class Shape:
             "rotary_base": 50000,
             "max_position_embeddings": 64,
             "untie_embeddings_and_output_weights": not self.tied,
-            "qk_layernorm": self.family == "qwen3",
+            "qk_layernorm": self.has_norm,
             "add_qkv_bias": self.family == "qwen2",
             "normalization": "RMSNorm",
             "swiglu": True,
@@ -89,6 +128,22 @@ class Shape:
             "init_method_std": 0.02,
             "params_dtype": self.dtype,
             "tokenizer_model": None,
+            **self.args_experts(),
+        }
+
+    def args_experts(self) -> dict[str, Any]:
+        if self.family not in EXPERT_NAMES:
+            return {"num_experts": None}
+        freq = [int(self.has_experts(layer)) for layer in range(self.layers)]
+        return {
+            "num_experts": self.experts,
+            "moe_ffn_hidden_size": self.expert_ffn,
+            "moe_router_topk": self.per_token,
+            "moe_router_pre_softmax": not self.renormalised,
+            "moe_router_score_function": "softmax",
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": 0.01,
+            "moe_layer_freq": freq if self.plain else 1,
         }
 
     def hf_tensors(self, seed: int = 0) -> Tensors:
@@ -106,11 +161,14 @@ class Shape:
                 tensors[f"{p}self_attn.{name}_proj.weight"] = new(rows, self.hidden)
                 if self.family == "qwen2":
                     tensors[f"{p}self_attn.{name}_proj.bias"] = new(rows)
-            if self.family == "qwen3":
+            if self.has_norm:
                 tensors[p + "self_attn.q_norm.weight"] = new(self.head)
                 tensors[p + "self_attn.k_norm.weight"] = new(self.head)
             tensors[p + "self_attn.o_proj.weight"] = new(self.hidden, query)
             tensors[p + "post_attention_layernorm.weight"] = new(self.hidden)
+            if self.has_experts(i):
+                self._add_experts(tensors, p, new)
+                continue
             tensors[p + "mlp.gate_proj.weight"] = new(self.ffn, self.hidden)
             tensors[p + "mlp.up_proj.weight"] = new(self.ffn, self.hidden)
             tensors[p + "mlp.down_proj.weight"] = new(self.hidden, self.ffn)
@@ -118,6 +176,41 @@ class Shape:
         if not self.tied:
             tensors["lm_head.weight"] = new(self.vocab, self.hidden)
         return tensors
+
+    def _add_experts(self, tensors: Tensors, p: str, new: Callable[..., torch.Tensor]) -> None:
+        block, gate, up, down = EXPERT_NAMES[self.family]
+        tensors[f"{p}{block}.gate.weight"] = new(self.experts, self.hidden)
+        for e in range(self.experts):
+            one = f"{p}{block}.experts.{e}."
+            tensors[f"{one}{gate}.weight"] = new(self.expert_ffn, self.hidden)
+            tensors[f"{one}{up}.weight"] = new(self.expert_ffn, self.hidden)
+            tensors[f"{one}{down}.weight"] = new(self.hidden, self.expert_ffn)
+
+    def _merged_experts(self, hf: Tensors, p: str, m: str) -> Tensors:
+        block, gate, up, down = EXPERT_NAMES[self.family]
+
+        def grouped(name: str) -> torch.Tensor:
+            parts = [hf[f"{p}{block}.experts.{e}.{name}.weight"] for e in range(self.experts)]
+            return torch.stack(parts)
+
+        return {
+            m + "pre_mlp_layernorm.weight": hf[p + "post_attention_layernorm.weight"],
+            m + "mlp.router.weight": hf[f"{p}{block}.gate.weight"],
+            m + "mlp.experts.experts.linear_fc1.weight": torch.cat([grouped(gate), grouped(up)], dim=1),
+            m + "mlp.experts.experts.linear_fc2.weight": grouped(down),
+        }
+
+    def fused_tensors(self, hf: Tensors) -> Tensors:
+        """The same tensors as transformers 5 keeps them in memory."""
+        block = EXPERT_NAMES[self.family][0]
+        out = {name: tensor for name, tensor in hf.items() if f".{block}." not in name}
+        for i in range(self.layers):
+            p = f"model.layers.{i}."
+            merged = self._merged_experts(hf, p, "")
+            out[p + "mlp.gate.weight"] = merged["mlp.router.weight"]
+            out[p + "mlp.experts.gate_up_proj"] = merged["mlp.experts.experts.linear_fc1.weight"]
+            out[p + "mlp.experts.down_proj"] = merged["mlp.experts.experts.linear_fc2.weight"]
+        return out
 
     def megatron_tensors(self, hf: Tensors, *, pad: float = 0.0) -> Tensors:
         """Merge by tensor operations, as the published converters do, not by spans of rows."""
@@ -138,10 +231,13 @@ class Shape:
             out[m + "self_attention.linear_qkv.weight"] = fused(p, "weight")
             if self.family == "qwen2":
                 out[m + "self_attention.linear_qkv.bias"] = fused(p, "bias")
-            if self.family == "qwen3":
+            if self.has_norm:
                 out[m + "self_attention.q_layernorm.weight"] = hf[p + "self_attn.q_norm.weight"]
                 out[m + "self_attention.k_layernorm.weight"] = hf[p + "self_attn.k_norm.weight"]
             out[m + "self_attention.linear_proj.weight"] = hf[p + "self_attn.o_proj.weight"]
+            if self.has_experts(i):
+                out |= self._merged_experts(hf, p, m)
+                continue
             out[m + "mlp.linear_fc1.layer_norm_weight"] = hf[p + "post_attention_layernorm.weight"]
             out[m + "mlp.linear_fc1.weight"] = torch.cat(
                 [hf[p + "mlp.gate_proj.weight"], hf[p + "mlp.up_proj.weight"]]
@@ -239,13 +335,20 @@ class Maker:
     same = staticmethod(assert_same)
 
     def hf(
-        self, shape: Shape, name: str = "hf", *, shards: int = 1, seed: int = 0, **extra: torch.Tensor
+        self,
+        shape: Shape,
+        name: str = "hf",
+        *,
+        shards: int = 1,
+        seed: int = 0,
+        tensors: Tensors | None = None,
+        **extra: torch.Tensor,
     ) -> Path:
         folder = self.root / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(shape.hf_config()))
         tensors = {
-            **shape.hf_tensors(seed),
+            **(shape.hf_tensors(seed) if tensors is None else tensors),
             **{key.replace("__", "."): value for key, value in extra.items()},
         }
         names = list(tensors)

@@ -8,10 +8,12 @@ Both write the logits of given tokens.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 
@@ -25,13 +27,31 @@ def adapt_to_cpu() -> None:
     cuda.manual_seed = torch.manual_seed
     cuda.synchronize = lambda *_device: None
     cuda.empty_cache = lambda: None
+    for name in ("Stream", "Event"):
+        setattr(cuda, name, lambda *_args, **_kwargs: MagicMock())
+    cuda.current_stream = lambda *_device: MagicMock()
+    cuda.stream = lambda _stream: contextlib.nullcontext()
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
     torch.nn.Module.cuda = lambda self, *_args: self
 
 
+def expert_options(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.num_experts:
+        return {}
+    return {
+        "num_moe_experts": args.num_experts,
+        "moe_ffn_hidden_size": args.moe_ffn_hidden_size,
+        "moe_layer_freq": args.moe_layer_freq,
+        "moe_router_topk": args.moe_router_topk,
+        "moe_router_pre_softmax": args.moe_router_pre_softmax,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": torch.distributed.get_world_size(),
+    }
+
+
 def build(args: argparse.Namespace, tensor_parallel: int) -> Any:
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
     config = TransformerConfig(
@@ -57,10 +77,16 @@ def build(args: argparse.Namespace, tensor_parallel: int) -> Any:
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        **expert_options(args),
+    )
+    spec = (
+        get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+        if args.num_experts  # as the trainer chooses
+        else get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization="RMSNorm")
     )
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization="RMSNorm"),
+        spec,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         position_embedding_type="rope",
@@ -124,18 +150,28 @@ def load(job: dict[str, Any], tensor_parallel: int) -> Any:
 def main(path: str) -> None:
     adapt_to_cpu()
     from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer.moe import token_dispatcher
     from safetensors.torch import load_file, save_file
 
     request = json.loads(Path(path).read_text())
     torch.distributed.init_process_group("gloo")
     size = torch.distributed.get_world_size()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+    has_experts = request["has_experts"]
+    tensor_size = 1 if has_experts else size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_size, expert_model_parallel_size=size if has_experts else 1
+    )
     tensor_parallel.random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     tensor_parallel.random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
+    # Megatron turns only CUDA tensors into the plain numbers a collective wants.
+    keep = token_dispatcher.maybe_move_tensor_to_cpu
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **options: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else keep(tensor, **options)
+    )
     tokens = load_file(request["tokens"])["tokens"]
     for job in request["jobs"]:
-        model = (save if job["do"] == "save" else load)(job, size)
+        model = (save if job["do"] == "save" else load)(job, tensor_size)
         result = logits(model, tokens)
         if torch.distributed.get_rank() == 0:
             save_file({"logits": result.contiguous()}, job["logits"])

@@ -201,7 +201,7 @@ def test_overwriting_leaves_nothing_of_the_old_model(make, shape, tmp_path):
 @pytest.mark.parametrize(
     ("args", "named"),
     [
-        ({"num_experts": 8}, "num_experts"),
+        ({"num_experts": 8}, "moe_router_topk"),
         ({"multi_latent_attention": True}, "multi_latent_attention"),
         ({"normalization": "LayerNorm"}, "normalization"),
         ({"swiglu": False}, "swiglu"),

@@ -19,6 +19,14 @@ def run(capsys, *words):
     return code, captured.out, captured.err
 
 
+def test_a_destination_that_cannot_be_made_is_wrong_input(make, shape, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    where = tmp_path / "file" / "out"
+    code, _, err = run(capsys, "run", make.megatron(shape()), where, "--to", "hf")
+    assert code == 2
+    assert f"error: {where}: cannot be written (Not a directory): choose another directory" in err
+
+
 def test_a_whole_session(make, shape, tmp_path, capsys):
     root = make.megatron(shape())
     code, out, _ = run(capsys, "inspect", root)

@@ -140,7 +140,7 @@ def test_too_little_room_is_told_before_the_first_byte(make, shape, tmp_path, mo
 
 def test_a_read_only_place(make, shape, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(WriteFailed):
+    with pytest.raises(DestinationRefused, match="cannot be written"):
         convert(make_plan(make.hf(shape()), tmp_path / "file" / "out", to="torch_dist"))
 
 

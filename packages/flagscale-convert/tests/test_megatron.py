@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flagscale_convert import convert, inspect, make_plan, verify
+from flagscale_convert import FAMILIES, convert, inspect, make_plan, verify
 
 pytestmark = pytest.mark.megatron
 
@@ -36,8 +36,16 @@ MODELS = {
     "qwen2-linear-rope": {"family": "qwen2", "heads": 4, "groups": 2, "config": LINEAR},
 }
 
+EXPERTS = {
+    "mixtral": {"family": "mixtral", "experts": 4, "groups": 2},
+    "qwen3_moe": {"family": "qwen3_moe", "experts": 6, "per_token": 3, "tied": True},
+    "qwen3_moe-not-renormalised": {"family": "qwen3_moe", "experts": 4, "renormalised": False},
+    "qwen3_moe-plain-layer": {"family": "qwen3_moe", "experts": 4, "plain": (1,)},
+    "qwen3_moe-per-layer": {"family": "qwen3_moe", "experts": 4},
+}
 
-def megatron_args(model):
+
+def megatron_args(model, *, per_layer=False):
     return {
         **{name: value for name, value in model.args().items() if name != "params_dtype"},
         "group_query_attention": model.groups != model.heads,
@@ -47,6 +55,7 @@ def megatron_args(model):
         "rotary_seq_len_interpolation_factor": 4.0 if "linear" in str(model.config) else None,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
+        **({"moe_layer_freq": [1] * model.layers} if per_layer else {}),
     }
 
 
@@ -78,24 +87,33 @@ def results(request, shape, tmp_path_factory):
     return run_all(shape, request.param, tmp_path_factory.mktemp(f"tp{request.param}"))
 
 
-def run_all(shape, size, root: Path):
+@pytest.fixture(scope="module", params=[1, 2], ids=["ep1", "ep2"])
+def expert_results(request, shape, tmp_path_factory):
+    """The models of experts, their experts on one rank or on two."""
+    return run_all(shape, request.param, tmp_path_factory.mktemp(f"ep{request.param}"), EXPERTS)
+
+
+def run_all(shape, size, root: Path, models=MODELS):
     tokens = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(9))
     save_file({"tokens": tokens}, root / "tokens")
     jobs = []
-    for name, options in MODELS.items():
+    for name, options in models.items():
         model = shape(**options)
         from_transformers(model, root / f"{name}-hf")
-        convert(make_plan(root / f"{name}-hf", root / f"{name}-converted", to="torch_dist"))
+        layers = "per-layer" if "per-layer" in name else "auto"
+        convert(make_plan(root / f"{name}-hf", root / f"{name}-converted", to="torch_dist", layers=layers))
         jobs += [
             {"do": "load", "path": f"{root}/{name}-converted", "logits": f"{root}/{name}-loaded"},
             {
                 "do": "save",
                 "path": f"{root}/{name}-trained",
                 "logits": f"{root}/{name}-saved",
-                "args": megatron_args(model),
+                "args": megatron_args(model, per_layer=layers == "per-layer"),
             },
         ]
-    (root / "request").write_text(json.dumps({"tokens": str(root / "tokens"), "jobs": jobs}))
+    (root / "request").write_text(
+        json.dumps({"tokens": str(root / "tokens"), "has_experts": models is EXPERTS, "jobs": jobs})
+    )
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)),
@@ -114,7 +132,20 @@ def run_all(shape, size, root: Path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_megatron_loads_what_was_converted(results, name):
-    root, tokens = results
+    check_loaded(*results, name)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_megatron_loads_experts_that_were_converted(expert_results, name):
+    check_loaded(*expert_results, name)
+
+
+def test_families_claim_what_was_run():
+    run = {options["family"] for options in (*MODELS.values(), *EXPERTS.values())}
+    assert run == {family.name for family in FAMILIES.values() if "logits" in family.proven_by}
+
+
+def check_loaded(root, tokens, name):
     ours = load_file(root / f"{name}-loaded")["logits"][..., :131]
     theirs = transformers_logits(root / f"{name}-hf", tokens)
     assert theirs.abs().max() > 1
@@ -123,7 +154,15 @@ def test_megatron_loads_what_was_converted(results, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_loads_what_megatron_saved(results, name):
-    root, tokens = results
+    check_saved(*results, name)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_transformers_loads_experts_that_megatron_saved(expert_results, name):
+    check_saved(*expert_results, name)
+
+
+def check_saved(root, tokens, name):
     found = inspect(root / f"{name}-trained")
     assert found.iteration == 7
     assert not found.suspicions

@@ -132,6 +132,17 @@ def test_a_reader_that_leaves_is_no_error():
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("redirect", "code", "text"), [(">&-", 0, ""), ("<&-", 0, ""), (">/dev/full", 4, "No space left")]
+)
+def test_odd_outputs_are_no_bug(redirect, code, text):
+    line = f'"{sys.executable}" -m flagscale_hw.cli --json {redirect}'
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert text in done.stderr
+    assert "bug" not in done.stderr
+
+
 def test_help_is_quick():
     def seconds() -> float:
         started = time.perf_counter()

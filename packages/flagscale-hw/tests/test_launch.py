@@ -174,8 +174,9 @@ def test_a_file_system_without_links_will_do(keeper, monkeypatch):
 
 def test_a_directory_that_cannot_be_made_is_named(keeper, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(LaunchError, match=r"file/run: cannot hold a run: Not a directory"):
+    with pytest.raises(LaunchError, match=r"file/run: cannot hold a run: Not a directory") as refused:
         launch(keeper.plan(keeper.shell("exit 0")), tmp_path / "file" / "run")
+    assert refused.value.exit_code == 2
 
 
 def test_a_file_that_was_there_is_not_replaced(keeper, tmp_path):

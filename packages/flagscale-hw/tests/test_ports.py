@@ -21,8 +21,9 @@ def test_a_busy_port_is_refused_with_its_owner(keeper, tmp_path, address):
         plan = keeper.plan(keeper.shell("exit 0"), ports={"web": number, "other": None})
         with pytest.raises(
             LaunchError, match=rf"port 'web' \({number}\): in use by pid {os.getpid()} \(.+\): choose"
-        ):
+        ) as refused:
             launch(plan, tmp_path / "run")
+    assert refused.value.exit_code == 2  # another port would do: the input, not the run, is what is wrong
     assert not (tmp_path / "run").exists()
 
 

@@ -151,11 +151,18 @@ def test_the_foreground_ends_with_4_when_the_engine_dies_later(shell, model_dir)
     assert "7" in done.stderr
 
 
+def test_a_host_of_another_machine_is_refused_before_anything_starts(shell, model_dir):
+    done = shell("run", model_dir, "--host", "192.0.2.1", "--detach")  # an address nobody has (RFC 5737)
+    assert done.returncode == 2
+    assert "host 192.0.2.1: not an address of this machine" in done.stderr
+    assert shell.engine_pids() == []
+
+
 def test_a_port_in_use_is_refused_before_anything_starts(shell, model_dir):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = shell("run", model_dir, "--port", port, "--detach")
-    assert done.returncode == 4
+    assert done.returncode == 2
     assert str(port) in done.stderr
     assert "in use" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,14 +1,32 @@
 """The command line without a training: words, exit codes, messages."""
 
 import json
+import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
 from flagscale_train import findings
 from flagscale_train.cli import main, parser
 from flagscale_train.findings import examine
+
+
+@dataclass
+class Place:
+    """Where a tensor lies, as torch's checkpoint metadata have it."""
+
+    relative_path: str
+    offset: int
+    length: int
+
+
+@dataclass
+class Metadata:
+    """Stands for torch's own."""
+
+    storage_data: dict
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +108,30 @@ def test_logits_without_a_checkpoint(experiment_file, tmp_path, capsys):
             == code
         )
         assert why in said(capsys)[1]
+
+
+def test_logits_that_cannot_be_written_are_refused_before_they_are_computed(
+    experiment_file, tmp_path, capsys
+):
+    tokens = tmp_path / "t.json"
+    tokens.write_text("[[1]]")
+    where = str(tokens / "o")
+    assert main(["logits", str(experiment_file), "--tokens", str(tokens), "--output", where]) == 2
+    assert f"--output: {where}: cannot be written" in said(capsys)[1]
+
+
+def test_a_finished_training_says_so_and_starts_nothing(experiment_file, tmp_path, capsys):
+    data = Place("__0_0.distcp", 0, 10)
+    newest = tmp_path / "exp" / "checkpoints" / "iter_0000020"
+    newest.mkdir(parents=True)
+    (newest / ".metadata").write_bytes(pickle.dumps(Metadata({"a": data})))
+    (newest / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (newest / "__0_0.distcp").write_bytes(bytes(10))
+    assert main(["run", str(experiment_file)]) == 0
+    out, _ = said(capsys)
+    assert f"trained to its last step already: {newest}" in out
+    assert "larger train.model.train_iters" in out
+    assert not (tmp_path / "exp" / "runs").exists()
 
 
 def test_missing_packages_are_named_with_the_cure(experiment_file, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Tokenizing and training tokenizers; needs the `tokenizers` library, as these commands do."""
 
+import contextlib
 import gzip
 import json
 import resource
@@ -150,19 +151,54 @@ def test_what_exists_is_kept_unless_told(corpus, tokenizer, tmp_path, capsys):
     assert main([*words, "--overwrite"]) == 0
 
 
-def test_a_full_disk_says_so_and_leaves_nothing(tokenizer, tmp_path, capsys):
-    (tmp_path / "big.txt").write_text("word " * 200_000)
+@contextlib.contextmanager
+def files_of_at_most(num_bytes):
+    """A limit on the size of files stands for a disk that is full."""
     limit, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limit[1]))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        code = tokenize(tmp_path / "big.txt", "--tokenizer", tokenizer, "--output", tmp_path / "out" / "d")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, action)
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(tokenizer, tmp_path, capsys):
+    (tmp_path / "big.txt").write_text("word " * 200_000)
+    with files_of_at_most(50_000):
+        code = tokenize(tmp_path / "big.txt", "--tokenizer", tokenizer, "--output", tmp_path / "out" / "d")
     assert code == 4
     assert "make room" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_that_is_full_at_the_very_end_leaves_nothing(corpus, tokenizer, tmp_path, capsys):
+    with files_of_at_most(300):  # enough for the ids, too little for the facts beside them
+        code = tokenize(corpus, "--tokenizer", tokenizer, "--output", tmp_path / "out" / "d")
+    assert code == 4
+    assert "make room" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_tokenizer_on_a_full_disk_leaves_nothing(corpus, tmp_path, capsys):
+    words = ["data", "train-tokenizer", str(corpus), "--vocab-size", "300"]
+    with files_of_at_most(1000):
+        code = main([*words, "--output", str(tmp_path / "out" / "tok")])
+    assert code == 4
+    assert "make room" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(corpus, tokenizer, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    where = str(tmp_path / "file" / "inside")
+    for words in (
+        ["tokenize", str(tmp_path / "corpus"), "--tokenizer", str(tokenizer)],
+        ["train-tokenizer", str(tmp_path / "corpus"), "--vocab-size", "300"],
+    ):
+        assert main(["data", *words, "--output", where]) == 2
+        assert f"--output: {where}: cannot be written" in capsys.readouterr().err
 
 
 def test_a_tokenizer_has_what_transformers_reads(tokenizer):

@@ -148,7 +148,7 @@ def test_the_published_vocabulary_is_kept_where_the_tokenizer_is_smaller():
 def test_the_users_shell_text_comes_first_and_our_words_stay_words():
     argv = planned("qwen3/tiny", "+experiment.cmds.before_start=source /venv/bin/activate").processes[0].argv
     assert argv[:4] == ("bash", "-c", 'source /venv/bin/activate\nexec "$@"', "flagscale")
-    assert argv[4:7] == ("python", "-m", "torch.distributed.run")
+    assert argv[4:7] == ("python", "-m", "flagscale_train.worker.torchrun")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,11 @@ def test_a_step_in_one_line():
     )
 
 
+def test_a_run_that_is_over_has_no_time_left():
+    progress = Progress.of([START, step(1, 0.0), step(2, 2.0)])
+    assert "left" not in step_line(progress, is_over=True)
+
+
 def test_a_known_peak_adds_mfu_and_a_lost_loss_is_nan():
     line = step_line(Progress.of([START, step(1, loss=None, mfu=0.404)]))
     assert "loss nan" in line

@@ -374,6 +374,13 @@ def _check_schedule(options: Options) -> None:
     warmup = f"lr_warmup_{other}"
     if options.has("lr_warmup_fraction") and options[warmup]:
         options.error(warmup, "does not go with lr_warmup_fraction; give one of them")
+        return
+    decay = f"lr_decay_{other}" if options[f"lr_decay_{other}"] else f"train_{other}"
+    if options[warmup] and options[warmup] >= options[decay]:
+        # Megatron asserts it without a word, after a minute of loading.
+        options.error(
+            warmup, f"{options[warmup]} is not less than {decay} {options[decay]}; lower it or raise that"
+        )
 
 
 def _check_rates(options: Options) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -11,33 +13,62 @@ __all__ = ["parse", "run"]
 
 _INTERRUPTED = 130
 _BUG = 1
+_FAILED = 4
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call a command's `main` with its arguments and return the process's exit code.
 
     An exception with an int `exit_code` is the user's: `error: ...` on standard error and that code. Ctrl-C
-    is 130, a reader that closed the pipe ends the command quietly, anything else is a bug: one line that says
-    so and 1. With `--debug` (anywhere before `--`; it is removed) or FLAGSCALE_DEBUG=1 tracebacks are shown.
+    is 130, a reader that closed the pipe ends the command quietly, a full disk is 4, anything else is a bug:
+    one line that says so and 1. With `--debug` (anywhere before `--`; it is removed) or FLAGSCALE_DEBUG=1
+    tracebacks are shown.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     limit = words.index("--") if "--" in words else len(words)
     is_debug = "--debug" in words[:limit] or os.environ.get("FLAGSCALE_DEBUG") == "1"
     words = [word for word in words[:limit] if word != "--debug"] + words[limit:]
+    _open_closed_streams()
+    _let_every_letter_pass()
     try:
         code = main(words)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # Python flushes standard output once more at exit; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except SystemExit as error:  # argparse
         return _exit_code(error)
     except Exception as error:  # noqa: BLE001  the one place where a bug becomes a line and exit code 1
         return _failed(error, is_debug=is_debug)
     return code
+
+
+def _open_closed_streams() -> None:
+    """Give a stream that the caller has closed the null device.
+
+    Otherwise the next file to be opened becomes standard output, here and in what is started.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest free number is taken: this one, because those below are open by now.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _let_every_letter_pass() -> None:
+    """Print what the locale cannot write as an escape, as Python does on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Python flushes standard output once more at exit; give it somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
@@ -74,8 +105,20 @@ def _failed(error: Exception, *, is_debug: bool) -> int:
             "".join(f"error: {line}\n" for line in str(error).splitlines() or [type(error).__name__])
         )
         return code
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return _disk_full(error)
     what = " ".join(str(error).split())
     sys.stderr.write(
         f"error: bug in flagscale: {type(error).__name__}: {what}; run again with --debug and report it\n"
     )
     return _BUG
+
+
+def _disk_full(error: OSError) -> int:
+    where = error.filename or "writing"
+    sys.stderr.write(f"error: {where}: {error.strerror}: the output is not whole: make room and run again\n")
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
+    return _FAILED

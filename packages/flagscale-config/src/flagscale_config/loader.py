@@ -74,11 +74,17 @@ def find(source: str | PathLike[str], task: str | None = None) -> FilePath:
     Raises:
         ConfigError: there is no such file and no such recipe.
     """
+    if not os.fspath(source):
+        nameless = Problem(
+            code="config/no-file", message="the name of the file is empty; give its path", given=""
+        )
+        raise ConfigError([nameless])
     path = FilePath(source)
     if path.is_file():
         return path
-    if path.with_name(path.name + ".yaml").is_file():
-        return path.with_name(path.name + ".yaml")
+    beside = FilePath(f"{path}.yaml")
+    if beside.is_file():
+        return beside
     known = recipes(task)
     name = os.fspath(source)
     if name in known:
@@ -131,19 +137,21 @@ def _section(tree: Any, findings: Findings) -> ExperimentSection | None:
             findings.error("config/required", ("experiment",) if tree is not None else (), message)
         return None
     content = {key: value for key, value in tree.items() if value is not None or key == "exp_name"}
-    runner = content.get("runner")
-    if isinstance(runner, Mapping):
-        content["runner"] = _runner(runner, findings)
-    if isinstance(content.get("deploy"), Mapping):
-        findings.note(
-            "config/moved", ("experiment", "deploy"), "moved to experiment.runner.deploy; write it there"
-        )
-        moved = content.pop("deploy")
-        content["runner"] = {
-            **content.get("runner", {}),
-            "deploy": {**content.get("runner", {}).get("deploy", {}), **moved},
-        }
+    if isinstance(content.get("runner"), Mapping):
+        content["runner"] = _runner(content["runner"], findings)
+    _move_deploy(content, findings)
     return read_model(ExperimentSection, content, ("experiment",), findings)
+
+
+def _move_deploy(content: dict[str, Any], findings: Findings) -> None:
+    """Move `experiment.deploy` to `experiment.runner.deploy`, unless one of them is too odd to be joined."""
+    runner, deploy = content.get("runner", {}), content.get("deploy")
+    inner = runner.get("deploy", {}) if isinstance(runner, Mapping) else None
+    if isinstance(deploy, Mapping) and isinstance(inner, Mapping):
+        message = "moved to experiment.runner.deploy; write it there"
+        findings.note("config/moved", ("experiment", "deploy"), message)
+        del content["deploy"]
+        content["runner"] = {**runner, "deploy": {**inner, **deploy}}
 
 
 def _runner(tree: Mapping[str, Any], findings: Findings) -> dict[str, Any]:

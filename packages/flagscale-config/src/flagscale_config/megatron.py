@@ -19,7 +19,7 @@ from flagscale_config.experiment import Parallelism, Train
 from flagscale_config.findings import Findings
 from flagscale_config.options import Option, OptionError, OptionTable, option_table, spelled
 from flagscale_config.places import Path, dotted
-from flagscale_config.resolve import MISSING
+from flagscale_config.resolve import MISSING, is_incomplete
 from flagscale_config.runner import Runner
 from flagscale_config.suggest import suggestion
 
@@ -48,7 +48,7 @@ class _Reader:
     def read(self, key: str, value: Any, path: Path) -> None:
         """Read one leaf of the tree."""
         name = spelled(key)
-        if value is MISSING:
+        if is_incomplete(value):
             found = self.table.find(_own()["renamed"].get(name, name))
             # A path still to be given takes part in no arithmetic; a number or a switch may.
             self.is_incomplete |= found is None or found[0].is_switch or found[0].type != "str"

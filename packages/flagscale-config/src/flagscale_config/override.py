@@ -27,6 +27,9 @@ def parse_overrides(texts: Sequence[str]) -> tuple[list[Override], list[Problem]
     parsed: list[Override] = []
     problems: list[Problem] = []
     for text in texts:
+        if text.lstrip("+~").startswith("="):  # Hydra takes it for a choice in the root folder
+            problems.append(_faulty(text, "the key is missing; an override is `key=value`"))
+            continue
         try:
             override = parser.parse_override(text)
         except HydraException as error:

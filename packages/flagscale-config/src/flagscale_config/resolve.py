@@ -11,7 +11,7 @@ from flagscale_config.compose import Composed
 from flagscale_config.errors import Problem
 from flagscale_config.places import Path, dotted
 
-__all__ = ["MISSING", "resolve"]
+__all__ = ["MISSING", "is_incomplete", "resolve"]
 
 MAX_VALUES = 50_000
 MAX_DEPTH = 60
@@ -28,6 +28,13 @@ class _Missing:
 
 
 MISSING: Any = _Missing()
+
+
+def is_incomplete(value: Any) -> bool:
+    """Whether a value, or anything in it, is still to be given by the user."""
+    if isinstance(value, dict):
+        return any(is_incomplete(item) for item in value.values())
+    return any(is_incomplete(item) for item in value) if isinstance(value, list) else value is MISSING
 
 
 def resolve(

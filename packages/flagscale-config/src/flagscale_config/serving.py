@@ -10,7 +10,7 @@ from flagscale_config.experiment import ServeInstance
 from flagscale_config.findings import Findings
 from flagscale_config.options import OptionError, option_table, spelled
 from flagscale_config.places import Path
-from flagscale_config.resolve import MISSING
+from flagscale_config.resolve import is_incomplete
 from flagscale_config.sections import read_model
 from flagscale_config.suggest import suggestion
 
@@ -88,7 +88,7 @@ def _typed(tree: Mapping[str, Any], engine: str, path: Path, findings: Findings)
         here = (*path, key)
         name = spelled(key)
         found = table.find(key)
-        if value is None or value is MISSING:
+        if value is None or is_incomplete(value):
             continue
         if found is None and name in _GONE:
             findings.note("config/no-effect", here, f"has no effect: {_GONE[name]}")

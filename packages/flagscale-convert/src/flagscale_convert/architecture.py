@@ -1,10 +1,10 @@
-"""The numbers that define a dense decoder model, in one vocabulary for both worlds."""
+"""The numbers that define a decoder model, dense or of experts, in one vocabulary for both worlds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["Architecture", "RopeScaling"]
+__all__ = ["Architecture", "Experts", "RopeScaling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,22 @@ class RopeScaling:
     kind: str
     """`linear` (positions divided by the factor) or `llama3` (Llama 3.1's bands: 1, 4, 8192)."""
     factor: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """The mixture of experts: how many, how wide, and how a token's are chosen (always by softmax)."""
+
+    count: int
+    per_token: int
+    """Experts a token goes to, 1 to `count`."""
+    ffn_size: int
+    is_renormalised: bool
+    """True when the weights of a token's experts sum to 1; else they are what the softmax over all gave."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that have one plain network instead of experts, ascending."""
+    aux_loss: float = field(default=0.0, compare=False)
+    """Weight of the load-balancing loss; training only, so two models may differ in it and be the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +56,17 @@ class Architecture:
     has_qkv_bias: bool
     has_qk_norm: bool
     init_std: float = 0.02
+    experts: Experts | None = None
+    """None for dense models."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Tell whether a layer is a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def is_uniform(self) -> bool:
+        """True when all layers hold the same tensors."""
+        return self.experts is None or not self.experts.dense_layers
 
     @property
     def query_size(self) -> int:

@@ -120,6 +120,12 @@ def _add_conversion(
         metavar="N",
         help="torch_dist pads the vocabulary to a multiple (default 128)",
     )
+    parser.add_argument(
+        "--layers",
+        choices=("auto", "stacked", "per-layer"),
+        default="auto",
+        help="how torch_dist stores layers; per-layer if the run's moe_layer_freq is a list (default auto)",
+    )
     parser.set_defaults(verb=verb)
     return parser
 
@@ -182,6 +188,7 @@ def _make_plan(arguments: argparse.Namespace) -> Plan:
         shard_bytes=arguments.shard_size,
         vocab_size=arguments.vocab_size,
         vocab_divisor=arguments.vocab_divisor,
+        layers=arguments.layers,
     )
 
 
@@ -300,13 +307,18 @@ def _families(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json(
             {
-                family.name: {"architecture": family.architecture, "models": family.models}
+                family.name: {
+                    "architecture": family.architecture,
+                    "models": family.models,
+                    "proven_by": family.proven_by,
+                }
                 for family in FAMILIES.values()
             }
         )
         return 0
     for family in FAMILIES.values():
-        print(f"{family.name:<8} {family.architecture:<20} {family.models}")
+        print(f"{family.name:<10} {family.architecture:<20} {family.models}")
+        print(f"{'':<10} proven by {family.proven_by}")
     return 0
 
 

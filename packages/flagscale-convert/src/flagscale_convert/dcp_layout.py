@@ -1,9 +1,10 @@
 """The files of a `torch_dist` checkpoint as megatron-core 0.19 writes it, planned before any data is read.
 
-Layers are stacked, one chunk per layer; names are those of Transformer Engine's layers, which the plain-torch
-layers of uniform models share. Each module that has state of its own in some layer flavour gets its
-`_extra_state` object: with Megatron's default strictness a missing one stops the load, a superfluous one is
-ignored.
+Layers are stacked, one chunk per layer, or a tensor each where they differ (or when asked for); the experts
+of a layer share one tensor. Names are those of Transformer Engine's layers; where the plain-torch layers have
+another, the metadata gives the same bytes both names. Each module that has state of its own in some layer
+flavour gets its `_extra_state` object: with Megatron's default strictness a missing one stops the load, a
+superfluous one is ignored.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ __all__ = ["METADATA_JSON", "lay_out_torch_dist"]
 
 METADATA_JSON = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
-_LINEAR_STATES = (
+_EXPERT = re.compile(r"^(mlp\.experts\.experts\.)(\d+)\.(.+)$")
+_ATTENTION_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
+    "self_attention.core_attention",
 )
-_ENGINE_STATES = ("self_attention.core_attention",)
 _QK_NORM_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+_DENSE_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
+_EXPERT_LAYER_STATES = ("pre_mlp_layernorm",)
+_EXPERT_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 _FINAL_NORM_STATE = "decoder.final_layernorm._extra_state/shard_0_1"
 _STORAGES = {"F64": "DoubleStorage", "F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}
 _DCP = "torch.distributed.checkpoint.metadata"
@@ -58,14 +61,18 @@ class _Entry:
 
     size: tuple[int, ...]
     dtype: str
+    twins: tuple[str, ...]
+    """Other names for the same bytes."""
     chunks: list[_Chunk]
 
 
-def lay_out_torch_dist(
+def lay_out_torch_dist(  # noqa: PLR0913 - one caller, most by keyword
     infos: Mapping[str, TensorInfo],
     arch: Architecture,
     args: Mapping[str, Any],
     *,
+    twins: Mapping[str, tuple[str, ...]],
+    is_stacked: bool,
     folder: str,
     shard_bytes: int,
 ) -> tuple[tuple[FilePlan, ...], dict[str, bytes]]:
@@ -75,17 +82,23 @@ def lay_out_torch_dist(
         infos: logical Megatron tensors.
         arch: the model, for the objects every layer needs.
         args: saved as the run's arguments, dtype excepted.
+        twins: further names of logical tensors.
+        is_stacked: whether layers share one tensor; they must then be alike.
         folder: iteration directory in the destination.
         shard_bytes: a data file gets no further chunk beyond this.
 
     Returns:
         The data files, and `.metadata` and `metadata.json` by path.
     """
-    entries = _entries(infos, arch.num_layers)
+    entries = _entries(infos, _Naming(arch, is_stacked), twins)
     storage: _Storage = {}
     files = _data_files(entries, folder, shard_bytes, storage)
-    files.append(_object_file(_objects(arch, args, entries), f"__0_{len(files)}.distcp", folder, storage))
-    described: dict[str, Any] = {name: _describe(entry) for name, entry in entries.items()}
+    objects = _extra_states(arch, is_stacked=is_stacked)
+    objects[COMMON_STATE] = _common_state(args, entries, is_stacked=is_stacked)
+    files.append(_object_file(objects, f"__0_{len(files)}.distcp", folder, storage))
+    described: dict[str, Any] = {
+        name: _describe(entry) for stored, entry in entries.items() for name in (stored, *entry.twins)
+    }
     described |= {name: New(Global(_DCP, "BytesStorageMetadata")) for name, at, _ in storage if at is None}
     metadata = {
         "state_dict_metadata": described,
@@ -118,18 +131,39 @@ def _dtype(code: str) -> Global:
     return Global("torch", TORCH_NAMES[code])
 
 
-def _entries(infos: Mapping[str, TensorInfo], num_layers: int) -> dict[str, _Entry]:
-    entries: dict[str, _Entry] = {}
-    for logical, info in infos.items():
+@dataclass(frozen=True, slots=True)
+class _Naming:
+    """How logical tensors are stored."""
+
+    arch: Architecture
+    is_stacked: bool
+
+    def place(self, logical: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """Give the stored name, and index and length of each leading axis."""
         layered = _LAYER.match(logical)
         if layered is None:
-            chunk = _Chunk(logical, logical, (0,) * len(info.shape), info.shape, info.dtype)
-            entries[logical] = _Entry(info.shape, info.dtype, [chunk])
-            continue
-        stored = f"decoder.layers.{layered[2]}"
-        entry = entries.setdefault(stored, _Entry((num_layers, *info.shape), info.dtype, []))
-        offsets = (int(layered[1]), *(0 for _ in info.shape))
-        entry.chunks.append(_Chunk(logical, stored, offsets, (1, *info.shape), info.dtype))
+            return logical, (), ()
+        layer, rest = int(layered[1]), layered[2]
+        at, lengths = ((layer,), (self.arch.num_layers,)) if self.is_stacked else ((), ())
+        grouped = _EXPERT.match(rest)
+        if grouped is not None and self.arch.experts is not None:
+            rest = grouped[1] + grouped[3]
+            at, lengths = (*at, int(grouped[2])), (*lengths, self.arch.experts.count)
+        return f"decoder.layers.{rest}" if self.is_stacked else f"decoder.layers.{layer}.{rest}", at, lengths
+
+
+def _entries(
+    infos: Mapping[str, TensorInfo], naming: _Naming, twins: Mapping[str, tuple[str, ...]]
+) -> dict[str, _Entry]:
+    entries: dict[str, _Entry] = {}
+    for logical, info in infos.items():
+        stored, at, lengths = naming.place(logical)
+        if stored not in entries:
+            others = tuple(naming.place(twin)[0] for twin in twins.get(logical, ()))
+            entries[stored] = _Entry((*lengths, *info.shape), info.dtype, others, [])
+        offsets = (*at, *(0 for _ in info.shape))
+        sizes = (*(1 for _ in at), *info.shape)
+        entries[stored].chunks.append(_Chunk(logical, stored, offsets, sizes, info.dtype))
     return entries
 
 
@@ -170,14 +204,16 @@ def _data_files(
 
     # In the order of the layers, so that both sides are read and written from front to back.
     chunks = [(index, chunk) for entry in entries.values() for index, chunk in enumerate(entry.chunks)]
-    chunks.sort(key=lambda pair: pair[1].offsets[0] if _LAYER.match(pair[1].logical) else -1)
+    chunks.sort(key=lambda pair: _layer(pair[1].logical))
     for index, chunk in chunks:
         frame = _frame(chunk)
         total = frame.total_bytes
         if items and position + total > shard_bytes:
             finish()
             items, position = [], 0
-        storage[chunk.stored, chunk.offsets, index] = Location(f"__0_{len(files)}.distcp", position, total)
+        location = Location(f"__0_{len(files)}.distcp", position, total)
+        for name in (chunk.stored, *entries[chunk.stored].twins):
+            storage[name, chunk.offsets, index] = location
         items.append(Item(chunk.logical, position + frame.head_bytes, frame))
         position += total
     if items:
@@ -185,23 +221,44 @@ def _data_files(
     return files
 
 
+def _layer(logical: str) -> int:
+    """Tell the layer of a tensor; -1 for those outside the layers."""
+    layered = _LAYER.match(logical)
+    return -1 if layered is None else int(layered[1])
+
+
 def _object_file(objects: Mapping[str, bytes], name: str, folder: str, storage: _Storage) -> FilePlan:
     data = bytearray()
+    written: dict[bytes, Location] = {}
     for key, encoded in objects.items():
-        storage[key, None, None] = Location(name, len(data), len(encoded))
-        data += encoded
+        # Thousands of experts have the same empty state: it is written once.
+        if encoded not in written:
+            written[encoded] = Location(name, len(data), len(encoded))
+            data += encoded
+        storage[key, None, None] = written[encoded]
     return FilePlan(f"{folder}/{name}", len(data), bytes(data), ())
 
 
-def _objects(arch: Architecture, args: Mapping[str, Any], entries: Mapping[str, _Entry]) -> dict[str, bytes]:
+def _extra_states(arch: Architecture, *, is_stacked: bool) -> dict[str, bytes]:
+    """Write an empty state for every module that has one in some layer flavour."""
     empty = object_archive(dump([None]))
-    modules = (*_LINEAR_STATES, *_ENGINE_STATES, *(_QK_NORM_STATES if arch.has_qk_norm else ()))
-    objects = {
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.num_layers}": empty
-        for layer in range(arch.num_layers)
-        for module in modules
-    }
-    objects[_FINAL_NORM_STATE] = empty
+    names = [_FINAL_NORM_STATE]
+    for layer in range(arch.num_layers):
+        modules = [*_ATTENTION_STATES, *(_QK_NORM_STATES if arch.has_qk_norm else ())]
+        modules += _EXPERT_LAYER_STATES if arch.has_experts(layer) else _DENSE_STATES
+        prefix = "decoder.layers." if is_stacked else f"decoder.layers.{layer}."
+        shard = f"{layer}_{arch.num_layers}" if is_stacked else "0_1"
+        names += [f"{prefix}{module}._extra_state/shard_{shard}" for module in modules]
+        if arch.experts is None or not arch.has_experts(layer):
+            continue
+        count = arch.experts.count
+        for expert in range(count):
+            shard = f"{layer}.{expert}_{arch.num_layers}.{count}" if is_stacked else f"{expert}_{count}"
+            names += [f"{prefix}{module}._extra_state/shard_{shard}" for module in _EXPERT_STATES]
+    return dict.fromkeys(names, empty)
+
+
+def _common_state(args: Mapping[str, Any], entries: Mapping[str, _Entry], *, is_stacked: bool) -> bytes:
     dtype = next(iter(entries.values())).dtype
     run = {**args, "params_dtype": _dtype(dtype), "bf16": dtype == "BF16", "fp16": dtype == "F16"}
     common = {
@@ -209,12 +266,14 @@ def _objects(arch: Architecture, args: Mapping[str, Any], entries: Mapping[str, 
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
+        # Megatron builds its names by these; whatever its own arguments are, they then fit the file.
         "content_metadata": {
             "distrib_optim_sharding_type": "fully_reshardable",
             "singleton_local_shards": False,
+            **({} if is_stacked else {"non_homogeneous_layers": True}),
         },
     }
-    return {**objects, COMMON_STATE: object_archive(dump([common]))}
+    return object_archive(dump([common]))
 
 
 def _frame(chunk: _Chunk) -> TensorFrame:

@@ -54,7 +54,7 @@ class Unsupported(ConvertError):
 
 
 class DestinationRefused(ConvertError):
-    """The place to write to holds something that must not be lost or mixed."""
+    """The place to write to cannot be made, or holds something that must not be lost or mixed."""
 
 
 class WriteFailed(ConvertError):

@@ -1,4 +1,4 @@
-"""`config.json` of the dense families, both ways.
+"""`config.json` of the families, both ways.
 
 Every field is mapped, must have the one value under which the model is what Megatron computes, or is known to
 change nothing; what is left is reported by name.
@@ -12,6 +12,7 @@ from typing import Any
 
 from flagscale_convert.architecture import Architecture, RopeScaling
 from flagscale_convert.errors import Unsupported
+from flagscale_convert.experts import CONFIG_FIELDS, read_config_experts, write_config_experts
 from flagscale_convert.families import FAMILIES, Family
 from flagscale_convert.tensors import TORCH_NAMES
 
@@ -26,6 +27,7 @@ _MAPPED = frozenset(
         "intermediate_size",
         "max_position_embeddings",
         "model_type",
+        "auto_map",
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
@@ -46,7 +48,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "sliding_window_pattern": (None,),
     "use_sliding_window": (False, None),
     "quantization_config": (None,),
-    "auto_map": (None,),
+    "router_jitter_noise": (0, None),
     "partial_rotary_factor": (1, None),
     "layer_types": (None,),
 }
@@ -61,6 +63,7 @@ _HARMLESS = frozenset(
         "max_window_layers",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "pad_token_id",
         "return_dict",
         "sliding_window",
@@ -69,6 +72,14 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
+_OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"mlp_bias": False},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False},
+    "qwen3_moe": {"use_sliding_window": False},
+    "mixtral": {"sliding_window": None},
+}
+"""Neutral fields that only some families have."""
 _LLAMA3_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -94,7 +105,7 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
     """
     family = _family(config, where)
     notes: list[str] = []
-    _check_fields(config, where, notes)
+    _check_fields(config, family, where, notes)
     theta, scaling = _rope(config, where, notes)
     heads = _positive(config, "num_attention_heads", where)
     hidden = _positive(config, "hidden_size", where)
@@ -126,8 +137,9 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
             max_positions=_positive(config, "max_position_embeddings", where),
             is_tied=bool(is_tied),
             has_qkv_bias=family.name == "qwen2",
-            has_qk_norm=family.name == "qwen3",
+            has_qk_norm=family.name in ("qwen3", "qwen3_moe"),
             init_std=_number(config, "initializer_range", 0.02, where, notes),
+            experts=read_config_experts(config, family.name, where=where, notes=notes),
         ),
         tuple(notes),
     )
@@ -136,7 +148,8 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
 def _family(config: Mapping[str, Any], where: str) -> Family:
     named = config.get("architectures") or []
     for family in FAMILIES.values():
-        if family.architecture in named or (not named and family.model_type == config.get("model_type")):
+        architectures = {family.architecture, *family.other_architectures}
+        if architectures & set(named) or (not named and family.model_type == config.get("model_type")):
             return family
     known = ", ".join(family.architecture for family in FAMILIES.values())
     raise Unsupported(
@@ -144,7 +157,21 @@ def _family(config: Mapping[str, Any], where: str) -> Family:
     )
 
 
-def _check_fields(config: Mapping[str, Any], where: str, notes: list[str]) -> None:
+def _check_fields(config: Mapping[str, Any], family: Family, where: str, notes: list[str]) -> None:
+    named = config.get("architectures") or []
+    if set(named) & set(family.other_architectures):
+        notes.append(f"architectures ({named}): taken for {family.architecture}, which has the same tensors")
+    elif config.get("auto_map") is not None:
+        raise Unsupported(
+            f"{where}: auto_map ({config['auto_map']}): the model comes with code of its own, which may"
+            f" compute something else than {family.architecture}: take auto_map out if it does not"
+        )
+    window, length = config.get("sliding_window"), config.get("max_position_embeddings")
+    if family.name == "mixtral" and window is not None and window < (length or 0):
+        raise Unsupported(
+            f"{where}: sliding_window ({window}): only none, or at least max_position_embeddings"
+            f" ({length}), has an equal in Megatron's model"
+        )
     for name, allowed in _ONLY.items():
         value = config.get(name)
         if name == "layer_types" and value and set(value) == {"full_attention"}:
@@ -155,7 +182,9 @@ def _check_fields(config: Mapping[str, Any], where: str, notes: list[str]) -> No
                 " in"
                 " Megatron's dense model: this model cannot be converted faithfully"
             )
-    unknown = sorted(set(config) - _MAPPED - set(_ONLY) - _HARMLESS)
+    unknown = sorted(
+        set(config) - _MAPPED - set(_ONLY) - _HARMLESS - CONFIG_FIELDS.get(family.name, frozenset())
+    )
     notes.extend(
         f"{name} ({config[name]}): unknown field, left out" for name in unknown if config[name] is not None
     )
@@ -252,11 +281,9 @@ def write_config(arch: Architecture, *, dtype: str, tokens: Mapping[str, Any]) -
         "use_cache": True,
         "vocab_size": arch.vocab_size,
     }
-    if family.name == "llama":
-        config["mlp_bias"] = False
-    else:
-        config["use_sliding_window"] = False
-    return dict(sorted({**config, **tokens}.items()))
+    return dict(
+        sorted({**config, **_OWN_FIELDS[family.name], **write_config_experts(arch), **tokens}.items())
+    )
 
 
 def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,27 @@ class HuggingFaceSource:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name every tensor, in the order of the files."""
         return self._tensors
+
+    def divide(self, name: str, parts: Sequence[str], *, shape: tuple[int, ...]) -> bool:
+        """Take a tensor as equal parts that lie one behind the other.
+
+        Args:
+            name: the tensor; afterwards gone.
+            parts: names of the parts, in the order of their bytes.
+            shape: of each part.
+
+        Returns:
+            False, and nothing changed, when the parts are not the whole.
+        """
+        info, place = self._tensors[name], self._places[name]
+        part = TensorInfo(info.dtype, shape)
+        if part.size_bytes * len(parts) != info.size_bytes:
+            return False
+        del self._tensors[name], self._places[name]
+        for number, named in enumerate(parts):
+            self._tensors[named] = part
+            self._places[named] = _Place(place.file, place.offset + number * part.size_bytes)
+        return True
 
     def read_rows(self, name: str, start: int, out: np.ndarray) -> None:
         """Fill `out` with the rows from `start` on."""

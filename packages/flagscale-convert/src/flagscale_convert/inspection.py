@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,10 @@ def _understand(
         name: str(value) if name == "rope_scaling" and value is not None else value
         for name in arch.__slots__
         for value in (getattr(arch, name),)
+        if name != "experts"
     }
+    if arch.experts is not None:
+        described |= {f"expert_{name}": value for name, value in asdict(arch.experts).items()}
     return arch.family, described, model.num_parameters, model.notes, list(model.problems)
 
 

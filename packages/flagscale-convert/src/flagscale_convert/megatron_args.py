@@ -1,4 +1,4 @@
-"""Megatron's saved arguments of the dense families, both ways.
+"""Megatron's saved arguments of the families, both ways.
 
 A checkpoint carries all of some hundred arguments of the run. Those that shape the model are mapped; those
 that would make it another model must have their neutral value; the rest is about training and says nothing
@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flagscale_convert.architecture import Architecture, RopeScaling
+from flagscale_convert.architecture import Architecture, Experts, RopeScaling
 from flagscale_convert.errors import Unsupported
+from flagscale_convert.experts import read_args_experts, write_args_experts
 
 __all__ = ["ReadArgs", "read_args", "write_args"]
 
@@ -34,7 +35,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "multi_latent_attention": (False, None),
     "no_rope_freq": (None,),
     "normalization": ("RMSNorm",),
-    "num_experts": (None,),
     "openai_gelu": (False, None),
     "position_embedding_type": ("rope",),
     "qk_l2_norm": (False, None),
@@ -47,7 +47,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_mup": (False, None),
     "window_size": (None,),
 }
-"""Arguments that change what is computed, with the values under which it is a model of the dense families."""
+"""Arguments that change what is computed, with the values under which it is a model of the families."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def read_args(args: Mapping[str, Any], *, where: str, vocab_size: int | None = N
             raise Unsupported(
                 f"{where}: {name} ({args[name]}): only {' or '.join(str(item) for item in allowed)} can be"
                 " converted:"
-                " no dense Hugging Face family computes this"
+                " none of the Hugging Face families computes this"
             )
     notes: list[str] = []
     heads = _positive(args, "num_attention_heads", where)
@@ -95,12 +95,19 @@ def read_args(args: Mapping[str, Any], *, where: str, vocab_size: int | None = N
         )
     padded = _positive(args, "padded_vocab_size", where)
     has_bias, has_norm = bool(args.get("add_qkv_bias")), bool(args.get("qk_layernorm"))
+    experts = read_args_experts(args, where=where, notes=notes)
+    family = (
+        _family(has_bias=has_bias, has_norm=has_norm, where=where)
+        if experts is None
+        else _expert_family(experts, has_bias=has_bias, has_norm=has_norm, where=where)
+    )
+    ffn_size = _positive(args, "ffn_hidden_size", where)
     return ReadArgs(
         Architecture(
-            family=_family(has_bias=has_bias, has_norm=has_norm, where=where),
+            family=family,
             num_layers=_positive(args, "num_layers", where),
             hidden_size=hidden,
-            ffn_size=_positive(args, "ffn_hidden_size", where),
+            ffn_size=experts.ffn_size if experts is not None and family == "mixtral" else ffn_size,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_size=hidden // heads
@@ -116,6 +123,7 @@ def read_args(args: Mapping[str, Any], *, where: str, vocab_size: int | None = N
             has_qkv_bias=has_bias,
             has_qk_norm=has_norm,
             init_std=_number(args, "init_method_std", 0.02, notes),
+            experts=experts,
         ),
         tuple(notes),
         knows_vocabulary=bool(vocab_size or args.get("vocab_size")),
@@ -130,6 +138,24 @@ def _family(*, has_bias: bool, has_norm: bool, where: str) -> str:
             " both without a bias on the output projection"
         )
     return "qwen3" if has_norm else "qwen2" if has_bias else "llama"
+
+
+def _expert_family(experts: Experts, *, has_bias: bool, has_norm: bool, where: str) -> str:
+    if has_bias:
+        raise Unsupported(
+            f"{where}: add_qkv_bias (True) with num_experts ({experts.count}): no family that can be"
+            " converted has both"
+        )
+    if has_norm:
+        return "qwen3_moe"
+    if experts.dense_layers or not experts.is_renormalised:
+        what = "layers without experts" if experts.dense_layers else "moe_router_pre_softmax (True)"
+        raise Unsupported(
+            f"{where}: {what} without qk_layernorm: only Qwen3-MoE has that, and it has qk_layernorm; Mixtral"
+            " has"
+            " experts in every layer and renormalises their weights"
+        )
+    return "mixtral"
 
 
 def _true_vocabulary(
@@ -179,19 +205,23 @@ def _number(args: Mapping[str, Any], name: str, default: float, notes: list[str]
     return float(value)
 
 
-def write_args(arch: Architecture, *, tokenizer: str | None, vocab_divisor: int) -> dict[str, Any]:
+def write_args(
+    arch: Architecture, *, tokenizer: str | None, vocab_divisor: int, is_stacked: bool = True
+) -> dict[str, Any]:
     """Write the arguments with which Megatron builds this model, dtype excepted.
 
     Args:
         arch: the model.
         tokenizer: directory of its tokenizer, if one is carried along.
         vocab_divisor: what the vocabulary was padded to a multiple of.
+        is_stacked: whether layers share one tensor.
     """
     scaling = arch.rope_scaling
     is_grouped = arch.num_kv_heads != arch.num_heads
     theta = int(arch.rope_theta) if arch.rope_theta.is_integer() else arch.rope_theta
     return {
         **{name: allowed[0] for name, allowed in _NEUTRAL.items()},
+        **write_args_experts(arch, is_stacked=is_stacked),
         "add_position_embedding": True,
         "add_qkv_bias": arch.has_qkv_bias,
         "attention_dropout": 0.0,

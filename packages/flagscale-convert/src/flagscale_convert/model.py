@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def _understand_huggingface(opened: Opened, source: HuggingFaceSource, vocab_div
     arch = read.architecture
     family = FAMILIES[arch.family]
     bindings = bind(family.rules, arch)
+    _divide_fused(source, arch, family, bindings)
     infos = source.tensors()
     dropped = {name.format(i=layer) for name in family.dropped for layer in range(arch.num_layers)} & set(
         infos
@@ -111,6 +113,29 @@ def _understand_huggingface(opened: Opened, source: HuggingFaceSource, vocab_div
     )
 
 
+def _divide_fused(
+    source: HuggingFaceSource, arch: Architecture, family: Family, bindings: Sequence[Binding]
+) -> None:
+    """Take tensors fused over the experts as the parts that the rules name."""
+    if arch.experts is None:
+        return
+    shapes = {
+        name: shape
+        for binding in bindings
+        for name, shape in zip(binding.hf, binding.part_shapes, strict=True)
+    }
+    for fused in family.fused:
+        for layer in range(arch.num_layers):
+            whole = fused.name.format(i=layer)
+            if whole not in source.tensors() or whole in shapes or not arch.has_experts(layer):
+                continue
+            is_per_expert = any("{e}" in part for part in fused.parts)
+            count = arch.experts.count if is_per_expert else 1
+            parts = [part.format(i=layer, e=expert) for expert in range(count) for part in fused.parts]
+            if not set(parts) & set(source.tensors()):
+                source.divide(whole, parts, shape=shapes[parts[0]])
+
+
 def _understand_megatron(
     opened: Opened, source: TorchDistSource, tokenizer: Path | None, vocab_size: int | None
 ) -> Model:
@@ -129,7 +154,13 @@ def _understand_megatron(
     family = FAMILIES[arch.family]
     infos = source.tensors()
     bindings = bind(family.rules, arch, infos)
-    problems = list(compare_names(infos, bindings, is_megatron=True).problems)
+    twins = {
+        twin
+        for binding in bindings
+        for twin in binding.twins
+        if twin in infos and binding.megatron in infos and source.is_same(binding.megatron, twin)
+    }
+    problems = list(compare_names(infos, bindings, is_megatron=True, ignored=twins).problems)
     problems += [f"`{name}`: its chunks do not tile its shape" for name in source.gaps()]
     if source.optimizer_tensors:
         notes.append(f"{len(source.optimizer_tensors)} optimizer tensors skipped: only weights are converted")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from flagscale_convert.architecture import Architecture
 from flagscale_convert.arrange import as_huggingface, as_megatron
@@ -21,12 +21,14 @@ from flagscale_convert.layout import FilePlan, lay_out_safetensors
 from flagscale_convert.locate import TRACKER, open_checkpoint
 from flagscale_convert.megatron_args import write_args
 from flagscale_convert.model import Model, understand
+from flagscale_convert.rules import bind
 from flagscale_convert.tensors import Source
 from flagscale_convert.tokenizer import Tokenizer, find_tokenizer
 
-__all__ = ["DTYPE_CODES", "Format", "Plan", "make_plan"]
+__all__ = ["DTYPE_CODES", "Format", "Layers", "Plan", "make_plan"]
 
 Format = Literal["hf", "torch_dist"]
+Layers = Literal["auto", "stacked", "per-layer"]
 DTYPE_CODES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _RELEASE = "release"
 _TOKENIZER_FOLDER = "tokenizer"
@@ -103,6 +105,7 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
     shard_bytes: int = 5_000_000_000,
     vocab_size: int | None = None,
     vocab_divisor: int = 128,
+    layers: Layers = "auto",
 ) -> Plan:
     """Plan a conversion.
 
@@ -115,6 +118,8 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
         shard_bytes: largest size of a file, if no single tensor is larger.
         vocab_size: true vocabulary, when the checkpoint does not tell it or tells it wrong.
         vocab_divisor: `torch_dist` pads the vocabulary to a multiple of this.
+        layers: how `torch_dist` stores layers: `stacked` in one tensor, `per-layer`, or `auto`: stacked if
+            they are alike. Megatron asks for one tensor per layer when its `moe_layer_freq` is a list.
 
     Raises:
         SourceNotFound: no checkpoint there.
@@ -126,16 +131,26 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
         raise Unsupported(f"to ({to}): hf or torch_dist")
     if dtype is not None and dtype not in DTYPE_CODES:
         raise Unsupported(f"dtype ({dtype}): one of {', '.join(DTYPE_CODES)}")
+    if layers not in get_args(Layers):
+        raise Unsupported(f"layers ({layers}): one of {', '.join(get_args(Layers))}")
     opened = open_checkpoint(Path(src))
     asked = None if tokenizer is None else Path(tokenizer)
     model = understand(opened, tokenizer=asked, vocab_size=vocab_size, vocab_divisor=vocab_divisor)
     hf_view: Source = as_huggingface(model.source, model.bindings) if model.is_megatron else model.source
-    view: Source = _only_bound(hf_view, model) if to == "hf" else as_megatron(hf_view, model.bindings)
+    # What is written has the names of one dialect, whatever those of the source are.
+    written = bind(model.family.rules, model.architecture)
+    view: Source = _only_bound(hf_view, model) if to == "hf" else as_megatron(hf_view, written)
     if dtype is not None:
         view = Cast(view, DTYPE_CODES[dtype])
     destination = Path(dst)
     parts = _Parts(
-        model, view, destination, shard_bytes, vocab_divisor, find_tokenizer(asked, model.tokenizer_places)
+        model,
+        view,
+        destination,
+        shard_bytes,
+        vocab_divisor,
+        find_tokenizer(asked, model.tokenizer_places),
+        _is_stacked(model.architecture, layers),
     )
     files, texts, copies = (
         ((), {}, {}) if model.problems else parts.hf() if to == "hf" else parts.torch_dist()
@@ -156,7 +171,16 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
         model=model,
         view=view,
     )
-    return replace(plan, digest=_digest(plan))
+    return replace(plan, digest=_digest(plan, parts))
+
+
+def _is_stacked(arch: Architecture, layers: Layers) -> bool:
+    if layers == "stacked" and not arch.is_uniform:
+        raise Unsupported(
+            "layers (stacked): some layers have experts and some do not, Megatron stores those one by one:"
+            " use auto or per-layer"
+        )
+    return arch.is_uniform and layers != "per-layer"
 
 
 def _only_bound(view: Source, model: Model) -> Source:
@@ -176,6 +200,7 @@ class _Parts:
     shard_bytes: int
     vocab_divisor: int
     tokenizer: Tokenizer | None
+    is_stacked: bool
     notes: list[str] = field(default_factory=list)
 
     def hf(self) -> tuple[tuple[FilePlan, ...], dict[str, bytes], dict[str, Path]]:
@@ -202,9 +227,19 @@ class _Parts:
         copies = self._carried(f"{_TOKENIZER_FOLDER}/")
         arch = self.model.architecture
         tokenizer = str((self.destination / _TOKENIZER_FOLDER).absolute()) if copies else None
-        args = write_args(arch, tokenizer=tokenizer, vocab_divisor=self.vocab_divisor)
+        args = write_args(
+            arch, tokenizer=tokenizer, vocab_divisor=self.vocab_divisor, is_stacked=self.is_stacked
+        )
+        written = bind(self.model.family.rules, arch)
+        twins = {binding.megatron: binding.twins for binding in written if binding.twins}
         files, texts = lay_out_torch_dist(
-            self.view.tensors(), arch, args, folder=_RELEASE, shard_bytes=self.shard_bytes
+            self.view.tensors(),
+            arch,
+            args,
+            twins=twins,
+            is_stacked=self.is_stacked,
+            folder=_RELEASE,
+            shard_bytes=self.shard_bytes,
         )
         return files, {**texts, TRACKER: _RELEASE.encode()}, copies
 
@@ -218,7 +253,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
 
 
-def _digest(plan: Plan) -> str:
+def _digest(plan: Plan, parts: _Parts) -> str:
     """Name a conversion by its sources (names, sizes, times) and by the layout of what it writes."""
     sources = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
@@ -227,5 +262,5 @@ def _digest(plan: Plan) -> str:
     )
     dtypes = sorted({info.dtype for info in plan.view.tensors().values()})
     layout = [(file.path, file.size_bytes) for file in plan.files]
-    described = json.dumps([plan.to, str(plan.source.resolve()), sources, dtypes, layout])
+    described = json.dumps([plan.to, str(plan.source.resolve()), sources, dtypes, layout, parts.is_stacked])
     return hashlib.sha256(described.encode()).hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from flagscale_convert.architecture import Architecture
 from flagscale_convert.tensors import TensorInfo
@@ -27,6 +28,7 @@ class Span:
 
 
 Size = Callable[[Architecture], int]
+Layers = Literal["all", "dense", "experts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,11 @@ class Copy(Op):
 class Gated(Op):
     """SwiGLU's first projection: all gate rows, then all up rows."""
 
+    rows: Size
+
     def part_rows(self, arch: Architecture) -> tuple[int, ...]:
         """Gate and up."""
-        return (arch.ffn_size, arch.ffn_size)
+        return (self.rows(arch), self.rows(arch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ class Qkv(Op):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One correspondence; `{i}` in the names is the layer."""
+    """One correspondence; `{i}` in the names is the layer, `{e}` the expert."""
 
     hf: tuple[str, ...]
     """The parts, in the operation's order."""
@@ -119,6 +123,10 @@ class Rule:
     """Second axis of every part and of the whole; None for vectors."""
     aliases: tuple[str, ...] = ()
     """Other names of the whole seen in checkpoints; read, never written."""
+    twins: tuple[str, ...] = ()
+    """Other names some layer flavour asks for; read, and written as a second name of the same bytes."""
+    layers: Layers = "all"
+    """In which layers it holds."""
     when: Callable[[Architecture], bool] = lambda _arch: True
 
 
@@ -128,6 +136,7 @@ class Binding:
 
     hf: tuple[str, ...]
     megatron: str
+    twins: tuple[str, ...]
     spans: tuple[Span, ...]
     part_shapes: tuple[tuple[int, ...], ...]
     whole_shape: tuple[int, ...]
@@ -149,19 +158,36 @@ def bind(
     flat = [rule for rule in applicable if rule not in layered]
     before = [rule for rule in flat if applicable.index(rule) < first]
     behind = [rule for rule in flat if applicable.index(rule) >= first]
-    bound = [_bind(rule, arch, 0, present) for rule in before]
-    bound += [_bind(rule, arch, layer, present) for layer in range(arch.num_layers) for rule in layered]
-    return tuple(bound + [_bind(rule, arch, 0, present) for rule in behind])
+    bound = [_bind(rule, arch, present) for rule in before]
+    bound += [
+        _bind(rule, arch, present, layer, expert)
+        for layer in range(arch.num_layers)
+        for rule in layered
+        if rule.layers == "all" or (rule.layers == "experts") is arch.has_experts(layer)
+        for expert in _experts(rule, arch)
+    ]
+    return tuple(bound + [_bind(rule, arch, present) for rule in behind])
+
+
+def _experts(rule: Rule, arch: Architecture) -> range:
+    is_per_expert = "{e}" in rule.megatron and arch.experts is not None
+    return range(arch.experts.count if is_per_expert and arch.experts is not None else 1)
 
 
 def _bind(
-    rule: Rule, arch: Architecture, layer: int, present: Mapping[str, TensorInfo] | Sequence[str]
+    rule: Rule,
+    arch: Architecture,
+    present: Mapping[str, TensorInfo] | Sequence[str],
+    layer: int = 0,
+    expert: int = 0,
 ) -> Binding:
     columns = () if rule.columns is None else (rule.columns(arch),)
-    names = [name.format(i=layer) for name in (rule.megatron, *rule.aliases)]
+    twins = tuple(name.format(i=layer, e=expert) for name in rule.twins)
+    names = [name.format(i=layer, e=expert) for name in (rule.megatron, *rule.aliases)] + [*twins]
     return Binding(
-        hf=tuple(name.format(i=layer) for name in rule.hf),
+        hf=tuple(name.format(i=layer, e=expert) for name in rule.hf),
         megatron=next((name for name in names if name in present), names[0]),
+        twins=twins,
         spans=rule.op.spans(arch),
         part_shapes=tuple((rows, *columns) for rows in rule.op.part_rows(arch)),
         whole_shape=(rule.op.whole_rows(arch), *columns),

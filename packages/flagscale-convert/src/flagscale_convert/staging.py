@@ -69,15 +69,19 @@ class Staging:
         """Check and lock the destination; forget the folder again if nothing was written.
 
         Raises:
-            DestinationRefused: it holds something else, or another process is writing to it.
-            WriteFailed: it cannot be made, or there is not enough room.
+            DestinationRefused: it cannot be made, holds something else, or another process is writing to it.
+            WriteFailed: there is not enough room.
         """
         self._check_destination()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise write_failure(self.folder, error) from error
+            if error.errno in _FULL:
+                raise write_failure(self.folder, error) from error
+            raise DestinationRefused(
+                f"{self._plan.destination}: cannot be written ({error.strerror}): choose another directory"
+            ) from error
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,12 +1,14 @@
 """Read Megatron's `torch_dist` checkpoints, tensor by tensor, without Megatron or torch.
 
-Every dialect gives the same logical tensors, named per layer (`decoder.layers.3.mlp.linear_fc1.weight`)
-however they are stored: one stacked tensor with a leading layer axis, or a tensor per layer; with or without
-a `model.` prefix; in any grid of chunks that any tensor-parallel or pipeline-parallel layout left.
+Every dialect gives the same logical tensors, named per layer (`decoder.layers.3.mlp.linear_fc1.weight`) and
+per expert (`decoder.layers.3.mlp.experts.experts.5.linear_fc1.weight`) however they are stored: one stacked
+tensor with leading layer and expert axes, or a tensor per layer; with or without a `model.` prefix; in any
+grid of chunks that any tensor-, pipeline- or expert-parallel layout left.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import threading
@@ -28,6 +30,7 @@ __all__ = ["COMMON_STATE", "CommonState", "TorchDistSource"]
 COMMON_STATE = "common_state/shard_0_1"
 _PREFIX = re.compile(r"^(?:model\.|module\.)+(?=decoder\.|embedding\.|output_layer\.|mtp\.)")
 _STACKED = re.compile(r"^decoder\.layers\.(?!\d+\.)(?P<rest>.+)$")
+_GROUPED = re.compile(r"^(?P<head>.+\.mlp\.experts\.experts\.)(?P<rest>linear_fc[12]\..+)$")
 _OPTIMIZER = re.compile(r"^(?:optimizer\b|chained_\d+\.|opt_param_scheduler)")
 
 
@@ -43,10 +46,11 @@ class CommonState:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Where a logical tensor is kept: the whole of a stored one, or one index of its layer axis."""
+    """Where a logical tensor is kept: the whole of a stored one, or one index of its leading axes."""
 
     name: str
-    layer: int | None
+    at: tuple[int, ...]
+    """Index of the layer axis, of the expert axis, of both or of none."""
 
 
 @dataclass
@@ -80,6 +84,7 @@ class TorchDistSource:
         """True when layers share one tensor with a leading layer axis."""
         self._tensors: dict[str, TensorInfo] = {}
         self._stored: dict[str, _Stored] = {}
+        self._chunks: dict[_Stored, list[Chunk]] = {}
         self._located = _Located()
         for name, info in self.metadata.tensors.items():
             if not _OPTIMIZER.match(name):
@@ -110,16 +115,28 @@ class TorchDistSource:
         if prefix is not None:
             self.prefix = prefix.group()
         logical = name.removeprefix(self.prefix) if prefix is not None else name
+        parts: list[tuple[str, tuple[int, ...]]] = [(logical, ())]
         stacked = _STACKED.match(logical)
-        if stacked is None or not info.shape:
-            self._tensors[logical] = info
-            self._stored[logical] = _Stored(name, None)
-            return
-        self.is_stacked = True
-        for layer in range(info.shape[0]):
-            per_layer = f"decoder.layers.{layer}.{stacked['rest']}"
-            self._tensors[per_layer] = TensorInfo(info.dtype, info.shape[1:])
-            self._stored[per_layer] = _Stored(name, layer)
+        if stacked is not None and info.shape:
+            self.is_stacked = True
+            parts = [
+                (f"decoder.layers.{layer}.{stacked['rest']}", (layer,)) for layer in range(info.shape[0])
+            ]
+        if _GROUPED.match(logical) and len(info.shape) > len(parts[0][1]):
+            parts = [
+                (_GROUPED.sub(rf"\g<head>{expert}.\g<rest>", part), (*at, expert))
+                for part, at in parts
+                for expert in range(info.shape[len(at)])
+            ]
+        for part, at in parts:
+            self._tensors[part] = TensorInfo(info.dtype, info.shape[len(at) :])
+            self._stored[part] = _Stored(name, at)
+        for chunk in self.metadata.chunks[name]:
+            axes = len(parts[0][1])
+            spans = zip(chunk.offsets[:axes], chunk.sizes[:axes], info.shape, strict=False)
+            ranges = (range(first, min(first + count, length)) for first, count, length in spans)
+            for at in itertools.product(*ranges):
+                self._chunks.setdefault(_Stored(name, at), []).append(chunk)
 
     def _locations(self) -> Iterator[tuple[str, Location]]:
         for name, chunks in self.metadata.chunks.items():
@@ -180,32 +197,32 @@ class TorchDistSource:
         return tuple(name for name in self._tensors if not self._is_tiled(name))
 
     def _is_tiled(self, name: str) -> bool:
-        boxes = [(chunk.offsets, chunk.sizes) for chunk in self._chunks(name)]
+        stored = self._stored[name]
+        axes = len(stored.at)
+        boxes = [(chunk.offsets[axes:], chunk.sizes[axes:]) for chunk in self._chunks.get(stored, ())]
         volume = sum(math.prod(sizes) for _, sizes in boxes)
         return volume == self._tensors[name].num_elements and not _any_overlap(boxes)
 
-    def _chunks(self, name: str) -> Iterator[Chunk]:
-        """Give the chunks of a logical tensor, their layer axis cut away."""
-        stored = self._stored[name]
-        for chunk in self.metadata.chunks[stored.name]:
-            if stored.layer is None:
-                yield chunk
-            elif chunk.offsets[0] <= stored.layer < chunk.offsets[0] + chunk.sizes[0]:
-                yield Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.location)
+    def is_same(self, one: str, other: str) -> bool:
+        """Tell whether two logical tensors are two names of the same bytes."""
+        first, second = self._stored[one], self._stored[other]
+        return (
+            first.at == second.at
+            and self._tensors[one] == self._tensors[other]
+            and self._chunks.get(first) == self._chunks.get(second)
+        )
 
     def read_rows(self, name: str, start: int, out: np.ndarray) -> None:
         """Fill `out` with the rows of a logical tensor from `start` on."""
         stored, info = self._stored[name], self._tensors[name]
         item_bytes = DTYPES[info.dtype]
         filled = 0
-        for chunk in self.metadata.chunks[stored.name]:
+        axes = len(stored.at)
+        for chunk in self._chunks.get(stored, ()):
             skipped = 0
-            offsets, sizes = chunk.offsets, chunk.sizes
-            if stored.layer is not None:
-                if not offsets[0] <= stored.layer < offsets[0] + sizes[0]:
-                    continue
-                skipped = (stored.layer - offsets[0]) * math.prod(sizes[1:])
-                offsets, sizes = offsets[1:], sizes[1:]
+            for axis, index in enumerate(stored.at):
+                skipped += (index - chunk.offsets[axis]) * math.prod(chunk.sizes[axis + 1 :])
+            offsets, sizes = chunk.offsets[axes:], chunk.sizes[axes:]
             box = _Box(offsets or (0,), sizes or (1,), item_bytes, skipped * item_bytes)
             filled += self._read_box(name, chunk, box, start, out)
         if filled != out.size:
@@ -257,7 +274,7 @@ class _Box:
     sizes: tuple[int, ...]
     item_bytes: int
     skip_bytes: int
-    """What other layers of the same chunk take before this one."""
+    """What other layers and experts of the same chunk take before this one."""
 
     @property
     def first_row(self) -> int:

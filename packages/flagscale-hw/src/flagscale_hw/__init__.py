@@ -14,7 +14,15 @@ TYPE_CHECKING = False  # as typing's own, whose import would cost more than all 
 if TYPE_CHECKING:
     from flagscale_hw.chips import Runtime, env, runtime
     from flagscale_hw.detection import detect
-    from flagscale_hw.errors import DetectError, HwError, InputError, InvalidPlan, LaunchError, RunNotFound
+    from flagscale_hw.errors import (
+        DetectError,
+        HwError,
+        InputError,
+        InvalidPlan,
+        LaunchError,
+        LaunchRefused,
+        RunNotFound,
+    )
     from flagscale_hw.logs import LogLine
     from flagscale_hw.machine import Device, Machine
     from flagscale_hw.peaks import peak
@@ -30,6 +38,7 @@ __all__ = [
     "InputError",
     "InvalidPlan",
     "LaunchError",
+    "LaunchRefused",
     "LogLine",
     "Machine",
     "Plan",
@@ -56,7 +65,15 @@ __all__ = [
 _HOMES = {
     "chips": ("Runtime", "env", "runtime"),
     "detection": ("detect",),
-    "errors": ("DetectError", "HwError", "InputError", "InvalidPlan", "LaunchError", "RunNotFound"),
+    "errors": (
+        "DetectError",
+        "HwError",
+        "InputError",
+        "InvalidPlan",
+        "LaunchError",
+        "LaunchRefused",
+        "RunNotFound",
+    ),
     "logs": ("LogLine",),
     "machine": ("Device", "Machine"),
     "peaks": ("peak",),

@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 a bug, 2 wrong input, 3 not found, 4 a run failed, 130 int
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import json
 import os
 import sys
@@ -22,18 +24,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(argv)
     action: Callable[[argparse.Namespace], int] = options.action
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the locale lacks becomes an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = action(options)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has seen enough. Python flushes once more at exit: give it another place.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:  # the caller may have closed it
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        _discard_output()
         return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001 - the last frame: a user gets a line, not a traceback
         return _report(error, debug=options.debug)
     return code
+
+
+def _discard_output() -> None:
+    """Python flushes standard output once more at exit: give it another place."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(error: Exception, *, debug: bool) -> int:
@@ -45,6 +54,11 @@ def _report(error: Exception, *, debug: bool) -> int:
     if isinstance(code, int):
         print(f"error: {error}", file=sys.stderr)
         return code
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = error.filename or "writing"
+        print(f"error: {where}: {error.strerror}: the output is not whole: make room", file=sys.stderr)
+        _discard_output()
+        return 4
     print(f"error: a bug in flagscale-hw {__version__}: {type(error).__name__}: {error}", file=sys.stderr)
     print("run it again with --debug and report what it prints", file=sys.stderr)
     return 1

@@ -5,10 +5,19 @@
   - InvalidPlan          a plan that cannot be run as written (exit 2)
   - DetectError          a machine that cannot be described (exit 3)
   - LaunchError          the run could not be started (exit 4)
+    - LaunchRefused      the port or the directory asked for cannot be had (exit 2)
   - RunNotFound          no such run, or nothing of it is left (exit 3)
 """
 
-__all__ = ["DetectError", "HwError", "InputError", "InvalidPlan", "LaunchError", "RunNotFound"]
+__all__ = [
+    "DetectError",
+    "HwError",
+    "InputError",
+    "InvalidPlan",
+    "LaunchError",
+    "LaunchRefused",
+    "RunNotFound",
+]
 
 
 class HwError(Exception):
@@ -42,6 +51,12 @@ class DetectError(HwError):
 
 class LaunchError(HwError):
     """The processes of a plan could not be started."""
+
+
+class LaunchRefused(LaunchError):
+    """A port or a directory that the caller chose cannot be had; nothing was started, another one helps."""
+
+    exit_code = 2
 
 
 class RunNotFound(HwError):

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from flagscale_hw.ending import end_children
-from flagscale_hw.errors import HwError
+from flagscale_hw.errors import HwError, LaunchRefused
 from flagscale_hw.kernel import become_subreaper
 from flagscale_hw.order import Order
 from flagscale_hw.record import Record, say
@@ -101,7 +101,8 @@ def _supervise(directory: RunDirectory, order: Order, watch: int) -> int:
             supervisor.prepare()
         except (HwError, OSError) as error:
             supervisor.take_back()
-            _answer({"problem": _in_words(error)})
+            kind = "refused" if isinstance(error, LaunchRefused) else "problem"
+            _answer({kind: _in_words(error)})
             return _REFUSED
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         _answer({"run_id": order.run_id})

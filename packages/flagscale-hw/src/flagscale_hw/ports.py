@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from flagscale_hw.errors import LaunchError
+from flagscale_hw.errors import LaunchError, LaunchRefused
 from flagscale_hw.identity import command_of
 
 __all__ = ["PortLease", "lease_ports", "port_owner"]
@@ -93,7 +93,8 @@ def lease_ports(wanted: Mapping[str, int | None]) -> dict[str, PortLease]:
         wanted: name -> number, or None for any free one.
 
     Raises:
-        LaunchError: a wanted port is in use or forbidden; names it and, where the host tells, its owner.
+        LaunchRefused: a wanted port is in use or forbidden; names it and, where the host tells, its owner.
+        LaunchError: no port is free.
     """
     leases: dict[str, PortLease] = {}
     try:
@@ -113,10 +114,10 @@ def _lease_one(name: str, number: int) -> PortLease:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             owner = port_owner(number) or "a process that this user may not see"
-            raise LaunchError(
+            raise LaunchRefused(
                 f"port {name!r} ({number}): in use by {owner}: choose another port, or stop that process"
             ) from error
-        raise LaunchError(
+        raise LaunchRefused(
             f"port {name!r} ({number}): {error.strerror}: choose a port above 1023 that this user may open"
         ) from error
 

@@ -10,6 +10,7 @@ What does not live here: the process that watches over the run (`supervisor.py`)
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from flagscale_hw.errors import InvalidPlan, LaunchError, RunNotFound
+from flagscale_hw.errors import InvalidPlan, LaunchError, LaunchRefused, RunNotFound
 from flagscale_hw.identity import marked
 from flagscale_hw.index import remembered
 from flagscale_hw.logs import LogLine, follow_logs, read_logs
@@ -208,8 +209,8 @@ def launch(plan: Plan, run_dir: str | os.PathLike[str], *, detach: bool = True) 
 
     Raises:
         InvalidPlan: the plan asks for another host.
-        LaunchError: the directory holds a run or cannot be written, or a port is taken. Nothing is left
-        behind.
+        LaunchRefused: the directory holds a run or cannot be written, or a port is taken.
+        LaunchError: anything else that keeps it from starting. Nothing is left behind in either case.
     """
     elsewhere = sorted({process.host for process in plan.processes} - {"local"})
     if elsewhere:
@@ -241,12 +242,12 @@ def _take(claim: Claim, run: Run, plan: Plan) -> None:
     try:
         is_taken = not claim.take(plan.to_json())
     except OSError as error:
-        raise LaunchError(
-            f"{run.dir}: cannot hold a run: {error.strerror}: choose another directory"
-        ) from error
+        # A full disk is nobody's wrong input; every other reason is the directory that was chosen.
+        kind = LaunchError if error.errno in (errno.ENOSPC, errno.EDQUOT) else LaunchRefused
+        raise kind(f"{run.dir}: cannot hold a run: {error.strerror}: choose another directory") from error
     if is_taken:
         state = run.status().state
-        raise LaunchError(f"{run.dir}: holds a run already ({state}): choose a new directory for each run")
+        raise LaunchRefused(f"{run.dir}: holds a run already ({state}): choose a new directory for each run")
 
 
 def open_run(run_dir: str | os.PathLike[str]) -> Run:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flagscale_hw.__about__ import __version__
 from flagscale_hw.cause import first_cause
-from flagscale_hw.errors import LaunchError
+from flagscale_hw.errors import LaunchError, LaunchRefused
 from flagscale_hw.identity import identify
 from flagscale_hw.order import KEEP, LET_GO, Order
 from flagscale_hw.plan import Plan
@@ -56,7 +56,8 @@ class Start:
         """Start the guardian and wait until the supervisor has put itself on record.
 
         Raises:
-            LaunchError: the supervisor refused or broke.
+            LaunchRefused: a port asked for is taken.
+            LaunchError: the supervisor could not do its work, or broke.
         """
         launcher = identify(os.getpid())
         if launcher is None:
@@ -69,6 +70,8 @@ class Start:
                 f"{self._directory.path}: cannot start the supervisor: {error.strerror}"
             ) from error
         said = self._wait_for_answer()
+        if "refused" in said:
+            raise LaunchRefused(said["refused"])
         if "problem" in said:
             raise LaunchError(said["problem"])
         if "run_id" not in said:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flagscale_serve.engines import ENGINES, Engine
-from flagscale_serve.errors import EngineMissing, InvalidModel
+from flagscale_serve.errors import EngineMissing, InvalidModel, InvalidService
 from flagscale_serve.model import Model, read_model
 from flagscale_serve.service import Service
 
-__all__ = ["check_engines", "check_models"]
+__all__ = ["check_addresses", "check_engines", "check_models"]
 
 _TIMEOUT_S = 60.0
 # Finds without importing: an import of an engine takes seconds, and can fail for reasons of the machine.
@@ -56,6 +58,26 @@ def check_models(service: Service, chip: str) -> tuple[Model, ...]:
             _check_head_dim(model)
         models.append(model)
     return tuple(models)
+
+
+def check_addresses(service: Service) -> None:
+    """Make sure that this machine can listen on every instance's host; an engine finds out after a minute.
+
+    Raises:
+        InvalidService: the host is no address of this machine, or a name that nobody knows.
+    """
+    for instance in service.instances:
+        try:
+            family, kind, *_, address = socket.getaddrinfo(instance.host, 0, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.bind(address)
+        except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise InvalidService(
+                    f"{instance.name}: host {instance.host}: not an address of this machine: use 127.0.0.1, "
+                    "or 0.0.0.0 for every address it has"
+                ) from error
+            raise
 
 
 def _check_head_dim(model: Model) -> None:

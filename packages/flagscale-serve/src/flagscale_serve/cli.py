@@ -248,7 +248,7 @@ def _follow(run: Run, prepared: Prepared, began: float, arguments: argparse.Name
     if now.state == "ready":
         print(ready_text(status_of(run), time.monotonic() - began), flush=True)
         if arguments.detach:
-            _say(f"stop it with: flagscale-serve stop {run.dir}")
+            _say(f"stop it with: flagscale-serve stop {shlex.quote(str(run.dir))}")
             return 0
         _say("Ctrl-C stops it; the engine's log follows")
         now = log.until_over()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import flagscale_hw as hw
-from flagscale_serve.checks import check_engines, check_models
+from flagscale_serve.checks import check_addresses, check_engines, check_models
 from flagscale_serve.engines import default_engine
 from flagscale_serve.errors import InvalidService, NotServing, RunFailed
 from flagscale_serve.model import Model, has_chat_template
@@ -139,12 +139,14 @@ def prepare(target: str, overrides: Sequence[str] = (), options: Options | None 
 
 
 def check(prepared: Prepared) -> tuple[Model, ...]:
-    """Look at the models and at the engines' Python.
+    """Look at the addresses, the models and the engines' Python.
 
     Raises:
+        InvalidService: a host is no address of this machine.
         InvalidModel: a model directory is not whole.
         EngineMissing: that Python lacks an engine.
     """
+    check_addresses(prepared.service)
     models = check_models(prepared.service, prepared.plan.facts["chip"])
     check_engines(prepared.service, prepared.python)
     return models
@@ -158,7 +160,7 @@ def start(prepared: Prepared, *, detach: bool) -> hw.Run:
         detach: False ends the run together with the calling process.
 
     Raises:
-        LaunchError: a port is in use, or the run directory holds a run.
+        LaunchRefused: a port is in use, or the run directory holds a run.
     """
     run = hw.launch(prepared.plan, prepared.run_dir, detach=detach)
     _point_to(prepared.run_dir)
@@ -178,7 +180,7 @@ def run(
 
     Raises:
         InvalidService, InvalidModel, EngineMissing: it cannot be started as asked.
-        LaunchError: a port is in use.
+        LaunchRefused: a port is in use.
         RunFailed: it ended, or did not get ready in time; nothing of it is left.
     """
     prepared = prepare(target, overrides, options)

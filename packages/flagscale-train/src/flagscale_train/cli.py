@@ -16,6 +16,7 @@ from flagscale_train.__about__ import __version__
 from flagscale_train.errors import InvalidInput
 
 if TYPE_CHECKING:
+    import flagscale_hw as hw
     from flagscale_train.runs import TrainStatus
 
 __all__ = ["main", "parser"]
@@ -181,13 +182,20 @@ def _wrapped(words: Sequence[str]) -> str:
 
 
 def _run(given: argparse.Namespace) -> int:
-    from flagscale_train.runs import run, status
+    from flagscale_train.runs import finished, run, status
     from flagscale_train.watch import watch
 
+    whole = finished(given.source, given.overrides)
+    if whole is not None:
+        print(f"trained to its last step already: {whole}")
+        _next("go on", "the same command with a larger train.model.train_iters")
+        _next_after(whole)
+        return 0
     started = run(given.source, given.overrides, detach=given.detach)
     if given.detach:
         print(started.dir)
-        _next("follow it", f"flagscale-train logs -f {started.dir}", f"flagscale-train status {started.dir}")
+        where = shlex.quote(str(started.dir))
+        _next("follow it", f"flagscale-train logs -f {where}", f"flagscale-train status {where}")
         return 0
     print(f"run {started.dir}", flush=True)
     try:
@@ -213,12 +221,7 @@ def _report(ended: TrainStatus) -> int:
     where = shlex.quote(str(ended.run_dir))
     if ended.run.state == "succeeded":
         if checkpoint is not None:
-            root = Path(checkpoint["path"]).parent
-            _next(
-                "next",
-                f"flagscale-convert run {root} HF_DIR --to hf --tokenizer DIR",
-                f"flagscale-train status {where}",
-            )
+            _next_after(Path(checkpoint["path"]), f"flagscale-train status {where}")
         return 0
     if ended.run.state == "stopped":
         print(f"stopped after step {ended.progress.iteration}; the same command resumes")
@@ -227,6 +230,11 @@ def _report(ended: TrainStatus) -> int:
     log = shlex.quote(str(ended.run_dir / "logs" / "train.log"))
     print(f"see {log}; after mending it the same command resumes", file=sys.stderr)
     return ended.run.exit_code
+
+
+def _next_after(checkpoint: Path, *more: str) -> None:
+    root = shlex.quote(str(checkpoint.parent))
+    _next("next", f"flagscale-convert run {root} HF_DIR --to hf --tokenizer DIR", *more)
 
 
 def _next(title: str, *commands: str) -> None:
@@ -252,7 +260,7 @@ def _status(given: argparse.Namespace) -> int:
         _print_json(now.to_dict())
         return 0
     print(f"{now.name}: {now.run.state}: {now.run_dir}")
-    for line in (now.what_happened, step_line(now.progress)):
+    for line in (now.what_happened, step_line(now.progress, is_over=now.run.is_over)):
         if line:
             print(f"  {line}")
     held_out, checkpoint = now.progress.validation, now.progress.checkpoint
@@ -261,9 +269,16 @@ def _status(given: argparse.Namespace) -> int:
     if checkpoint:
         print(f"  last checkpoint {checkpoint['path']}{' (whole)' if checkpoint.get('verified') else ''}")
     for process in now.run.processes:
-        end = "running" if process.is_running else f"exit code {process.exit_code}, signal {process.signal}"
-        print(f"  {process.name}: pid {process.pid}, {end}")
+        print(f"  {process.name}: pid {process.pid}, {_end_of(process)}")
     return 0
+
+
+def _end_of(process: hw.ProcessStatus) -> str:
+    if process.is_running:
+        return "running"
+    if process.signal is not None:
+        return f"ended by signal {process.signal}"
+    return "ended" if process.exit_code is None else f"exit code {process.exit_code}"
 
 
 def _logs(given: argparse.Namespace) -> int:
@@ -281,6 +296,8 @@ def _list(given: argparse.Namespace) -> int:
     if given.json:
         _print_json([one.to_dict() for one in found])
         return 0
+    if not found:
+        print("no trainings are known on this machine", file=sys.stderr)
     for one in found:
         print(f"{one.run.state:<10} step {one.progress.iteration:>7}  {one.name:<24} {one.run_dir}")
     return 0

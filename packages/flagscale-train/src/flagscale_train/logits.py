@@ -15,6 +15,7 @@ import flagscale_hw as hw
 from flagscale_config import Experiment, load, render_megatron
 from flagscale_train.checkpoints import choose
 from flagscale_train.chips import PLAIN_LAYERS
+from flagscale_train.data.writing import require_writable
 from flagscale_train.errors import InvalidInput, NotFound, RunFailed
 from flagscale_train.events import FILE_NAME, Progress, read
 from flagscale_train.findings import Findings, examine
@@ -71,12 +72,13 @@ def compute_logits(
         `output`.
 
     Raises:
-        InvalidInput: the tokens are wrong.
+        InvalidInput: the tokens are wrong, or `output` cannot be written.
         NotFound: there is no whole checkpoint.
         RunFailed: Megatron failed; the message names the cause and the log.
     """
     experiment = load(source, list(overrides), task="train")
     _check_tokens(tokens, experiment)
+    require_writable(output)
     root = checkpoint.resolve() if checkpoint else Path(checkpoint_dir(experiment))
     if choose(root).path is None:
         raise NotFound(
@@ -85,7 +87,6 @@ def compute_logits(
     machine = hw.detect()
     planned = _plan(experiment, machine, examine(experiment), (tokens.resolve(), output.resolve(), root))
     run_dir = Path(experiment.exp_dir) / "logits" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    output.parent.mkdir(parents=True, exist_ok=True)
     run = hw.launch(planned, run_dir, detach=False)
     try:
         ended = run.wait()
@@ -137,7 +138,13 @@ def _plan(
     for name in (*_SAVING, *_SHARING, *_PRECISION):
         options.pop(name, None)
     options |= {"load": str(root), "no_load_optim": True, "no_load_rng": True, "micro_batch_size": 1}
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=1")
+    launcher = (
+        "-m",
+        "flagscale_train.worker.torchrun",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=1",
+    )
     own = (f"--flagscale-tokens={tokens}", f"--flagscale-output={output}")
     extra = experiment.train.extra_args if experiment.train else ()
     argv = (

@@ -237,7 +237,16 @@ def _torchrun(
         f"--nproc-per-node={num_processes}",
         "--max-restarts=0",
     )
-    return (python, "-m", "torch.distributed.run", *launcher, "-m", module, *render_megatron(options), *extra)
+    return (
+        python,
+        "-m",
+        "flagscale_train.worker.torchrun",
+        *launcher,
+        "-m",
+        module,
+        *render_megatron(options),
+        *extra,
+    )
 
 
 def process_for(

@@ -19,12 +19,13 @@ from typing import Any
 import flagscale_hw as hw
 from flagscale_config import load
 from flagscale_train.cause import killed_rank
+from flagscale_train.checkpoints import choose
 from flagscale_train.errors import InvalidInput, NotFound
 from flagscale_train.events import FILE_NAME, Progress, read
 from flagscale_train.findings import examine
-from flagscale_train.plan import plan
+from flagscale_train.plan import checkpoint_dir, plan
 
-__all__ = ["TrainStatus", "find", "list_runs", "logs", "make_plan", "run", "status", "stop"]
+__all__ = ["TrainStatus", "find", "finished", "list_runs", "logs", "make_plan", "run", "status", "stop"]
 
 _RUNS, _LATEST = "runs", "latest"
 
@@ -54,12 +55,14 @@ class TrainStatus:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON."""
+        progress = self.progress.to_dict()
         return {
             "run_dir": str(self.run_dir),
             "name": self.name,
             "what_happened": self.what_happened,
             **self.run.to_dict(),
-            "progress": self.progress.to_dict(),
+            # A run that was cut off has steps left, but no time.
+            "progress": progress | ({"remaining_s": None} if self.run.is_over else {}),
         }
 
 
@@ -72,6 +75,28 @@ def make_plan(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     experiment = load(source, list(overrides), task="train")
     return plan(experiment, hw.detect(), findings=examine(experiment))
+
+
+_OTHER_WORK = ("load", "pretrained_checkpoint", "finetune", "skip_train", "ckpt_step")
+"""With one of these a run does something even where the last step was trained."""
+
+
+def finished(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Path | None:
+    """Return the checkpoint of the last step, where an experiment was trained to its end already.
+
+    Args:
+        source: experiment file or recipe name.
+        overrides: Hydra overrides.
+
+    Returns:
+        None if a run would train, or do anything else.
+    """
+    experiment = load(source, list(overrides), task="train")
+    train = experiment.train
+    if train is None or not train.train_iters or any(train.options.get(name) for name in _OTHER_WORK):
+        return None
+    newest = choose(Path(checkpoint_dir(experiment)))
+    return newest.path if newest.iteration >= train.train_iters else None
 
 
 def run(source: str | os.PathLike[str], overrides: Sequence[str] = (), *, detach: bool = True) -> hw.Run:

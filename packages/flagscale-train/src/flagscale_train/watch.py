@@ -65,8 +65,13 @@ def _number(value: Any, shape: str) -> str:
     return format(value, shape) if isinstance(value, (int, float)) else "nan"
 
 
-def step_line(progress: Progress) -> str:
-    """Return the newest step in one line; empty before the first."""
+def step_line(progress: Progress, *, is_over: bool = False) -> str:
+    """Return the newest step in one line; empty before the first.
+
+    Args:
+        progress: of the run.
+        is_over: nothing is going on any more, so no time is left either.
+    """
     step = progress.step
     if step is None:
         return ""
@@ -81,7 +86,7 @@ def step_line(progress: Progress) -> str:
     if step.get("mfu") is not None:
         parts.append(f"{step['tflops_per_device']:.0f} TFLOP/s")
         parts.append(f"MFU {100 * step['mfu']:.1f} %")
-    if progress.remaining_s is not None and total and progress.iteration < total:
+    if not is_over and progress.remaining_s is not None and total and progress.iteration < total:
         parts.append(f"{duration(progress.remaining_s)} left")
     return "  ".join(parts)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import multiprocessing
 import os
@@ -19,6 +18,7 @@ from flagscale_train.data.corpus import Document, find
 from flagscale_train.data.indexed import IndexedWriter, files_of, typecode_for
 from flagscale_train.data.progress import Progress
 from flagscale_train.data.vocabulary import Vocabulary, library
+from flagscale_train.data.writing import require_writable, saying_why
 from flagscale_train.errors import InvalidInput, TrainError
 
 __all__ = ["Tokenized", "facts_file", "tokenize"]
@@ -87,7 +87,8 @@ def tokenize(  # noqa: PLR0913 -- all but two by name only
         What was written.
 
     Raises:
-        InvalidInput: an input, the tokenizer or an option is wrong, or the dataset exists.
+        InvalidInput: an input, the tokenizer or an option is wrong, or the dataset exists or cannot be
+            written.
         TrainError: the disk is full, or a worker process died.
     """
     if workers < 1:
@@ -103,52 +104,63 @@ def tokenize(  # noqa: PLR0913 -- all but two by name only
         )
     corpus = find(inputs, key)
     end = vocabulary.eod if append_eod else None
+    require_writable(output)
     try:
-        with Progress("tokenizing", corpus.num_bytes) as progress:
+        with saying_why(output), Progress("tokenizing", corpus.num_bytes) as progress:
             batches = _tokenized(_batched(corpus.documents()), vocabulary, end, workers)
             return _write(batches, output, vocabulary, progress)
     except BrokenProcessPool as error:
         raise TrainError(
             "a tokenizing process was killed, perhaps for lack of memory: use fewer --workers"
         ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise TrainError(
-                f"{output}: {error.strerror}: nothing was kept: make room and run again"
-            ) from error
-        raise
 
 
 def _write(batches: Iterable[_Batch], output: Path, vocabulary: Vocabulary, progress: Progress) -> Tokenized:
-    typecode = typecode_for(vocabulary.size)
-    num_tokens = num_empty = num_bytes = max_token = 0
     facts_file(output).unlink(missing_ok=True)
-    with IndexedWriter(output, typecode) as writer:
-        for batch in batches:
-            writer.add(batch.tokens, batch.lengths)
-            num_tokens += sum(batch.lengths)
-            num_empty += batch.num_empty
-            num_bytes += batch.num_bytes
-            max_token = max(max_token, batch.max_token)
-            progress.advance(batch.num_bytes)
-        if not num_tokens:
-            raise InvalidInput(f"{output}: the input holds no text: nothing to write")
-        num_documents = writer.num_documents
-    done = Tokenized(
+    try:
+        with IndexedWriter(output, typecode_for(vocabulary.size)) as writer:
+            done = _described(_add_all(writer, batches, output, progress), output, vocabulary)
+            # Before the dataset appears: a disk that fills up here must not leave half of the three files.
+            facts_file(output).write_text(json.dumps(asdict(done), indent=2) + "\n", encoding="utf-8")
+    except BaseException:
+        facts_file(output).unlink(missing_ok=True)
+        raise
+    return done
+
+
+def _add_all(
+    writer: IndexedWriter, batches: Iterable[_Batch], output: Path, progress: Progress
+) -> dict[str, int]:
+    """Write every batch; returns the sums over them."""
+    num_tokens = num_empty = num_bytes = max_token = 0
+    for batch in batches:
+        writer.add(batch.tokens, batch.lengths)
+        num_tokens += sum(batch.lengths)
+        num_empty += batch.num_empty
+        num_bytes += batch.num_bytes
+        max_token = max(max_token, batch.max_token)
+        progress.advance(batch.num_bytes)
+    if not num_tokens:
+        raise InvalidInput(f"{output}: the input holds no text: nothing to write")
+    return {
+        "num_documents": writer.num_documents,
+        "num_tokens": num_tokens,
+        "num_empty": num_empty,
+        "num_bytes": num_bytes,
+        "max_token": max_token,
+    }
+
+
+def _described(sums: dict[str, int], output: Path, vocabulary: Vocabulary) -> Tokenized:
+    return Tokenized(
         prefix=str(output),
-        num_documents=num_documents,
-        num_tokens=num_tokens,
-        num_empty=num_empty,
-        num_bytes=num_bytes,
-        dtype={"H": "uint16", "i": "int32"}[typecode],
+        **sums,
+        dtype={"H": "uint16", "i": "int32"}[typecode_for(vocabulary.size)],
         vocab_size=vocabulary.size,
-        max_token=max_token,
         tokenizer=str(vocabulary.directory),
         tokenizer_sha256=vocabulary.sha256,
         eod=vocabulary.eod,
     )
-    facts_file(output).write_text(json.dumps(asdict(done), indent=2) + "\n", encoding="utf-8")
-    return done
 
 
 def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from flagscale_train.data.corpus import find
 from flagscale_train.data.progress import Progress
+from flagscale_train.data.writing import require_writable, saying_why
 from flagscale_train.errors import InvalidInput
 
 __all__ = ["TrainedTokenizer", "Vocabulary", "library", "train_tokenizer"]
@@ -133,7 +134,8 @@ def train_tokenizer(
         What was made.
 
     Raises:
-        InvalidInput: an input is wrong, `vocab_size` is too small, or `output` exists.
+        InvalidInput: an input is wrong, `vocab_size` is too small, or `output` exists or cannot be written.
+        TrainError: the disk is full.
     """
     if vocab_size < 256 + 2:
         raise InvalidInput(f"--vocab-size: {vocab_size}: 256 bytes and 2 special tokens make 258 the least")
@@ -141,6 +143,7 @@ def train_tokenizer(
         raise InvalidInput(f"{output}: exists: give another --output, or --overwrite to replace it")
     tokenizers = library()
     corpus = find(inputs, key)
+    require_writable(output)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -161,7 +164,8 @@ def train_tokenizer(
                 progress.advance(document.num_bytes)
 
         tokenizer.train_from_iterator(texts(), trainer)
-    _write(tokenizer, output)
+    with saying_why(output):
+        _write(tokenizer, output)
     return TrainedTokenizer(output, tokenizer.get_vocab_size(), num_documents, corpus.num_bytes)
 
 
@@ -170,7 +174,8 @@ def _write(tokenizer: Any, output: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        tokenizer.save(str(partial / "tokenizer.json"))
+        # Not tokenizer.save(): on a full disk that raises a bare Exception.
+        (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         described = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": EOS,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import queue
 import shutil
 import signal
 import time
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import checkpointing, get_args, training
 from torch.distributed.checkpoint.api import CheckpointException
@@ -70,6 +72,9 @@ class Keeper:
         self._wrap("load_checkpoint", self._load)
         self._wrap("save_checkpoint", self._save)
         _allow_longer_training()
+        if not get_args().async_save:
+            # Writers are threads then. Megatron's own queue is a process that first imports torch: 5 s.
+            filesystem_async._results_queue = queue.Queue()
 
     @staticmethod
     def _wrap(name: str, around: Callable[..., Any]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flagscale_train.events import Journal
@@ -61,7 +63,13 @@ def _cause(error: BaseException) -> BaseException:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else repr(error)
+    if lines:
+        return lines[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    # Many of Megatron's assertions say nothing but themselves.
+    return (
+        f"{frames[-1].line} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else repr(error)
+    )
 
 
 def prepare(settings: Settings) -> Callable[[], Any]:
