@@ -137,11 +137,11 @@ def test_neither_torch_nor_megatron_is_needed(make, shape, tmp_path, python):
 
 def test_ctrl_c_is_130(make, shape, tmp_path):
     code = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from flagscale_convert import execution, cli\n"
         "write = execution._write_item\n"
         "def slow(*given):\n"
-        "    print('writing', flush=True); time.sleep(0.2); write(*given)\n"
+        "    os.write(1, b'writing\\n'); time.sleep(0.2); write(*given)\n"
         "execution._write_item = slow\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
