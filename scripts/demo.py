@@ -59,9 +59,8 @@ class Demo:
         self.tokenizer, self.data, self.hf = root / "tokenizer", root / "data" / "stdlib", root / "hf"
         self.train, self.serve = root / "train", root / "serve"
         self.facts: dict[str, Any] = {}
-        machine = detect()
         # Two processes on a CPU show data parallelism; a chip takes one process each.
-        self.chip, self.processes = machine.chip, min(len(machine.devices), 2) or 2
+        self.processes = min(len(detect().devices), 2) or 2
         self.env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
     # --- running commands -------------------------------------------------------------------------------
@@ -129,9 +128,8 @@ class Demo:
     def train_and_resume(self) -> None:
         """Train, cut the power half-way, resume, and compare the steps trained twice."""
         if not self.finished():
-            before = {event["iteration"]: event for event in self.steps_of_all_runs()}
-            if not before:
-                before = self.train_until_killed()
+            if not self.steps_of_all_runs():
+                self.train_until_killed()
             self.run("flagscale-train", "run", *self.training_words())
         self.check_learning()
         runs = [list(events(path, "step")) for path in self.event_files()]
@@ -156,7 +154,7 @@ class Demo:
                 f"held-out loss {losses[-1]:.3f}: expected below 0.75 ln({VOCABULARY}) = {bound:.3f}"
             )
 
-    def train_until_killed(self) -> dict[int, dict[str, Any]]:
+    def train_until_killed(self) -> None:
         """Start the training, and kill all of it at once, ten steps past the half-way checkpoint.
 
         Every process gets SIGKILL, as in a power cut: if asked first, it would save a checkpoint, and then no
@@ -179,7 +177,6 @@ class Demo:
             launcher.wait()
         wait_until_gone(self.train)
         self.run("flagscale-train", "status", self.train / "runs" / "latest")
-        return {event["iteration"]: event for event in self.steps_of_all_runs()}
 
     def convert(self) -> None:
         """Write the Hugging Face checkpoint and verify it bit by bit."""
