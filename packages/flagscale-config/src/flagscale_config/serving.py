@@ -12,7 +12,7 @@ from flagscale_config.options import OptionError, option_table, spelled
 from flagscale_config.places import Path
 from flagscale_config.resolve import is_incomplete
 from flagscale_config.sections import read_model
-from flagscale_config.suggest import suggestion
+from flagscale_config.suggest import Hint, suggestion
 
 __all__ = ["read_serve"]
 
@@ -95,12 +95,14 @@ def _typed(tree: Mapping[str, Any], engine: str, path: Path, findings: Findings)
             continue
         if found is None:
             hint = suggestion(key, table, path)
-            findings.error("config/unknown-key", here, f"unknown option of {engine} {table.version}{hint}")
+            message = f"unknown option of {engine} {table.version}{hint}"
+            findings.error("config/unknown-key", here, message, hint=hint)
             continue
         try:
             coerced = found[0].coerce(value)
         except OptionError as error:
-            findings.error("config/value", here, str(error), value)
+            hint = Hint(allowed=error.allowed, suggestion=error.suggestion)
+            findings.error("config/value", here, str(error), value, hint=hint)
             continue
         option, is_opposite = found
         coerced = not coerced if is_opposite else coerced
