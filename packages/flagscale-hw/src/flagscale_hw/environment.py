@@ -7,14 +7,25 @@ nodes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flagscale_hw.chips import Runtime, runtime
 from flagscale_hw.errors import InputError
+from flagscale_hw.host import Host
 from flagscale_hw.machine import Device, Machine
 
-__all__ = ["choose", "docker_options", "env", "kubernetes_limits"]
+__all__ = ["ROOT_VARIABLE", "choose", "docker_options", "env", "kubernetes_limits", "this_host"]
+
+ROOT_VARIABLE = "FLAGSCALE_HW_ROOT"
+"""Look at the files and tools below this directory instead of this host."""
+
+
+def this_host() -> Host:
+    """Return this host, or the recorded or faked one that the environment names in its place."""
+    return Host(Path(os.environ.get(ROOT_VARIABLE) or "/"))
 
 
 def env(devices: Sequence[Device], *, environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -40,7 +51,7 @@ def env(devices: Sequence[Device], *, environ: Mapping[str, str] | None = None) 
         raise InputError(f"devices {indices}: one is named twice: name each device once")
     if row.visible_devices_variable is None:
         return {}
-    numbers = _within(row, [_number(device) for device in devices], environ or {})
+    numbers = _within(row, devices, environ or {})
     selected = {row.visible_devices_variable: ",".join(numbers)}
     return {**dict([row.device_order] if row.device_order else []), **selected}
 
@@ -64,19 +75,28 @@ def _number(device: Device) -> str:
     return str(device.physical_index)
 
 
-def _within(row: Runtime, numbers: list[str], environ: Mapping[str, str]) -> list[str]:
-    """Count within the outer variable where one is in force."""
+def _within(row: Runtime, devices: Sequence[Device], environ: Mapping[str, str]) -> list[str]:
+    """Return the numbers of the devices, counted within the outer variable where one is in force."""
+    numbers = [_number(device) for device in devices]
     text = environ.get(row.outer_devices_variable or "", "").strip()
     if not text:
         return numbers
     outer = [word.strip() for word in text.split(",")]
-    missing = [number for number in numbers if number not in outer]
+    places = [_place(outer, number, device.uuid) for number, device in zip(numbers, devices, strict=True)]
+    missing = [number for number, place in zip(numbers, places, strict=True) if place is None]
     if missing:
         raise InputError(
             f"devices {', '.join(missing)}: {row.outer_devices_variable}={text} hides them, and it is applied "
-            "first: name numbers that it has, or unset it"
+            "first: name devices that it has, or unset it"
         )
-    return [str(outer.index(number)) for number in numbers]
+    return [str(place) for place in places]
+
+
+def _place(outer: Sequence[str], number: str, uuid: str | None) -> int | None:
+    for place, word in enumerate(outer):
+        if word == number or (uuid and not word.isdigit() and uuid.startswith(word)):
+            return place
+    return None
 
 
 def choose(machine: Machine, words: Sequence[str]) -> tuple[Device, ...]:
