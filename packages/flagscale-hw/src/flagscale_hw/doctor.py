@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flagscale_hw.backend import backends
-from flagscale_hw.detection import TIMEOUT_S, detect
+from flagscale_hw.detection import TIMEOUT_S, detect, sightings
 from flagscale_hw.host import Host
 from flagscale_hw.index import index_dir
 
@@ -53,16 +52,16 @@ def examine(host: Host | None = None, *, timeout_s: float = TIMEOUT_S) -> list[F
 
 
 def _chips(host: Host) -> Iterator[Finding]:
-    for backend in backends():
-        presence = backend.presence(host)
-        if presence == "none":
-            yield Finding(is_good=True, subject=backend.CHIP, text="no such hardware here")
-        elif presence == "bus_only":
+    for sighting in sightings(host):
+        chip = sighting.backend.chip
+        if sighting.presence == "none":
+            yield Finding(is_good=True, subject=chip, text="no such hardware here")
+        elif sighting.presence == "bus_only":
             text = "the bus shows such devices but no driver has them"
             hint = "load the driver, or pass the device nodes into this container"
-            yield Finding(is_good=False, subject=backend.CHIP, text=text, hint=hint)
+            yield Finding(is_good=False, subject=chip, text=text, hint=hint)
         else:
-            yield Finding(is_good=True, subject=backend.CHIP, text="hardware and driver are here")
+            yield Finding(is_good=True, subject=chip, text="hardware and driver are here")
 
 
 def _launcher(host: Host) -> Iterator[Finding]:
