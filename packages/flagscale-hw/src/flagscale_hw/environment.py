@@ -17,14 +17,13 @@ from flagscale_hw.errors import InputError
 from flagscale_hw.host import Host
 from flagscale_hw.machine import Device, Machine
 
-__all__ = ["ROOT_VARIABLE", "choose", "docker_options", "env", "kubernetes_limits", "this_host"]
-
-ROOT_VARIABLE = "FLAGSCALE_HW_ROOT"
-"""Look at the files and tools below this directory instead of this host."""
+__all__ = ["choose", "docker_options", "env", "kubernetes_limits", "this_host"]
 
 
 def this_host() -> Host:
     """Return this host, or the recorded or faked one that the environment names in its place."""
+    from flagscale_hw.detection import ROOT_VARIABLE
+
     return Host(Path(os.environ.get(ROOT_VARIABLE) or "/"))
 
 
