@@ -183,7 +183,7 @@ def test_the_users_shell_text_comes_first_and_our_words_stay_words():
         (
             ["+experiment.runner.nnodes=2", "train.model.global_batch_size=16"],
             "nvidia",
-            "no hostfile says which",
+            "no hostfile",
         ),
         (["+train.data.vocab_size=999"], "cpu", "vocab_size: 999: the tokenizer has 1000 tokens"),
         (

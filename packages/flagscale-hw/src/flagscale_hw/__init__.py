@@ -12,8 +12,9 @@ from flagscale_hw.__about__ import __version__
 
 TYPE_CHECKING = False  # as typing's own, whose import would cost more than all the rest
 if TYPE_CHECKING:
-    from flagscale_hw.chips import Runtime, env, runtime
+    from flagscale_hw.chips import CHIPS, Runtime, runtime
     from flagscale_hw.detection import detect
+    from flagscale_hw.environment import env
     from flagscale_hw.errors import (
         DetectError,
         HwError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         LaunchRefused,
         RunNotFound,
     )
+    from flagscale_hw.flagos import FlagOSProfile, flagos_env
     from flagscale_hw.hostfile import HostEntry, read_hostfile
     from flagscale_hw.logs import LogLine
     from flagscale_hw.machine import Device, Machine
@@ -35,9 +37,11 @@ if TYPE_CHECKING:
     from flagscale_hw.target import Target
 
 __all__ = [
+    "CHIPS",
     "DetectError",
     "Device",
     "File",
+    "FlagOSProfile",
     "HostEntry",
     "HostReport",
     "HwError",
@@ -62,6 +66,7 @@ __all__ = [
     "__version__",
     "detect",
     "env",
+    "flagos_env",
     "judge",
     "launch",
     "list_runs",
@@ -76,8 +81,9 @@ __all__ = [
 # No home may bear the name of something in it: importing the submodule would put the module in the name's
 # place.
 _HOMES = {
-    "chips": ("Runtime", "env", "runtime"),
+    "chips": ("CHIPS", "Runtime", "runtime"),
     "detection": ("detect",),
+    "environment": ("env",),
     "errors": (
         "DetectError",
         "HwError",
@@ -87,6 +93,7 @@ _HOMES = {
         "LaunchRefused",
         "RunNotFound",
     ),
+    "flagos": ("FlagOSProfile", "flagos_env"),
     "logs": ("LogLine",),
     "machine": ("Device", "Machine"),
     "peaks": ("peak",),

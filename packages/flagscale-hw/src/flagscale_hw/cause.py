@@ -64,7 +64,7 @@ def first_cause(log: Path, *, offset: int = 0) -> str:
 def is_consequence(reason: str) -> bool:
     """Tell whether a failure looks like the echo of another: a rank that has lost its peer.
 
-    The patterns are what gloo, NCCL and its kin, torch's stores and torchrun write when the other end is gone.
+    The patterns are what gloo, NCCL and its kin, torch's stores and torchrun write when that happens.
     """
     return _ECHO.search(reason) is not None
 

@@ -15,12 +15,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flagscale_hw.link import SILENCE_S, Link
-from flagscale_hw.machine import Device, Machine, Problem
+from flagscale_hw.machine import Machine
 from flagscale_hw.probing import wait_any
 from flagscale_hw.target import Target
 
@@ -198,7 +198,7 @@ def _report(target: Target, found: Mapping[str, Any], now: float) -> HostReport:
     hurdles += [found["unwritable"]] if found["unwritable"] else []
     return HostReport(
         target=target,
-        machine=_machine(found["machine"]),
+        machine=Machine.from_dict(found["machine"]),
         address=found["address"],
         interface=found["interface"],
         clock_skew_s=found["time"] - now,
@@ -206,23 +206,6 @@ def _report(target: Target, found: Mapping[str, Any], now: float) -> HostReport:
         versions=found["versions"],
         hurdles=tuple(hurdles),
     )
-
-
-def _machine(data: Mapping[str, Any]) -> Machine:
-    known = {one.name: data[one.name] for one in fields(Machine) if one.name in data}
-    visible = known.get("visible_indices")
-    return Machine(
-        **{
-            **known,
-            "devices": tuple(_of(Device, entry) for entry in known.get("devices", ())),
-            "problems": tuple(_of(Problem, entry) for entry in known.get("problems", ())),
-            "visible_indices": None if visible is None else tuple(visible),
-        }
-    )
-
-
-def _of(kind: Any, entry: Mapping[str, Any]) -> Any:
-    return kind(**{one.name: entry[one.name] for one in fields(kind) if one.name in entry})
 
 
 def judge(reports: Sequence[HostReport], *, needs_shared: bool = False) -> tuple[Obstacle, ...]:
