@@ -139,8 +139,8 @@ class Supervisor:
 
     def _attempt(self) -> Outcome:
         """Start everything once and watch it until something ends it."""
-        if self._demands.outcome is not None:
-            return self._demands.outcome
+        if (demanded := self._demands.outcome) is not None:
+            return demanded
         try:
             for lease in self._leases.values():
                 lease.hold()
@@ -151,9 +151,7 @@ class Supervisor:
         if not self._probes:
             self._record.change("running")
         while True:
-            if self._demands.outcome is not None:
-                return self._demands.outcome
-            outcome = self._judge()
+            outcome = self._demands.outcome or self._judge()
             if outcome is not None:
                 return outcome
             self._turn(self._patience_s())

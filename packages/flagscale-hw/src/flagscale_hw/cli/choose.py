@@ -8,10 +8,9 @@ import os
 import shlex
 from collections.abc import Sequence
 
-from flagscale_hw import detection
 from flagscale_hw.cli.show import print_problems
-from flagscale_hw.environment import choose, docker_options, kubernetes_limits
-from flagscale_hw.environment import env as variables_for
+from flagscale_hw import detection
+from flagscale_hw.environment import choose, docker_options, env as variables_for, kubernetes_limits
 from flagscale_hw.errors import HwError
 from flagscale_hw.machine import Device
 from flagscale_hw.peaks import DTYPES, Figure, Specification, specification, specifications
