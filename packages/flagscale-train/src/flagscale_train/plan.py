@@ -111,7 +111,7 @@ def _process_of_node(
     python: str,
 ) -> Process:
     node = nodes[rank]
-    launcher = _STANDALONE if len(nodes) == 1 else _rendezvous(experiment, nodes, node)
+    launcher = _STANDALONE if len(nodes) == 1 else _rendezvous(experiment, nodes)
     extra_args = _train_of(experiment).extra_args
     process = process_for(
         experiment,
@@ -122,7 +122,7 @@ def _process_of_node(
     return replace(process, host=node.target.name, rank=rank)
 
 
-def _rendezvous(experiment: Experiment, nodes: Sequence[Node], node: Node) -> tuple[str, ...]:
+def _rendezvous(experiment: Experiment, nodes: Sequence[Node]) -> tuple[str, ...]:
     """Say where all hosts meet. Every rank and address is known, so nothing is looked up or elected.
 
     torchrun's elected rendezvous compares host names and waits for ever where they cannot be resolved.
@@ -135,7 +135,7 @@ def _rendezvous(experiment: Experiment, nodes: Sequence[Node], node: Node) -> tu
         "--rdzv-backend=static",
         f"--master-addr={address}",
         "--master-port={port:rendezvous}",
-        f"--local-addr={{address:{node.target.name}}}",
+        "--local-addr={own_address}",
     )
 
 
