@@ -325,3 +325,108 @@ def cluster(network: Network, bench: Bench) -> Network:
     network.configure("user")
     bench.env["FLAGSCALE_SSH"] = f"ssh -F {network.folder / 'config'}"
     return network
+
+
+@dataclass
+class SlurmCluster:
+    """A Slurm of two nodes on this machine, with daemons and a munge of its own."""
+
+    folder: Path
+    daemons: list[subprocess.Popen] = field(default_factory=list)
+
+    def up(self) -> None:
+        host = call("hostname", "-s").strip()
+        first = 20000 + os.getpid() % 5000 * 4
+        self.folder.chmod(0o755)
+        munge = Path(f"/run/munge-{os.getpid()}")  # its folders must be private to it, all the way up
+        munge.mkdir(mode=0o755)
+        self.munge = munge
+        (munge / "key").write_bytes(os.urandom(128))
+        (munge / "key").chmod(0o400)
+        call("chown", "-R", "munge:munge", str(munge))
+        for name in ("spool", "state", "log"):
+            (self.folder / name).mkdir()
+        lines = {
+            "ClusterName": "test",
+            "SlurmctldHost": f"{host}(127.0.0.1)",
+            "SlurmUser": "root",
+            "AuthType": "auth/munge",
+            "AuthInfo": f"socket={munge}/socket",
+            "ProctrackType": "proctrack/linuxproc",
+            "TaskPlugin": "task/none",
+            "SelectType": "select/cons_tres",
+            "SlurmctldPort": first,
+            "SlurmdSpoolDir": f"{self.folder}/spool/%n",
+            "StateSaveLocation": f"{self.folder}/state",
+            "SlurmctldPidFile": f"{self.folder}/slurmctld.pid",
+            "SlurmdPidFile": f"{self.folder}/slurmd-%n.pid",
+            "SlurmctldLogFile": f"{self.folder}/log/slurmctld",
+            "SlurmdLogFile": f"{self.folder}/log/slurmd-%n",
+            "ReturnToService": 2,
+            "KillWait": 5,
+            "MailProg": "/bin/true",
+            "SrunPortRange": f"{first + 20000}-{first + 20100}" if first < 25000 else "60001-63000",
+        }
+        nodes = [
+            f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={first + number} CPUs=1 RealMemory=1000"
+            for number in (1, 2)
+        ]
+        conf = self.folder / "slurm.conf"
+        text = [f"{name}={value}" for name, value in lines.items()]
+        conf.write_text("\n".join([*text, *nodes, "PartitionName=all Nodes=n1,n2 Default=YES State=UP", ""]))
+        self.env = {**os.environ, "SLURM_CONF": str(conf)}
+        self.spawn(
+            "runuser", "-u", "munge", "--", "/usr/sbin/munged", "-F", "--key-file", f"{munge}/key",
+            "--socket", f"{munge}/socket", "--pid-file", f"{munge}/pid", "--log-file", f"{munge}/log",
+            "--seed-file", f"{munge}/seed",
+        )  # fmt: skip
+        until((munge / "socket").exists, "munge")
+        self.spawn("/usr/sbin/slurmctld", "-D", "-i", "-f", str(conf))
+        for number in (1, 2):
+            self.spawn("/usr/sbin/slurmd", "-D", "-N", f"n{number}", "-f", str(conf))
+        until(lambda: self.ask("sinfo", "-h", "-N", "-o", "%t").split() == ["idle", "idle"], "two idle nodes")
+
+    def spawn(self, *words: str) -> None:
+        with (self.folder / "daemons.log").open("ab") as log:
+            child = subprocess.Popen(
+                words, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self.daemons.append(child)
+
+    def ask(self, *words: str) -> str:
+        done = subprocess.run(words, env=self.env, capture_output=True, text=True, check=False)
+        return done.stdout
+
+    def down(self) -> None:
+        if hasattr(self, "env"):
+            self.ask("scancel", "--user=root")
+            with contextlib.suppress(AssertionError):
+                until(lambda: not self.ask("squeue", "-h").strip(), "an empty queue", limit_s=30.0)
+        for daemon in reversed(self.daemons):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(daemon.pid, signal.SIGTERM)
+        for daemon in self.daemons:
+            try:
+                daemon.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(daemon.pid, signal.SIGKILL)
+                daemon.wait()
+        if hasattr(self, "munge"):
+            shutil.rmtree(self.munge, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    made = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture
+def slurm(slurm_cluster: SlurmCluster, bench: Bench) -> SlurmCluster:
+    """Slurm, with the bench told where its configuration is."""
+    bench.env.update(slurm_cluster.env, FLAGSCALE_STATE_DIR=bench.env["FLAGSCALE_STATE_DIR"])
+    return slurm_cluster

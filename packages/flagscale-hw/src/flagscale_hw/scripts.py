@@ -58,50 +58,52 @@ def render_scripts(plan: Plan) -> dict[str, str]:
     of the ports where the plan does not fix them.
     """
     names = [target.name for target in plan.targets] or [LOCAL]
-    addresses = [target.reached_as for target in plan.targets] or ["127.0.0.1"]
-    return {f"node-{rank}.sh": _one_host(plan, rank, name, addresses) for rank, name in enumerate(names)}
-
-
-def _one_host(plan: Plan, rank: int, name: str, addresses: list[str]) -> str:
-    lines = [
-        "#!/usr/bin/env bash",
-        f"# {_comment(plan.name)}: node {rank} ({_comment(name)}), written by FlagScale from the run's plan.",
-        "set -euo pipefail",
+    addresses = " ".join(shlex.quote(target.reached_as) for target in plan.targets) or "127.0.0.1"
+    head = [
         ': "${FLAGSCALE_RUN_DIR:?set it to a folder for logs and files}"',
-        f"FLAGSCALE_NODE_RANK={rank}",
-        f"FLAGSCALE_ADDRESSES=({' '.join(map(shlex.quote, addresses))})",
+        f"FLAGSCALE_ADDRESSES=({addresses})",
     ]
     for port, number in plan.ports.items():
         given = f":={number}" if number else f":?set it to a free port of {plan.owner_of(port)}"
-        lines.append(f': "${{{variable(port)}{given}}}"')
-    return "\n".join([*lines, *node_script(plan, [name])])
+        head.append(f': "${{{variable(port)}{given}}}"')
+    node = list(node_script(plan))
+    return {f"node-{rank}.sh": _one_host(plan, rank, name, head, node) for rank, name in enumerate(names)}
 
 
-def node_script(plan: Plan, hosts: Iterable[str] | None = None) -> Iterator[str]:
+def _one_host(plan: Plan, rank: int, name: str, head: list[str], node: list[str]) -> str:
+    about = f"# {_comment(plan.name)}: node {rank} ({_comment(name)}), by FlagScale from the plan of the run."
+    top = ["#!/usr/bin/env bash", about, "set -euo pipefail", f"FLAGSCALE_NODE_RANK={rank}"]
+    return "\n".join([*top, *head, *node])
+
+
+def node_script(plan: Plan, *, to_files: bool = True) -> Iterator[str]:
     """Yield the lines that run a node's part, for `$FLAGSCALE_NODE_RANK`.
 
-    They write the plan's files, start the processes with a log each, end all when one fails, pass SIGTERM on
-    as the plan's own signal, and exit with the code of the first process that failed. What became of each
-    process is written to `$FLAGSCALE_RUN_DIR/ends/<process>`: exit code, host, start and end in unix seconds.
+    They write the plan's files, start the processes, end all when one fails, pass SIGTERM on as the plan's
+    own signal, and exit with the code of the first process that failed. What became of each process is
+    written to `$FLAGSCALE_RUN_DIR/ends`: `<process>.begun` holds host and start, `<process>` exit code and
+    end, times in unix seconds.
 
     Args:
         plan: what to run.
-        hosts: only these; all by default.
+        to_files: give each process a log of its own in `$FLAGSCALE_RUN_DIR/logs`; else all write to standard
+            output.
     """
-    wanted = set(hosts) if hosts is not None else {process.host for process in plan.processes}
     ranks = {target.name: rank for rank, target in enumerate(plan.targets)} or {LOCAL: 0}
-    chosen = [process for process in plan.processes if process.host in wanted]
-    secrets = {name for process in chosen for name in process.env} & set(plan.secrets)
+    secrets = {name for process in plan.processes for name in process.env} & set(plan.secrets)
     yield from (f': "${{{name}:?secret: set it in the environment}}"' for name in sorted(secrets))
     yield 'mkdir -p "$FLAGSCALE_RUN_DIR"/{logs,ends}'
     for file in plan.files:
         yield from _file(file.path, file.text, ranks)
     yield from _RUNNER.format(signal=plan.stop.signal.removeprefix("SIG")).splitlines()
     yield 'case "$FLAGSCALE_NODE_RANK" in'
-    for processes, members in _alike(chosen):
+    for processes, members in _alike(plan.processes):
         yield f"{'|'.join(str(ranks[host]) for host in members)})"
         for name, process in processes:
-            yield from _start(name, process, plan.secrets, ranks)
+            yield from _start(process, plan.secrets, ranks)
+            log = f'>> "$FLAGSCALE_RUN_DIR"/logs/{quote(name, ranks)}.log 2>&1 ' if to_files else ""
+            yield f") {log}< /dev/null &"
+            yield f"begun $! {quote(name, ranks)}"
         yield ";;"
     yield "esac"
     yield "wait_for_all"
@@ -128,36 +130,37 @@ def _name(process: Process) -> str:
 
 
 _RUNNER = """\
-pids=() names=() begun=$(date +%s.%N)
+pids=() names=()
 end_all() {{ kill -{signal} "${{pids[@]}}" 2>/dev/null || true; }}
 trap end_all TERM INT
-note_end() {{
-  printf '%s %s %s %s\\n' "$2" "$(hostname)" "$begun" "$(date +%s.%N)" > "$FLAGSCALE_RUN_DIR/ends/.$1.$$"
-  mv "$FLAGSCALE_RUN_DIR/ends/.$1.$$" "$FLAGSCALE_RUN_DIR/ends/$1"
+note() {{
+  printf '%s\\n' "$2" > "$FLAGSCALE_RUN_DIR/ends/.$1"
+  mv "$FLAGSCALE_RUN_DIR/ends/.$1" "$FLAGSCALE_RUN_DIR/ends/$1"
 }}
+begun() {{ pids+=("$1") names+=("$2"); note "$2.begun" "$(hostname) $(date +%s.%N)"; }}
 wait_for_all() {{
-  local first=0 code pid i
+  local first=0 code i
   while ((${{#pids[@]}})); do
-    code=0; wait -n -p pid "${{pids[@]}}" || code=$?
-    [ -n "${{pid:-}}" ] || continue   # a signal came; the processes have been told
+    wait -n 2>/dev/null || true   # something ended, or a signal came
     for i in "${{!pids[@]}}"; do
-      if [ "${{pids[i]}}" = "$pid" ]; then note_end "${{names[i]}}" "$code"; unset "pids[i]" "names[i]"; fi
+      kill -0 "${{pids[i]}}" 2>/dev/null && continue
+      code=0; wait "${{pids[i]}}" || code=$?
+      note "${{names[i]}}" "$code $(date +%s.%N)"
+      unset "pids[i]" "names[i]"
+      if ((code && !first)); then first=$code; ((${{#pids[@]}})) && end_all; fi
     done
-    if ((code && !first)); then first=$code; ((${{#pids[@]}})) && end_all; fi
   done
   exit "$first"
 }}"""
 
 
-def _start(name: str, process: Process, secrets: Iterable[str], ranks: Mapping[str, int]) -> Iterator[str]:
+def _start(process: Process, secrets: Iterable[str], ranks: Mapping[str, int]) -> Iterator[str]:
     """Yield the lines that start one process in the background; a subshell keeps its environment apart."""
     yield "("
     for variable_name in sorted(process.env.keys() - set(secrets)):
         yield f"  export {variable_name}={quote(process.env[variable_name], ranks)}"
     yield f"  cd {quote(process.cwd, ranks)}"
     yield "  exec " + " \\\n    ".join(quote(word, ranks) for word in process.argv)
-    yield f') >> "$FLAGSCALE_RUN_DIR"/logs/{quote(name, ranks)}.log 2>&1 < /dev/null &'
-    yield f"pids+=($!) names+=({quote(name, ranks)})"
 
 
 def _file(path: str, text: str, ranks: Mapping[str, int]) -> Iterator[str]:

@@ -76,6 +76,12 @@ def plan(
     """
     findings = findings or Findings()
     train = _train_of(experiment)
+    runner = experiment.runner
+    if not nodes and (runner.hostfile is not None or (runner.num_nodes or 1) > 1):
+        raise InvalidInput(
+            f"experiment.runner: hostfile {runner.hostfile}, nnodes {runner.nnodes}: no hostfile was "
+            "followed: give `nodes`, as find_nodes() does, or remove both"
+        )
     if len(nodes) == 1 and nodes[0].target.transport == "local":
         machine, nodes = nodes[0].machine, ()
     machine = nodes[0].machine if nodes else machine
