@@ -1,8 +1,8 @@
 """Kubernetes: the rendered YAML against schemas.
 
-ConfigMap, Job and pod are checked against Kubernetes' own published schemas (package kubernetes-validate). The
-schemas of JobSet and LeaderWorkerSet are not on PyPI: those below are written from their API references, strict
-about every member that we use, and leave the pod to Kubernetes' own.
+ConfigMap, Job and pod are checked against Kubernetes' own published schemas (package kubernetes-validate).
+Those of JobSet and LeaderWorkerSet are not on PyPI: the ones below are written from their API references,
+strict about every member that we use, and leave the pod to Kubernetes' own.
 """
 
 from __future__ import annotations
