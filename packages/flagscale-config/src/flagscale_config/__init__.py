@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flagscale_config.loader import check, load
     from flagscale_config.options import Option, OptionTable, option_table
     from flagscale_config.recipe import recipes
-    from flagscale_config.render import render_engine, render_megatron
+    from flagscale_config.rendering import render, render_engine, render_megatron
     from flagscale_config.runner import Cmds, Deploy, Runner, Task
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "load",
     "option_table",
     "recipes",
+    "render",
     "render_engine",
     "render_megatron",
 ]
@@ -48,7 +49,7 @@ _HOMES = {
     "loader": ("check", "load"),
     "options": ("Option", "OptionTable", "option_table"),
     "recipe": ("recipes",),
-    "render": ("render_engine", "render_megatron"),
+    "rendering": ("render", "render_engine", "render_megatron"),
     "runner": ("Cmds", "Deploy", "Runner", "Task"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -35,7 +35,11 @@ _ENV_SECTIONS = {
 
 
 def load(
-    source: str | PathLike[str], overrides: Sequence[str] = (), *, task: str | None = None
+    source: str | PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    task: str | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> Experiment:
     """Load a FlagScale experiment file, or a recipe by name such as `qwen3/0_6b`.
 
@@ -43,29 +47,38 @@ def load(
         source: path of the experiment file; the files its defaults list names lie next to it.
         overrides: in Hydra's grammar: `a.b=c`, `+a.b=c`, `++a.b=c`, `~a.b`, `group=name`.
         task: which recipe is meant where a name is offered for several tasks, such as `train` and `serve`.
+        versions: versions of engines, such as `{"vllm": "0.33"}`, where other ones are meant than those
+            installed here, or the newest known.
 
     Raises:
         ConfigError: everything that is wrong with the files and overrides, each with its place.
     """
-    experiment, problems = _load(find(source, task), overrides)
+    experiment, problems = _load(find(source, task), overrides, versions)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or experiment is None:
         raise ConfigError(errors)
     return experiment
 
 
-def check(source: str | PathLike[str], overrides: Sequence[str] = ()) -> tuple[Problem, ...]:
-    """Return all errors and notes about an experiment file; an empty tuple when there is nothing to say."""
+def check(
+    source: str | PathLike[str], overrides: Sequence[str] = (), *, versions: Mapping[str, str] | None = None
+) -> tuple[Problem, ...]:
+    """Return all errors and notes about an experiment file; an empty tuple when there is nothing to say.
+
+    `versions` are versions of engines, as for `load`.
+    """
     try:
-        return sort_problems(_load(find(source), overrides)[1])
+        return sort_problems(_load(find(source), overrides, versions)[1])
     except ConfigError as error:
         return error.problems
 
 
-def _load(path: FilePath, overrides: Sequence[str]) -> tuple[Experiment | None, list[Problem]]:
+def _load(
+    path: FilePath, overrides: Sequence[str], versions: Mapping[str, str] | None
+) -> tuple[Experiment | None, list[Problem]]:
     composed = compose(path, overrides)
     data, unresolved = resolve(composed)
-    findings = Findings(composed)
+    findings = Findings(composed, versions)
     findings.problems += unresolved
     experiment = _read(without_placeholders(data, findings), findings, path)
     return experiment, findings.problems + findings.notes

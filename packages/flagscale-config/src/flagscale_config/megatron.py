@@ -43,7 +43,7 @@ def _own() -> dict[str, dict[str, str]]:
 class _Reader:
     def __init__(self, findings: Findings, script: str | None = None) -> None:
         self.findings = findings
-        self.table: OptionTable = option_table("megatron")
+        self.table: OptionTable = option_table("megatron", findings.versions.get("megatron"))
         self.script = script_table(script) if script is not None else None
         self.script_options: dict[str, Any] = {}
         self.hetero: dict[str, tuple[Any, Path]] = {}
@@ -87,8 +87,10 @@ class _Reader:
             message = f"holds only with experiment.task.entrypoint {scripts}, which trains such models"
             self.findings.error("config/unsupported", path, message)
             return False
-        reason = own["refused"].get(name)
-        if reason is None and name not in self.table:
+        if name in self.table:
+            return True
+        reason = own["refused"].get(name) or self.table.elsewhere(name) or None
+        if reason is None:
             reason = next(
                 (text for start, text in own["refused_prefixes"].items() if name.startswith(start)), None
             )
@@ -108,10 +110,8 @@ class _Reader:
         if value == "None" and option.type != "bool":
             self.findings.note("config/none-text", path, 'the text "None" is read as null; write null', value)
             return
-        if option.name == "tokenizer_type" and value in _own()["tokenizer_types"]:
-            known = _own()["tokenizer_types"][value]
-            self.findings.note("config/renamed", path, f"{value} is read as {known}", value)
-            value = known
+        if option.name == "tokenizer_type" and (value := self._tokenizer(value, path)) is None:
+            return
         try:
             typed = option.coerce(value)
         except OptionError as error:
@@ -120,6 +120,20 @@ class _Reader:
             self.is_incomplete = True
             return
         self._store(option, not typed if is_opposite else typed, path)
+
+    def _tokenizer(self, value: Any, path: Path) -> Any:
+        """Return Megatron's name for one of FlagScale's tokenizers; None, and an error, where it has none."""
+        own = _own()
+        reason = own["tokenizer_types_refused"].get(str(value))
+        if reason is not None:
+            self.findings.error(
+                "config/unsupported", path, f"is not a tokenizer of Megatron: {reason}", value
+            )
+            return None
+        known = own["tokenizer_types"].get(str(value))
+        if known is not None:
+            self.findings.note("config/renamed", path, f"{value} is read as {known}", value)
+        return known or value
 
     def _set_script(self, option: Option, is_opposite: bool, value: Any, path: Path) -> None:  # noqa: FBT001
         """Set an option of the model script."""
