@@ -14,7 +14,7 @@ from flagscale_config.places import Path
 from flagscale_config.resolve import MISSING
 from flagscale_config.suggest import Hint, models_in, suggestion
 
-__all__ = ["read_model"]
+__all__ = ["read_field", "read_model"]
 
 _MAX_LISTED = 12
 
@@ -57,6 +57,17 @@ def read_model(model: type[_M], tree: Mapping[str, Any], path: Path, findings: F
             if location not in seen:  # a union complains once per member
                 seen.add(location)
                 _report(item, (*path, *location), model, findings)
+    return None
+
+
+def read_field(model: type[BaseModel], name: str, value: Any, path: Path, findings: Findings) -> Any:
+    """Return one value as a model's field has it; None when it is wrong, which is reported at `path`."""
+    try:
+        return getattr(model.model_validate({name: value}), name)
+    except ValidationError as error:
+        item = error.errors(include_url=False)[0]
+        location = _location(item["loc"][1:], value)
+        _report(item, (*path, *location), model, findings)
     return None
 
 
