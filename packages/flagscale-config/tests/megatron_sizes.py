@@ -67,6 +67,7 @@ def config_of(args: argparse.Namespace) -> Any:
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "moe_token_dispatcher_type": "allgather",
+        "transformer_impl": "local",
         "init_method": None,
         "output_layer_init_method": None,
         "embedding_init_method": None,
