@@ -1,4 +1,4 @@
-"""A Hugging Face `config.json` is read into the same facts as the catalogue holds, and counts as its class does."""
+"""A Hugging Face `config.json` becomes the facts that the catalogue holds, and counts as its class does."""
 
 from dataclasses import replace
 from typing import Any
