@@ -112,8 +112,8 @@ def main() -> None:
         from megatron.training.training import num_floating_point_operations
 
         parallel_state.initialize_model_parallel()
-        # Where queries are not compressed, 0.19.2 wants to normalise the input of their projection once more, which
-        # no published model does and only Transformer Engine can.
+        # Where queries are not compressed, 0.19.2 wants to normalise the input of their projection once
+        # more, which no published model does and only Transformer Engine can.
         QKNormConfigResolver._mla_fused_linear_or_default = lambda self, *_args: self.linear_impl
         CudaRNGStatesTracker.fork = lambda *_args: contextlib.nullcontext()
         for options in jobs:
