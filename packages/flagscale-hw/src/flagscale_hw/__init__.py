@@ -12,8 +12,9 @@ from flagscale_hw.__about__ import __version__
 
 TYPE_CHECKING = False  # as typing's own, whose import would cost more than all the rest
 if TYPE_CHECKING:
-    from flagscale_hw.chips import Runtime, env, runtime
+    from flagscale_hw.chips import CHIPS, Runtime, runtime
     from flagscale_hw.detection import detect
+    from flagscale_hw.environment import env
     from flagscale_hw.errors import (
         DetectError,
         HwError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         LaunchRefused,
         RunNotFound,
     )
+    from flagscale_hw.flagos import FlagOSProfile, flagos_env
     from flagscale_hw.logs import LogLine
     from flagscale_hw.machine import Device, Machine
     from flagscale_hw.peaks import peak
@@ -31,9 +33,11 @@ if TYPE_CHECKING:
     from flagscale_hw.status import ProcessStatus, RunStatus
 
 __all__ = [
+    "CHIPS",
     "DetectError",
     "Device",
     "File",
+    "FlagOSProfile",
     "HwError",
     "InputError",
     "InvalidPlan",
@@ -53,6 +57,7 @@ __all__ = [
     "__version__",
     "detect",
     "env",
+    "flagos_env",
     "launch",
     "list_runs",
     "open_run",
@@ -63,8 +68,9 @@ __all__ = [
 # No home may bear the name of something in it: importing the submodule would put the module in the name's
 # place.
 _HOMES = {
-    "chips": ("Runtime", "env", "runtime"),
+    "chips": ("CHIPS", "Runtime", "runtime"),
     "detection": ("detect",),
+    "environment": ("env",),
     "errors": (
         "DetectError",
         "HwError",
@@ -74,6 +80,7 @@ _HOMES = {
         "LaunchRefused",
         "RunNotFound",
     ),
+    "flagos": ("FlagOSProfile", "flagos_env"),
     "logs": ("LogLine",),
     "machine": ("Device", "Machine"),
     "peaks": ("peak",),

@@ -1,6 +1,6 @@
 """Ask NVIDIA's management library through ctypes; run as a program, because the library may hang or crash.
 
-    python -m flagscale_hw.nvml
+    python -m flagscale_hw.backends.nvml
 
 prints one JSON object per line: `{"device": {...}}`, `{"problem": {...}}`, and `{"done": true}` at the end,
 each as soon as it is known, so that a hang on one card keeps the cards before it.

@@ -1,0 +1,1 @@
+"""The vendors: `gates` decides by files which are here, and one module each describes their devices."""
