@@ -111,9 +111,8 @@ def _unsupported(experiment: Experiment) -> str | None:
         )
     if train.heterogeneous is not None:
         return "enable_hetero: flagscale-train trains on one kind of chip: remove it"
-    if task.backend not in (None, "megatron"):
-        return f"experiment.task.backend: {task.backend}: it must be megatron"
-    return None
+    is_megatron = task.backend in {None, "megatron"}
+    return None if is_megatron else f"experiment.task.backend: {task.backend}: it must be megatron"
 
 
 def lay_out(experiment: Experiment, machine: Machine) -> Layout:
