@@ -351,20 +351,28 @@ def _enflame(cards: Sequence[Card]) -> Answers:
 
 
 def _intel(cards: Sequence[Card]) -> Answers:
-    listed = {
-        "device_list": [
-            {
-                "device_id": card.index,
-                "device_name": card.model,
-                "device_type": "GPU",
-                "pci_bdf_address": card.address,
-                "uuid": card.uuid,
-                "vendor_name": "Intel(R) Corporation",
-            }
-            for card in cards
+    rule = "+-----------+------------------------------------------------------------+"
+    head = [rule, "| Device ID | Device Information                                         |", rule]
+
+    def report(card: Card, *, is_whole: bool) -> list[str]:
+        facts = [
+            "Device Type: GPU",
+            f"Device Name: {card.model}",
+            "Device State: normal",
+            f"SOC UUID: {card.uuid}",
+            f"PCI BDF Address: {card.address}",
+            *([f"Memory Physical Size: {card.memory_mib}.00 MiB"] if is_whole else []),
         ]
-    }
-    return Answers(fixed={"discovery -j": json.dumps(listed)})
+        numbers = [str(card.index), *[""] * (len(facts) - 1)]
+        return [*(f"| {number:<9} | {fact:<58} |" for number, fact in zip(numbers, facts, strict=True)), rule]
+
+    fixed = {f"discovery -d {card.index}": _lines([*head, *report(card, is_whole=True)]) for card in cards}
+    fixed["discovery"] = _lines([*head, *(line for card in cards for line in report(card, is_whole=False))])
+    return Answers(fixed=fixed)
+
+
+def _lines(lines: Sequence[str]) -> str:
+    return "\n".join(lines) + "\n"
 
 
 TOOLS: Mapping[str, Tool] = {
