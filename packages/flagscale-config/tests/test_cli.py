@@ -61,6 +61,8 @@ def test_check_as_json(tiny, capsys):
         "key": "train.model.lrr",
         "message": "unknown key; did you mean lr?",
         "given": None,
+        "allowed": [],
+        "suggestion": "lr",
         "file": "",
         "line": 0,
         "column": 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 from flagscale_hw.identity import started_at
@@ -37,17 +38,25 @@ class Record:
 
     def restart(self) -> None:
         """Begin another attempt: no process has been started in it yet."""
-        names = [process.name for process in self.status.processes]
+        blank = [ProcessStatus(name=p.name, host=p.host) for p in self.status.processes]
         self.endings.clear()
         self.status = replace(
             self.status,
             restarts=self.status.restarts + 1,
-            processes=tuple(ProcessStatus(name=name) for name in names),
+            processes=tuple(blank),
         )
 
     def started(self, name: str, pid: int) -> None:
         """Note that a process runs."""
-        self._put(ProcessStatus(name=name, pid=pid, start_time=started_at(pid), started_at=time.time()))
+        self._put(
+            ProcessStatus(
+                name=name,
+                pid=pid,
+                start_time=started_at(pid),
+                started_at=time.time(),
+                started_monotonic_s=time.monotonic(),
+            )
+        )
 
     def ended(self, pid: int, wait_status: int) -> None:
         """Note how a child ended; children that are not planned processes are orphans and leave no trace."""
@@ -57,11 +66,35 @@ class Record:
                 ended = replace(
                     process,
                     ended_at=time.time(),
+                    ended_monotonic_s=time.monotonic(),
                     exit_code=code if code >= 0 else None,
                     signal=-code if code < 0 else None,
                 )
                 self._put(ended)
                 self.endings.append(ended)
+
+    def explain(self, name: str, cause: str) -> None:
+        """Note why a process failed."""
+        for process in self.status.processes:
+            if process.name == name:
+                self._put(replace(process, cause=cause))
+
+    def take_over(self, host: str, processes: Iterable[ProcessStatus]) -> None:
+        """Note how the processes of another host stand, as its own supervisor says."""
+        known = {process.name: replace(process, host=host) for process in processes}
+        self.status = replace(
+            self.status, processes=tuple(known.get(p.name, p) for p in self.status.processes)
+        )
+
+    def lose(self, host: str) -> None:
+        """Note that nobody will tell how the processes of a host ended."""
+        self.status = replace(
+            self.status,
+            processes=tuple(
+                replace(p, is_lost=True) if p.host == host and p.is_running else p
+                for p in self.status.processes
+            ),
+        )
 
     def _put(self, changed: ProcessStatus) -> None:
         processes = tuple(changed if p.name == changed.name else p for p in self.status.processes)

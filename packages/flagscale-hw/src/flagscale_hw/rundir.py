@@ -33,6 +33,8 @@ class RunDirectory:
         self.state = path / "state.json"
         self.supervisor = path / "supervisor.json"
         self.stop_request = path / "stop.json"
+        self.ports = path / "ports.json"
+        """Numbers of ports that other hosts have leased."""
         self.supervisor_log = path / "supervisor.log"
         self.logs = path / "logs"
         self._reserve = path / ".reserve"
@@ -44,7 +46,11 @@ class RunDirectory:
     def files(self) -> tuple[Path, ...]:
         """Return every file that a run keeps here beside its plan and its logs."""
         of_supervisor = (self.supervisor, self.supervisor_log, self._reserve)
-        return (self.manifest, self.state, self.stop_request, *of_supervisor)
+        return (self.manifest, self.state, self.stop_request, self.ports, *of_supervisor)
+
+    def of_host(self, target: str) -> RunDirectory:
+        """Return the directory of one host's part of the run."""
+        return RunDirectory(self.path / "hosts" / target)
 
     def reserve(self) -> None:
         """Put space aside so that the end of the run can be recorded on a disk that has become full.

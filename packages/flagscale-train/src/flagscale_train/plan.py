@@ -86,16 +86,34 @@ def plan(
 
 
 def _train_of(experiment: Experiment) -> Train:
-    if experiment.train is None:
-        raise InvalidInput(
-            f"{experiment.source}: experiment.task.type: {experiment.task.type}: flagscale-train runs tasks "
-            "of type train"
-        )
-    if experiment.task.backend not in (None, "megatron"):
-        raise InvalidInput(
-            f"{experiment.source}: experiment.task.backend: {experiment.task.backend}: it must be megatron"
-        )
+    reason = _unsupported(experiment)
+    if experiment.train is None or reason is not None:
+        raise InvalidInput(f"{experiment.source}: {reason}")
     return experiment.train
+
+
+def _unsupported(experiment: Experiment) -> str | None:
+    """Return why a task is not one that Megatron's own trainer does on one kind of chip, None when it is."""
+    task, train = experiment.task, experiment.train
+    if experiment.external is not None:
+        return f"{task.type}: it only wraps another project's program: start that program itself"
+    if experiment.native_train is not None:
+        return (
+            f"experiment.task.backend: {task.backend}: flagscale-train trains by Megatron, this task is for "
+            "FlagScale's own trainer of robot policies"
+        )
+    if train is None:
+        return f"experiment.task.type: {task.type}: flagscale-train runs tasks of type train"
+    if train.script is not None:
+        return (
+            f"experiment.task.entrypoint: {task.entrypoint}: flagscale-train trains GPT models, this script "
+            "trains in a way of its own"
+        )
+    if train.heterogeneous is not None:
+        return "enable_hetero: flagscale-train trains on one kind of chip: remove it"
+    if task.backend not in (None, "megatron"):
+        return f"experiment.task.backend: {task.backend}: it must be megatron"
+    return None
 
 
 def lay_out(experiment: Experiment, machine: Machine) -> Layout:
