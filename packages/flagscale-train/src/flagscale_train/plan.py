@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flagscale_hw import Machine, Plan, Process, StopPolicy, peak, runtime
 from flagscale_hw import env as device_env
 from flagscale_train.chips import conflicts, defaults
+from flagscale_train.chips import environment as chip_environment
 from flagscale_train.errors import InvalidInput
 from flagscale_train.events import FILE_NAME
 from flagscale_train.findings import Findings
@@ -281,6 +282,7 @@ def _environment(
     experiment: Experiment, machine: Machine, layout: Layout, options: Mapping[str, Any]
 ) -> dict[str, str]:
     chosen = {
+        **chip_environment(machine.chip),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's overlap relies on the order of launches
         "FLAGSCALE_EVENTS": f"{{run_dir}}/{FILE_NAME}",
         "FLAGSCALE_PLATFORM": runtime(machine.chip).torch_device,
@@ -326,6 +328,7 @@ def _facts(
     return {
         "experiment": described,
         "chip": machine.chip,
+        "collective_backend": runtime(machine.chip).collective_backend,
         "devices": [device.name for device in machine.visible[: layout.num_processes]],
         "layout": {
             "processes": layout.num_processes,
