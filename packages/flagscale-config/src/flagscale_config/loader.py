@@ -96,10 +96,10 @@ def find(source: str | PathLike[str], task: str | None = None) -> FilePath:
         )
         raise ConfigError([nameless])
     path = FilePath(source)
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113  Path raises on names too long to be
         return path
     beside = FilePath(f"{path}.yaml")
-    if beside.is_file():
+    if os.path.isfile(beside):  # noqa: PTH113
         return beside
     known = recipes(task)
     name = os.fspath(source)
@@ -109,7 +109,7 @@ def find(source: str | PathLike[str], task: str | None = None) -> FilePath:
     qualified = [known_name for known_name in known if known_name.endswith(f":{name}")]
     if qualified:
         message = f"offered for several tasks; say {' or '.join(qualified)}"
-    elif path.is_dir():
+    elif os.path.isdir(path):  # noqa: PTH112
         message = "is a directory; name an experiment file in it"
     elif path.suffix or not known:
         message = "no such file; check the path"
