@@ -27,6 +27,7 @@ def _print_json(value: Any) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     """Print everything wrong with some files; exit code 2 when there is an error."""
+    from flagscale_config.errors import ConfigError, Problem
     from flagscale_config.loader import check
     from flagscale_config.terminal import report
 
@@ -34,7 +35,8 @@ def _check(options: argparse.Namespace) -> int:
     files = [word for word in words if not is_override(word)]
     overrides = [word for word in words if is_override(word)]
     if not files:
-        raise SystemExit("no file to check: flagscale-config check FILE... [a.b=c ...]")
+        message = "no file to check: flagscale-config check FILE... [a.b=c ...]"
+        raise ConfigError([Problem(code="config/usage", message=message)])
     found = {file: check(file, overrides) for file in files}
     is_wrong = any(problem.severity == "error" for problems in found.values() for problem in problems)
     if options.json:
@@ -191,6 +193,13 @@ def _verb(
     return parser
 
 
+def _models(options: argparse.Namespace) -> int:
+    """Print published models, or which of them a file is."""
+    from flagscale_config.models.cli import run as run_models
+
+    return run_models(options)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flagscale-config",
@@ -204,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(verbs)
     _add_looking(verbs)
     _add_making(verbs)
+    _add_models(verbs)
     return parser
 
 
@@ -245,6 +255,17 @@ def _add_making(verbs: Any) -> None:
         "--check", metavar="PATH", help="compare with this file instead; exit code 2 when it differs"
     )
     _verb(verbs, "recipes", _recipes, "list the ready-made experiments of installed packages", ("recipes",))
+
+
+def _add_models(verbs: Any) -> None:
+    text = "list the published models, show one, or say which one a training file is"
+    verb = _verb(
+        verbs, "models", _models, text, ("models", "models qwen3-0.6b", "models match conf/tiny.yaml")
+    )
+    verb.add_argument("name", nargs="?", metavar="NAME", help="model, Hugging Face repository, or `match`")
+    verb.add_argument(
+        "rest", nargs="*", metavar="FILE a.b=c", help="after `match`: experiment file, overrides"
+    )
 
 
 def _dispatch(argv: list[str]) -> int:
