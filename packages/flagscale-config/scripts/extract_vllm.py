@@ -21,6 +21,7 @@ from typing import Any
 
 import option_file
 
+
 class Sources:
     """Every class and every module-level alias in the part of vLLM that defines options."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from flagscale_config.compose import Composed
 from flagscale_config.errors import Origin
-from flagscale_config.megatron import renamed_option
+from flagscale_config.megatron import renamed_option, renamed_value
 from flagscale_config.options import Option, OptionError, OptionTable, option_table, spelled
 from flagscale_config.places import Path, dotted
 from flagscale_config.resolve import MISSING, resolve
@@ -31,7 +31,7 @@ class Fact:
     path: Path
     """Where it stands, as it is written there."""
     name: str
-    """The same for every section and spelling in which the value may stand: `train.lr`, else the dotted path."""
+    """The same for every section and spelling of an option: `train.lr`; for other values the dotted path."""
     value: Any
     """Interpolations resolved, typed as the engine's parser types it where it fits; `???` when the user must
     still give it."""
@@ -121,7 +121,7 @@ def _typed(table: OptionTable, key: str, value: Any) -> tuple[Option | None, Any
     if value is None or value is MISSING or value == "None":
         return option, None if value == "None" else value
     try:
-        typed = option.coerce(value)
+        typed = option.coerce(renamed_value(option.name, value) if table.engine == "megatron" else value)
     except OptionError:
         return option, value
     return option, not typed if is_opposite else typed

@@ -103,7 +103,7 @@ def typed_options(
         if value is None or is_incomplete(value):
             continue
         if found is None and name in _GONE:
-            findings.note("config/no-effect", here, f"has no effect: {_GONE[name]}")
+            findings.note("config/dropped", here, f"has no effect: {_GONE[name]}")
             continue
         if found is None:
             hint = suggestion(key, table, path, sections=own)
