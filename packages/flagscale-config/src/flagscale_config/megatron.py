@@ -26,7 +26,7 @@ from flagscale_config.resolve import MISSING, is_incomplete
 from flagscale_config.runner import Runner, Task
 from flagscale_config.suggest import Hint, home_of_train_option, suggestion
 
-__all__ = ["read_train"]
+__all__ = ["is_dropped", "read_train", "renamed_option", "renamed_value"]
 
 _SECTIONS = ("system", "model", "data")
 _ESCAPE = "; Megatron has no such option, but train.extra_args takes words as they are"
@@ -38,6 +38,23 @@ def _own() -> dict[str, dict[str, str]]:
     text = files("flagscale_config").joinpath("data", "flagscale-megatron.json").read_text(encoding="utf-8")
     loaded: dict[str, dict[str, str]] = json.loads(text)
     return loaded
+
+
+def renamed_option(key: str) -> str:
+    """Return the name that Megatron has today for an option of FlagScale's fork; any other key as it is."""
+    name = spelled(key)
+    return _own()["renamed"].get(name, name)
+
+
+def renamed_value(option: str, value: Any) -> Any:
+    """Return Megatron's choice for a tokenizer type of FlagScale's fork; any other value as it is."""
+    is_type = option == "tokenizer_type" and isinstance(value, str)
+    return _own()["tokenizer_types"].get(value, value) if is_type else value
+
+
+def is_dropped(key: str) -> bool:
+    """Whether an option of older files has no effect any more."""
+    return spelled(key) in _own()["dropped"]
 
 
 class _Reader:
@@ -69,7 +86,8 @@ class _Reader:
             return
         renamed = _own()["renamed"].get(name)
         if renamed is not None:
-            self.findings.note("config/renamed", path, f"read as {renamed}", value)
+            hint = Hint(suggestion=renamed)
+            self.findings.note("config/renamed", path, f"read as {renamed}", value, hint=hint)
         found = self.table.find(renamed or name)
         if found is None:
             self._unknown(name, path)
@@ -80,7 +98,7 @@ class _Reader:
         """Report FlagScale options without effect or support; return whether the key goes on to the table."""
         own = _own()
         if name in own["dropped"]:
-            self.findings.note("config/no-effect", path, f"has no effect: {own['dropped'][name]}")
+            self.findings.note("config/dropped", path, f"has no effect: {own['dropped'][name]}")
             return False
         if homes(name):
             scripts = " or ".join(f"{script}.py" for script in homes(name))
@@ -132,7 +150,8 @@ class _Reader:
             return None
         known = own["tokenizer_types"].get(str(value))
         if known is not None:
-            self.findings.note("config/renamed", path, f"{value} is read as {known}", value)
+            hint = Hint(suggestion=known)
+            self.findings.note("config/renamed-value", path, f"{value} is read as {known}", value, hint=hint)
         return known or value
 
     def _set_script(self, option: Option, is_opposite: bool, value: Any, path: Path) -> None:  # noqa: FBT001

@@ -131,7 +131,7 @@ def _option(
     if found is not None:
         return found
     if (reason := _GONE.get(table.engine, {}).get(name)) is not None:
-        findings.note("config/no-effect", here, f"has no effect: {reason}")
+        findings.note("config/dropped", here, f"has no effect: {reason}")
         return None
     gone = table.elsewhere(name)
     hint = Hint(f": {gone}") if gone else suggestion(key, table, here[:-1], sections=own)
