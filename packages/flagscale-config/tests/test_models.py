@@ -383,6 +383,7 @@ def test_counts_are_megatrons():
         "gpt2": {**tiny, "max_position_embeddings": 32},
         "gated with biases": {
             **tiny,
+            "ffn_hidden_size": 160,
             "swiglu": True,
             "qk_layernorm": True,
             "position_embedding_type": "rope",

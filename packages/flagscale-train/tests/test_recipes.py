@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from flagscale_config import load, models, render_megatron
+from flagscale_hw.testing import fake_host
+from flagscale_train.errors import InvalidInput
+from flagscale_train.plan import plan
 
 FOLDER = Path(str(files("flagscale_train.recipes")))
 NAMES = sorted(f"{path.parent.parent.name}/{path.stem}" for path in FOLDER.glob("*/conf/*.yaml"))
@@ -60,6 +63,8 @@ PARAMETERS = {
     "rwkv/2_9b": ("rwkv7-2.9b", 2_947_735_040),
     "rwkv/7b": ("rwkv7-7.2b", 7_199_141_888),
 }
+SCRIPTED = ("llava", "qwen2_5_vl", "rwkv")
+"""Families that FlagScale's own scripts train: the recipes hold their numbers, the runner refuses them."""
 GIB = 1 << 30
 CARD_GIB = 79.1
 """What a card of 80 GB has for programs."""
@@ -99,6 +104,21 @@ def test_a_recipe_renders(name):
 def test_a_recipe_has_no_mistake_and_nothing_without_effect(name):
     problems = recipe(name).problems()
     assert [str(each) for each in problems if "entrypoint" not in str(each)] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_plans_on_one_host_or_says_why_not(name):
+    experiment = recipe(name)
+    if experiment.runner.nnodes not in (None, 1):
+        return  # the hosts are the user's
+    host = fake_host("nvidia", 8)
+    if name.startswith(SCRIPTED):
+        assert experiment.train.script is not None
+        with pytest.raises(InvalidInput, match="flagscale-train trains GPT models, this script"):
+            plan(experiment, host, python="python")
+    else:
+        assert experiment.train.script is None
+        assert len(plan(experiment, host, python="python").processes) == 1
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -166,7 +186,7 @@ def states(facts, parallel, layers, stage, world):
 
 
 def activations(facts, options, parallel, layers, stage):
-    """Bytes kept for the backward pass, with flash attention and without dropout (arXiv 2205.05198, adapted)."""
+    """Bytes kept for the backward pass: flash attention, no dropout (arXiv 2205.05198, adapted)."""
     tokens = options["seq_length"] * options["micro_batch_size"] / parallel.context_parallel_size
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     per_layer = layer_bytes(facts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import PurePath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -126,8 +125,7 @@ def _options(subject: Experiment | Mapping[str, Any]) -> tuple[Mapping[str, Any]
     if subject.train is None:
         message = f"{subject.source}: trains nothing, so there is no model to compare"
         raise ConfigError([Problem(code="config/model", message=message)])
-    script = PurePath(subject.task.entrypoint or "").stem
-    return subject.train.options, rwkv if script == "train_rwkv" else megatron
+    return subject.train.options, rwkv if subject.train.script == "train_rwkv" else megatron
 
 
 def _is_of(facts: ModelFacts, kind: ModuleType) -> bool:
