@@ -103,7 +103,7 @@ class Asker:
 
 
 def first_answer(*ways: Callable[[], Found]) -> Found:
-    """Try one way after the other until one describes devices or hangs; when none does, keep what all said."""
+    """Try the ways in turn until one describes devices or hangs; when none does, keep what all said."""
     problems: tuple[Problem, ...] = ()
     for way in ways:
         found = way()

@@ -27,9 +27,18 @@ class Vllm:
     comes_from: Literal["vllm", "plug-in", "vendor build"]
     """`vllm`: its own platform; `plug-in`: an installed entry point; `vendor build`: a vLLM patched by the vendor."""
     entry_point: str | None = None
-    """Name in the entry-point group `vllm.platform_plugins`, as `VLLM_PLUGINS` takes it."""
+    """Name in the entry-point group `vllm.platform_plugins`."""
     distribution: str | None = None
     """What to install for it."""
+
+    @property
+    def plugins(self) -> str | None:
+        """Return what `VLLM_PLUGINS` must be; None: leave it alone.
+
+        It names the plug-ins of every group that may load. A vendor's platform needs its further plug-ins
+        (operators, models) too, so only FlagOS', which is one, is named.
+        """
+        return self.entry_point if self.entry_point == "fl" else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,8 @@ import importlib.util
 import json
 import sys
 
+__all__ = ["main"]
+
 
 def main(wanted):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     """Answer each of `wanted["questions"]` in order."""

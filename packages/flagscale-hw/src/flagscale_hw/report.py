@@ -219,7 +219,7 @@ def _runtime(row: Runtime) -> dict[str, Any]:
             "comes_from": row.vllm.comes_from,
             "platform_plugin": row.vllm.entry_point,
             "package": row.vllm.distribution,
-            "VLLM_PLUGINS": row.vllm.entry_point,
+            "VLLM_PLUGINS": row.vllm.plugins,
         },
         "megatron": {"trains_with": row.trains_with, "vendor": row.megatron_vendor},
         "te": {"prefer": row.te_prefer, "vendor": row.te_vendor},
