@@ -406,7 +406,7 @@ def test_counts_are_megatrons():
         input=json.dumps(jobs),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
