@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 from importlib.resources import files
 from pathlib import Path
 
@@ -216,3 +217,41 @@ def layer_bytes(facts):
     # Twice the tokens of each expert going out and coming back; a fifth more where routing is not even.
     routed = experts.experts_per_token * 1.2 * (6 * hidden + 6 * experts.ffn_size)
     return 8 * hidden + core + routed + 6 * experts.shared_size + 4 * experts.num_experts
+
+
+@pytest.fixture(scope="module")
+def arguments():
+    """Import Megatron's arguments once, and pretend to a Hopper device and a current Transformer Engine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        from megatron.core import model_parallel_config
+        from megatron.core.optimizer import optimizer_config
+        from megatron.core.transformer import transformer_config
+        from megatron.training import arguments
+    patch = pytest.MonkeyPatch()
+    patch.setattr(arguments, "get_device_arch_version", lambda: 9)
+    patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for module in (arguments, transformer_config, model_parallel_config, optimizer_config):
+        patch.setattr(module, "is_te_min_version", lambda *_args, **_kwargs: True, raising=False)
+    patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    patch.setenv("RANK", "0")
+    yield arguments
+    patch.undo()
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("name", NAMES)
+def test_megatron_accepts_a_recipe(name, arguments, monkeypatch, capsys):
+    experiment = recipe(name)
+    train, world = experiment.train, experiment.runner.world_size or 8
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setattr("sys.argv", ["train", *render_megatron(train.options)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args = arguments.validate_args(arguments.parse_args())
+        args.apply_rope_fusion = False  # needs Transformer Engine itself
+        config = arguments.core_transformer_config_from_args(args)
+    assert config.num_layers == train.options["num_layers"]
+    assert args.world_size == world
+    assert args.data_parallel_size == world // train.parallelism.model_size
