@@ -54,3 +54,16 @@ def test_the_committed_schema_is_the_one_the_package_prints() -> None:
     argv = [script, "schema", "experiment", "--check", ROOT / "schemas/experiment.json"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_cn.md"])
+def test_readme_links_every_recipe_and_nothing_that_is_not_there(name: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text(encoding="utf-8"))
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert missing == []
+    folders = [
+        ROOT / f"packages/flagscale-{kind}/src/flagscale_{kind}/recipes" for kind in ("train", "serve")
+    ]
+    recipes = {str(path.relative_to(ROOT)) for folder in folders for path in folder.glob("*/conf/*.yaml")}
+    assert len(recipes) > 60
+    assert recipes == {link for link in links if "/recipes/" in link}
