@@ -123,8 +123,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "show":
             verb.add_argument("--origin", action="store_true", help="say where each value comes from")
             verb.add_argument("--all", action="store_true", help="print defaults too")
+    from flagscale_config.schema import KINDS
+
     schema = verbs.add_parser("schema", help="print a JSON Schema", description="Print a JSON Schema.")
-    schema.add_argument("kind", choices=["experiment"], help="what to describe")
+    schema.add_argument("kind", choices=KINDS, help="what to describe")
     schema.add_argument(
         "--check", metavar="PATH", help="compare with this file instead; exit code 2 when it differs"
     )

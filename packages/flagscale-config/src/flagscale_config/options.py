@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
@@ -220,6 +220,11 @@ class OptionTable:
         """
         found = self._aliases.get(spelled(key))
         return (self.options[found[0]], found[1]) if found else None
+
+    def spellings(self) -> Iterator[tuple[str, str, bool]]:
+        """Yield every spelling with underscores, the option it means, and whether it says its opposite."""
+        for alias, (name, is_opposite) in self._aliases.items():
+            yield alias, name, is_opposite
 
     def twin(self, option: Option) -> Option | None:
         """Return the switch that sets the same attribute the other way, as `--no-x` does beside `--x`."""

@@ -97,7 +97,7 @@ def typed_options(
     table = option_table(engine)
     typed: dict[str, Any] = {}
     for key, value in _joined(tree).items():
-        here = (*path, key)
+        here = (*path, key if key in tree else next(word for word in tree if word.startswith(f"{key}.")))
         name = spelled(key)
         found = table.find(key)
         if value is None or is_incomplete(value):
