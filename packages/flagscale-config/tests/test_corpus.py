@@ -315,7 +315,7 @@ def survivors(run, batch) -> list[str]:
     alive = []
     for leaf, written in zip(group, names, strict=True):
         here = places.get(leaf.line, [])
-        name = name.replace("experiment.deploy.", "experiment.runner.deploy.")  # where it is read
+        name = written.replace("experiment.deploy.", "experiment.runner.deploy.")  # where it is read
         meant = [
             problem
             for problem in here

@@ -1,4 +1,4 @@
-"""JSON Schemas of files, for editors: the corpus is valid by them, its mutants are not, where one can see it."""
+"""JSON Schemas of files, for editors: the corpus is valid by them, its mutants are not."""
 
 import json
 import re

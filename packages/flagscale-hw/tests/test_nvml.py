@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 
-from flagscale_hw.nvml import describe
+from flagscale_hw.backends.nvml import describe
 
 LOST, NOT_SUPPORTED, DENIED = 15, 3, 4
 
@@ -99,7 +99,7 @@ def test_no_driver_is_one_problem():
 
 
 def test_structures_have_the_size_of_nvidias_header():
-    from flagscale_hw import nvml
+    from flagscale_hw.backends import nvml
 
     assert ctypes.sizeof(nvml._Memory) == 24
     assert ctypes.sizeof(nvml._Memory2) == 40

@@ -58,7 +58,7 @@ def _open(schema: Schema) -> Schema:
     """Let null, an interpolation or `???` stand for a value."""
     if not schema or schema.get("type") == "object":
         return {"anyOf": [schema, _FREE_REF, {"type": "null"}]} if schema else {}
-    words = {key: schema[key] for key in ("description", "default") if key in schema}
+    words: Schema = {key: schema[key] for key in ("description", "default") if key in schema}
     rest = {key: value for key, value in schema.items() if key not in words}
     return {"anyOf": [rest, _FREE_REF, {"type": "null"}], **words}
 

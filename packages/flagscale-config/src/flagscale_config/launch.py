@@ -42,9 +42,9 @@ def check_launch(action: Any, findings: Findings) -> None:
         findings.error("config/value", ("action",), message, action)
     config = findings.composed.config
     settings = config._get_node("hydra") if "hydra" in config else None  # noqa: SLF001
-    if settings is None or settings._is_none() or settings._is_interpolation():  # type: ignore[union-attr]  # noqa: SLF001
+    if settings is None or settings._is_none() or settings._is_interpolation():  # noqa: SLF001
         return
-    tree = OmegaConf.to_container(settings) if OmegaConf.is_config(settings) else settings._value()  # type: ignore[union-attr]  # noqa: SLF001
+    tree = OmegaConf.to_container(settings) if OmegaConf.is_config(settings) else settings._value()  # noqa: SLF001
     if not isinstance(tree, Mapping):
         findings.error("config/value", ("hydra",), f"must be a mapping ({show(tree)} given)", tree)
         return

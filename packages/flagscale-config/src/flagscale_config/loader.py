@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path as FilePath
 from pathlib import PurePath
@@ -105,7 +106,8 @@ def find(source: str | PathLike[str], task: str | None = None) -> FilePath:
     elif path.suffix or not known:
         message = "no such file; check the path"
     else:
-        message = "no such file and no such recipe" + suggestion(name, None, (), sections=list(known))
+        near = get_close_matches(name, known, 1, 0.7)
+        message = "no such file and no such recipe" + (f"; did you mean {near[0]}?" if near else "")
     raise ConfigError([Problem(code="config/no-file", message=message, origin=place, given=name)])
 
 
@@ -113,9 +115,8 @@ def _read(data: Mapping[str, Any], findings: Findings, source: FilePath) -> Expe
     """Read the whole composed file; None when something needed for an `Experiment` is missing."""
     for key in data:
         if key not in _TOP:
-            findings.error(
-                "config/unknown-key", (key,), f"unknown key{suggestion(key, None, (key,), sections=_TOP)}"
-            )
+            hint = suggestion(key, None, (key,), sections=_TOP)
+            findings.error("config/unknown-key", (key,), f"unknown key{hint}", data[key], hint=hint)
     check_launch(data.get("action"), findings)
     section = _section(data.get("experiment"), findings)
     kind = _task_type(data, section)

@@ -25,7 +25,7 @@ from flagscale_config.options import Option, OptionError, OptionTable, option_ta
 from flagscale_config.places import Path, dotted
 from flagscale_config.resolve import MISSING, is_incomplete
 from flagscale_config.runner import Runner, Task
-from flagscale_config.suggest import suggestion
+from flagscale_config.suggest import Hint, home_of_train_option, suggestion
 
 __all__ = ["read_train"]
 
@@ -106,7 +106,7 @@ class _Reader:
     def _unknown(self, name: str, path: Path) -> None:
         hint = suggestion(name, self.table, path, sections=self._near(name))
         self.findings.excused.add(self.table.nearest(name) or "")
-        self.findings.error("config/unknown-key", path, f"unknown key{hint or _ESCAPE}")
+        self.findings.error("config/unknown-key", path, f"unknown key{hint or _ESCAPE}", hint=hint)
 
     def _set(self, option: Option, is_opposite: bool, value: Any, path: Path) -> None:  # noqa: FBT001
         if value is None:
@@ -121,7 +121,8 @@ class _Reader:
         try:
             typed = option.coerce(value)
         except OptionError as error:
-            self.findings.error("config/value", path, str(error), value)
+            hint = Hint(allowed=error.allowed, suggestion=error.suggestion)
+            self.findings.error("config/value", path, str(error), value, hint=hint)
             self.is_incomplete = True
             return
         self._store(option, not typed if is_opposite else typed, path)
@@ -236,9 +237,10 @@ def _read_section(reader: _Reader, section: str, content: Any) -> None:
     if section not in _SECTIONS:
         hint = suggestion(section, None, ("train",), sections=_SECTIONS)
         if section in reader.table:
-            hint = "; it belongs under one of system, model, data"
+            home = home_of_train_option(spelled(section))
+            hint = Hint(f"; it belongs under {home}", home, _SECTIONS)
         allowed = f"; allowed: {', '.join(_SECTIONS)}, extra_args"
-        reader.findings.error("config/unknown-key", path, f"unknown key{hint or allowed}")
+        reader.findings.error("config/unknown-key", path, f"unknown key{hint or allowed}", hint=hint)
     elif isinstance(content, Mapping):
         for key, value, where in _leaves(content, path):
             reader.read(key, value, where)

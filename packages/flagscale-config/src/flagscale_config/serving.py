@@ -14,7 +14,7 @@ from flagscale_config.policy_server import PolicyArguments
 from flagscale_config.resolve import is_incomplete
 from flagscale_config.runner import Task
 from flagscale_config.sections import read_model
-from flagscale_config.suggest import suggestion
+from flagscale_config.suggest import Hint, suggestion
 
 __all__ = ["read_serve", "typed_options"]
 
@@ -107,12 +107,14 @@ def typed_options(
             continue
         if found is None:
             hint = suggestion(key, table, path, sections=own)
-            findings.error("config/unknown-key", here, f"unknown option of {engine} {table.version}{hint}")
+            message = f"unknown option of {engine} {table.version}{hint}"
+            findings.error("config/unknown-key", here, message, hint=hint)
             continue
         try:
             coerced = found[0].coerce(value)
         except OptionError as error:
-            findings.error("config/value", here, str(error), value)
+            hint = Hint(allowed=error.allowed, suggestion=error.suggestion)
+            findings.error("config/value", here, str(error), value, hint=hint)
             continue
         option, is_opposite = found
         coerced = not coerced if is_opposite else coerced

@@ -6,14 +6,18 @@ too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from flagscale_hw.identity import marked
 
 __all__ = ["Answer", "Host"]
 
@@ -27,6 +31,8 @@ _TOOL_FOLDERS = (
 )
 _OUTPUT_LIMIT = 4 << 20
 _KILL_WAIT_S = 0.2
+_PROBE = "FLAGSCALE_HW_PROBE"
+"""Marks whatever a command starts, so that all of it can be found when the command hangs."""
 _START = (
     "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_module(sys.argv[2], run_name='__main__')"
 )
@@ -72,9 +78,9 @@ class Host:
         except OSError:
             return []
 
-    def find_tool(self, name: str) -> Path | None:
+    def find_tool(self, name: str, *vendor_folders: str) -> Path | None:
         """Return a vendor's tool from where it is installed, or else from PATH; None when there is none."""
-        folders = [self.path(folder) for folder in _TOOL_FOLDERS]
+        folders = [self.path(folder) for folder in (*vendor_folders, *_TOOL_FOLDERS)]
         if self.is_real:
             folders += [
                 Path(folder) for folder in self.environ.get("PATH", "").split(":") if folder.startswith("/")
@@ -96,13 +102,15 @@ class Host:
         with tempfile.TemporaryDirectory(prefix="flagscale-hw-") as folder:
             return _run([str(word) for word in argv], folder, {**self.environ, "LC_ALL": "C"}, timeout_s)
 
-    def run_module(self, module: str, timeout_s: float) -> Answer:
+    def run_module(self, module: str, timeout_s: float, *arguments: str) -> Answer:
         """Run one of our modules in its own process, where a library that hangs or crashes does no harm."""
         package_root = Path(__file__).resolve().parents[1]
-        return self.run([sys.executable, "-I", "-S", "-c", _START, package_root, module], timeout_s)
+        start: list[str | Path] = [sys.executable, "-I", "-S", "-c", _START, package_root, module]
+        return self.run([*start, *arguments], timeout_s)
 
 
 def _run(argv: list[str], folder: str, environ: dict[str, str], timeout_s: float) -> Answer:
+    token = Path(folder).name
     with Path(folder, "out").open("w+b") as out, Path(folder, "err").open("w+b") as err:
         child = subprocess.Popen(
             argv,
@@ -110,27 +118,43 @@ def _run(argv: list[str], folder: str, environ: dict[str, str], timeout_s: float
             stdout=out,
             stderr=err,
             cwd=folder,
-            env=environ,
+            env={**environ, _PROBE: token},
             start_new_session=True,
         )
-        exit_code: int | None = None
+        has_ended = False
         try:
-            exit_code = child.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            pass
+            has_ended = _ends_within(child, timeout_s)
         finally:
-            if exit_code is None:
-                _kill_group(child)
+            exit_code = _clean_up(child, token, has_ended=has_ended)
         return Answer(_text(out), _text(err), exit_code)
 
 
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
-    os.killpg(child.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+def _ends_within(child: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    """Wait without reaping, so that the number of the group stays the child's own."""
+    end = time.monotonic() + timeout_s
+    while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(left, 0.005))
+    return True
+
+
+def _clean_up(child: subprocess.Popen[bytes], token: str, *, has_ended: bool) -> int | None:
+    """End everything that a command left, and return its exit code; None when it had to be killed."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: a group of zombies only
+        os.killpg(child.pid, signal.SIGKILL)
     try:
-        child.wait(_KILL_WAIT_S)
+        exit_code = child.wait(_KILL_WAIT_S)
     except subprocess.TimeoutExpired:
         # Stuck inside the kernel (a driver that hangs): nobody can end it, so nobody may wait for it.
         child.returncode = -signal.SIGKILL
+    if has_ended:
+        return exit_code
+    for who in marked(token, _PROBE):  # children that made themselves a session of their own
+        with contextlib.suppress(PermissionError):
+            who.send(signal.SIGKILL)
+    return None
 
 
 def _text(file: object) -> str:

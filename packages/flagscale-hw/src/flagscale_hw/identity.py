@@ -142,9 +142,9 @@ def descendants(root_pid: int) -> list[Identity]:
     return found
 
 
-def marked(run_id: str) -> list[Identity]:
-    """Return every living process whose environment carries the marker of this run."""
-    needle = f"{MARKER}={run_id}".encode()
+def marked(run_id: str, variable: str = MARKER) -> list[Identity]:
+    """Return every living process whose environment carries this marker, of a run unless another is named."""
+    needle = f"{variable}={run_id}".encode()
     found = []
     for pid in _pids():
         who = identify(pid)

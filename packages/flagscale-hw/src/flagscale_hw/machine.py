@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from flagscale_hw.errors import InputError
 
-__all__ = ["Device", "Machine", "Problem"]
+__all__ = ["Device", "DeviceProcess", "Health", "Machine", "Presence", "Problem", "Slice", "Vendor"]
+
+Health = Literal["ok", "degraded", "bad", "unresponsive"]
+Presence = Literal["none", "bus_only", "usable"]
+"""`bus_only`: the hardware is there and its driver is not, so no program can use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +34,30 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slice:
+    """A part of a device that programs see instead of the whole, such as a MIG instance."""
+
+    uuid: str | None = None
+    name: str | None = None
+    """The vendor's name of its size, such as `1g.10gb`."""
+    instance: str | None = None
+    """How the driver numbers it within the device: `<graphics instance>/<compute instance>`."""
+    memory_total_bytes: int | None = None
+    memory_used_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceProcess:
+    """A process that uses a device, as the vendor's tool numbers it: on the host, not in a container."""
+
+    pid: int
+    name: str | None = None
+    memory_used_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Device:
-    """One accelerator as a program sees it."""
+    """One accelerator as a program sees it: what the vendor's runtime counts as one device."""
 
     index: int
     """The number that the driver gives it on this machine."""
@@ -48,6 +74,66 @@ class Device:
     driver: str | None = None
     compute_capability: str | None = None
     """Such as `9.0`."""
+    physical_index: int | None = None
+    """The number in the name of the device node, or the module's; None when it is not told apart."""
+    serial: str | None = None
+    node: str | None = None
+    """Such as `/dev/davinci3`."""
+    pci_device_id: str | None = None
+    """Such as `0x6210`."""
+    numa_node: int | None = None
+    cpu_affinity: str | None = None
+    """Processors next to it, such as `0-31,64-95`."""
+    board: str | None = None
+    """The board or card that it sits on, as the tool names it; dies of one board have the same."""
+    die: int | None = None
+    """Its number on that board."""
+    is_virtual: bool | None = None
+    """Whether it is a hypervisor's slice of a card."""
+    is_sliced: bool | None = None
+    """Whether it is cut into parts: programs must then choose one of those."""
+    slices: tuple[Slice, ...] = ()
+    power_limit_w: float | None = None
+    is_ecc_on: bool | None = None
+    health: Health | None = None
+    health_reasons: tuple[str, ...] = ()
+    processes: tuple[DeviceProcess, ...] | None = None
+    """Who uses it; None when that cannot be seen, as in a container."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Device:
+        """Read what `dataclasses.asdict` gave, from this version or an older one.
+
+        Raises:
+            TypeError: a field is not known, or `index` is missing.
+        """
+        values = dict(data)
+        processes = values.get("processes")
+        values["slices"] = tuple(Slice(**part) for part in values.get("slices") or ())
+        values["processes"] = None if processes is None else tuple(DeviceProcess(**one) for one in processes)
+        values["health_reasons"] = tuple(values.get("health_reasons") or ())
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vendor:
+    """How one vendor's chips were found on this machine."""
+
+    chip: str
+    presence: Presence
+    is_forced: bool = False
+    """An operator said so in `FLAGSCALE_HW_VENDOR`."""
+    origin: str = "built-in"
+    """Who looked: `built-in`, or `<distribution> <version>` of a plug-in."""
+    source: Literal["library", "tool", "files"] | None = None
+    """Where the facts come from; None when nothing was asked."""
+    driver: str | None = None
+    toolkit: str | None = None
+    count: int = 0
+    """Devices that were described."""
+    on_bus: int = 0
+    """PCI functions of such devices."""
+    elapsed_ms: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +153,10 @@ class Machine:
     visible_indices: tuple[int, ...] | None = None
     """Devices that the environment lets this process use, in that order; None when it sets no limit."""
     problems: tuple[Problem, ...] = ()
+    others: tuple[Device, ...] = ()
+    """Accelerators of other vendors than `chip`; no plan uses them by itself."""
+    vendors: tuple[Vendor, ...] = ()
+    """Every vendor whose hardware is here, the one of `chip` first."""
 
     @property
     def visible(self) -> tuple[Device, ...]:
@@ -91,3 +181,25 @@ class Machine:
     def to_dict(self) -> dict[str, Any]:
         """Render as plain JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Machine:
+        """Read what `to_dict` gave, from this version or an older one.
+
+        Raises:
+            TypeError: a field is not known, or one that must be there is missing.
+        """
+        values = dict(data)
+        for name, make in _PARTS.items():
+            values[name] = tuple(make(part) for part in values.get(name) or ())
+        if values.get("visible_indices") is not None:
+            values["visible_indices"] = tuple(values["visible_indices"])
+        return cls(**values)
+
+
+_PARTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "devices": Device.from_dict,
+    "others": Device.from_dict,
+    "problems": lambda part: Problem(**part),
+    "vendors": lambda part: Vendor(**part),
+}
