@@ -24,7 +24,7 @@ import nox
 ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
 PACKAGES = ("config", "hw", "train", "serve", "convert")
-TEST_TOOLS = ("pytest>=8,<10", "hypothesis>=6.130,<7")
+TEST_TOOLS = ("pytest>=8,<10", "hypothesis>=6.130,<7", "jsonschema>=4.25,<5")
 # Newer torch works; one version is what the figures in the docs were measured with.
 TORCH = "torch==2.11.0"
 # The same examples each time: a landing is not the place to discover a new one. Fuzz with --hypothesis-seed.

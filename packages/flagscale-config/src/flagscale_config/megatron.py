@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
 
@@ -100,15 +101,16 @@ class _Reader:
         if name in own["dropped"]:
             self.findings.note("config/dropped", path, f"has no effect: {own['dropped'][name]}")
             return False
-        if homes(name):
+        reason = own["refused"].get(name)
+        if reason is None and homes(name):
             scripts = " or ".join(f"{script}.py" for script in homes(name))
             message = f"holds only with experiment.task.entrypoint {scripts}, which trains such models"
             self.findings.error("config/unsupported", path, message)
             return False
-        if name in self.table:
+        if name in self.table and reason is None:
             return True
-        reason = own["refused"].get(name) or self.table.elsewhere(name) or None
-        if reason is None:
+        reason = reason or self.table.elsewhere(name) or None
+        if reason is None and not self._near(name):
             reason = next(
                 (text for start, text in own["refused_prefixes"].items() if name.startswith(start)), None
             )
@@ -117,8 +119,13 @@ class _Reader:
             self.findings.error("config/unsupported", path, message)
         return reason is None
 
+    def _near(self, name: str) -> list[str]:
+        """Return the option of the model script or of meshes that a key may have meant."""
+        known = [*HETERO_OPTIONS, *(self.script.options if self.script is not None else ())]
+        return get_close_matches(name, known, 1, 0.8)
+
     def _unknown(self, name: str, path: Path) -> None:
-        hint = suggestion(name, self.table, path)
+        hint = suggestion(name, self.table, path, sections=self._near(name))
         self.findings.excused.add(self.table.nearest(name) or "")
         self.findings.error("config/unknown-key", path, f"unknown key{hint or _ESCAPE}", hint=hint)
 

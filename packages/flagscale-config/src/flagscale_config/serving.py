@@ -98,7 +98,7 @@ def typed_options(
     table = option_table(engine, findings.versions.get(engine))
     typed: dict[str, Any] = {}
     for key, value in _joined(tree).items():
-        here = (*path, key)
+        here = (*path, key if key in tree else next(word for word in tree if word.startswith(f"{key}.")))
         found = None if value is None or is_incomplete(value) else _option(key, table, here, findings, own)
         if found is None:
             continue
