@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def _scan(search_path: tuple[str, ...]) -> tuple[tuple[Backend, ...], tuple[Prob
         try:
             gate = json.loads(_manifest(module, search_path).read_text(encoding="utf-8"))
             backend = _backend(chip, module, distribution, gate)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, re.error) as error:
             problems.append(Problem(where=chip, text=f"plug-in {distribution}: cannot be used: {error}"))
             continue
         if chip in found:
@@ -79,6 +80,8 @@ def _backend(chip: str, module: str, distribution: str, gate: dict[str, Any]) ->
         PciRule(rule["vendor"], frozenset(rule.get("classes") or ACCELERATORS))
         for rule in gate.get("pci", ())
     ]
+    for pattern in (gate.get("nodes", ""), gate.get("shared_nodes", "")):
+        re.compile(pattern)
     return _Plugin(
         chip=chip,
         module=module,
