@@ -90,7 +90,7 @@ def test_environment_values_become_text(tiny):
         ("++experiment.runner.nproc_per_node=eight", "must be an integer ('eight' given)"),
         ("++experiment.runner.nproc_per_node=2.5", "must be an integer (2.5 given)"),
         ("++experiment.runner.ssh_port=70000", "must be at most 65535 (70000 given)"),
-        ("++experiment.runner.master_port=xxxx", "must be an integer ('xxxx' given)"),
+        ("++experiment.runner.master_port=port", "must be an integer ('port' given)"),
         ("++experiment.runner.no_shared_fs=maybe", "must be true or false ('maybe' given)"),
         ("++experiment.runner.hang_detection_timeout=0", "must be more than 0"),
         ("++experiment.runner.deploy=8000", "must be a mapping (8000 given)"),

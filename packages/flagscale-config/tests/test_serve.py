@@ -100,7 +100,7 @@ def test_overrides_reach_into_items(serve):
         (
             "serve_id: m, engine_args: {num_layers: 2}",
             "3:31: serve.0.engine_args.num_layers",
-            "unknown option of vllm 0.25.1; it belongs under train (any of system, model, data)",
+            "unknown option of vllm 0.25.1; it is an option of megatron and belongs under train.model",
         ),
         (
             "serve_id: m, engine_args: {tensor_parallel_size: two}",

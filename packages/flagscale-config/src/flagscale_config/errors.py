@@ -7,26 +7,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from flagscale_config.masking import MASK, is_secret, masked, masked_override, masked_text
+
 __all__ = ["ConfigError", "Origin", "Problem", "show", "sort_problems"]
 
 _MAX_SHOWN = 80
+
+_GIVEN = re.compile(r"\(.* given\)")
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where a value comes from: a position in a file, or an override.
 
-    Lines and columns count from 1; 0 means the file as a whole.
+    Lines and columns count from 1; 0 means the file as a whole. Secrets in the override are masked.
     """
 
     file: str = ""
     line: int = 0
     column: int = 0
     override: str | None = None
+
+    def __post_init__(self) -> None:
+        """Keep secrets out: an origin is printed, recorded and sent."""
+        if self.override is not None:
+            object.__setattr__(self, "override", masked_override(self.override))
 
     def __str__(self) -> str:
         """Return `file:line:col`, or `override 'a=b'`."""
@@ -47,8 +58,22 @@ class Problem:
     """Dotted path such as `train.model.num_layers`; empty when the problem is not about one key."""
     origin: Origin | None = None
     given: Any = None
-    """The value found, None when there is none worth showing."""
+    """The value found, None when there is none worth showing; `***` for a secret."""
     severity: str = "error"
+    allowed: tuple[Any, ...] = ()
+    """Every value or key that may stand here, where they can be listed."""
+    suggestion: str | None = None
+    """What was probably meant: the right key or value, or the section in which the key belongs."""
+
+    def __post_init__(self) -> None:
+        """Keep secrets out, whoever made the problem."""
+        message, given = masked_text(self.message), self.given
+        if any(is_secret(part) for part in self.key.split(".")):
+            message = _GIVEN.sub(f"({MASK} given)", _QUOTED.sub(MASK, self.message))
+            message = message if given is None else message.replace(f"{given!r} ", f"{MASK} ")
+            given = given if given is None or given == "???" else MASK
+        object.__setattr__(self, "message", message)
+        object.__setattr__(self, "given", masked(given))
 
     def __str__(self) -> str:
         """Return the problem as one line: `place: key: message`, control characters escaped."""
@@ -74,6 +99,8 @@ class Problem:
             "key": self.key,
             "message": self.message,
             "given": given,
+            "allowed": list(self.allowed),
+            "suggestion": self.suggestion,
             **place,
         }
 

@@ -1,7 +1,7 @@
 """The typed contract: what one FlagScale file asks for, frozen.
 
 `load()` makes it; the other packages read it. What does not live here: reading files (`loader.py`), option
-names (`options.py`), checks across fields (`arithmetic.py`).
+names (`options.py`), checks across fields (`arithmetic/`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr
 
 from flagscale_config.base import FrozenDict, FrozenMap, Model
+from flagscale_config.compression import Compression
 from flagscale_config.errors import Origin, Problem, sort_problems
+from flagscale_config.external import External
+from flagscale_config.heterogeneous import Heterogeneous
+from flagscale_config.inference import Inference
+from flagscale_config.native_training import NativeTraining
+from flagscale_config.policy_server import PolicyServer
+from flagscale_config.reinforcement import ReinforcementLearning
 from flagscale_config.runner import Cmds, Runner, Task
+from flagscale_config.tuning import AutoTuner
 
 __all__ = ["Experiment", "Parallelism", "Profile", "Resources", "ServeInstance", "Train"]
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 
 class Parallelism(Model):
@@ -63,6 +71,13 @@ class Train(Model):
     """Optimiser steps; None when the length is given in samples."""
     extra_args: tuple[str, ...] = ()
     """Words passed to Megatron as they are: the only way around the option table."""
+    script: str | None = None
+    """FlagScale's model script where another model than a GPT is trained, such as `train_llava`."""
+    script_options: FrozenMap[str, Any] = Field(default_factory=FrozenDict)
+    """The options that only that script has."""
+    heterogeneous: Heterogeneous | None = None
+    """How the model is spread over several kinds of chips; None for one kind. Then `parallelism` is that of
+    the options, not of the meshes."""
 
 
 class Resources(Model):
@@ -131,12 +146,17 @@ _MOVED = {
     "shortcuts": "experiment",
     "node_envs": "experiment.envs",
     "device_type_envs": "experiment.envs",
+    "device_type_args": "device_type_specific",
+    "node_specific_args": "node_specific",
+    "native_train": "train",
+    "policy_server": "serve",
     "train.parallelism.virtual_pipeline_stages": "train.options.num_virtual_stages_per_pipeline_rank",
     "train.parallelism": "train.options",
     "train.micro_batch_size": "train.options.micro_batch_size",
     "train.global_batch_size": "train.options.global_batch_size",
     "train.train_iters": "train.options.train_iters",
 }
+_SECTIONS = ("train", "serve", "inference", "compress", "rl")
 _OF_NO_FILE = ("cwd", "source", "schema_version", "notes")
 
 
@@ -148,13 +168,13 @@ def _path_in_file(key: str) -> str:
     for field, home in _MOVED.items():
         if key == field or key.startswith(f"{field}."):
             return home + key[len(field) :]
-    return f"experiment.{key}" if head in Experiment.model_fields and head not in {"train", "serve"} else key
+    return f"experiment.{key}" if head in Experiment.model_fields and head not in _SECTIONS else key
 
 
 class Experiment(Model):
     """What one experiment file asks for, composed, resolved and checked."""
 
-    schema_version: Literal["1.0"] = "1.0"
+    schema_version: Literal["1.0", "1.1"] = "1.1"
     """Version of this contract; within a major version fields are only added."""
     name: str
     """`experiment.exp_name`."""
@@ -183,12 +203,28 @@ class Experiment(Model):
     """Engine options by host."""
     cmds: Cmds = Cmds()
     """Shell text around the task."""
-    auto_tuner: FrozenMap[str, Any] | None = None
-    """Search space of the tuner; kept as it is."""
+    device_type_args: FrozenMap[str, FrozenMap[str, Any]] = Field(default_factory=FrozenDict)
+    """Megatron options by device type of the hostfile (`device_type_specific` beside `experiment`)."""
+    node_specific_args: FrozenMap[str, FrozenMap[str, Any]] = Field(default_factory=FrozenDict)
+    """Megatron options by host (`node_specific` beside `experiment`); they win over those by device type."""
+    auto_tuner: AutoTuner | None = None
+    """Search of the tuner."""
     train: Train | None = None
-    """Present when `task.type` is `train`."""
+    """Present when `task.type` is `train` and Megatron trains."""
+    native_train: NativeTraining | None = None
+    """Present when `task.type` is `train` and FlagScale's own trainer trains (robot policies)."""
     serve: tuple[ServeInstance, ...] = ()
-    """Not empty when `task.type` is `serve`."""
+    """Not empty when `task.type` is `serve`, unless a policy server is asked for."""
+    policy_server: PolicyServer | None = None
+    """Present when `task.type` is `serve` and the section describes a policy server."""
+    inference: Inference | None = None
+    """Present when `task.type` is `inference`."""
+    compress: Compression | None = None
+    """Present when `task.type` is `compress`."""
+    rl: ReinforcementLearning | None = None
+    """Present when `task.type` is `rl`."""
+    external: External | None = None
+    """Present when the task's section only wraps another project's program."""
     notes: tuple[str, ...] = ()
     """What was read differently from how it is written, as text; `check` shows the same with places."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from flagscale_config.compose import Composed
 from flagscale_config.errors import Origin, Problem
 from flagscale_config.places import Path, dotted
+from flagscale_config.suggest import Hint
 
 __all__ = ["Findings"]
 
@@ -29,17 +30,43 @@ class Findings:
             dotted(path): place for path, place in composed.places.items() if path
         }
 
-    def error(self, code: str, path: Sequence[str | int], message: str, given: Any = None) -> None:
-        """Add an error about the value at `path`."""
-        self.problems.append(self._problem(code, path, message, given, "error"))
+    def error(
+        self,
+        code: str,
+        path: Sequence[str | int],
+        message: str,
+        given: Any = None,
+        *,
+        hint: Hint | None = None,
+    ) -> None:
+        """Add an error about the value at `path`.
+
+        `hint` is what the message already says in words (what is allowed, what was probably meant), as data.
+        """
+        self.problems.append(self._problem(code, path, message, given, hint))
 
     def note(self, code: str, path: Sequence[str | int], message: str, given: Any = None) -> None:
         """Add a note about the value at `path`."""
-        self.notes.append(self._problem(code, path, message, given, "note"))
+        self.notes.append(self._problem(code, path, message, given, None, severity="note"))
 
     def _problem(
-        self, code: str, path: Sequence[str | int], message: str, given: Any, severity: str
+        self,
+        code: str,
+        path: Sequence[str | int],
+        message: str,
+        given: Any,
+        hint: Hint | None,
+        *,
+        severity: str = "error",
     ) -> Problem:
-        key = dotted(path)
-        place = self.composed.origin(tuple(path))
-        return Problem(code=code, message=message, key=key, origin=place, given=given, severity=severity)
+        hint = Hint() if hint is None else hint
+        return Problem(
+            code=code,
+            message=message,
+            key=dotted(path),
+            origin=self.composed.origin(tuple(path)),
+            given=given,
+            severity=severity,
+            allowed=hint.allowed,
+            suggestion=hint.suggestion,
+        )

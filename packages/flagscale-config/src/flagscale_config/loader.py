@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any
@@ -13,17 +14,19 @@ from flagscale_config.errors import ConfigError, Origin, Problem, show, sort_pro
 from flagscale_config.experiment import Experiment
 from flagscale_config.experiment_section import SHORTCUTS, ExperimentSection
 from flagscale_config.findings import Findings
-from flagscale_config.megatron import read_train
+from flagscale_config.overlays import read_overlays
+from flagscale_config.placeholders import without_placeholders
 from flagscale_config.recipe import recipes
 from flagscale_config.resolve import MISSING, resolve
 from flagscale_config.sections import read_model
-from flagscale_config.serving import read_serve
+from flagscale_config.serving import typed_options
 from flagscale_config.suggest import suggestion
+from flagscale_config.task import TASKS, check_task, read_task
+from flagscale_config.tuning import check_tuner
 
 __all__ = ["check", "load"]
 
-_TASKS = ("train", "serve", "inference", "compress", "rl")
-_TOP = ("experiment", "action", "hydra", "defaults", "device_type_specific", "node_specific", *_TASKS)
+_TOP = ("experiment", "action", "hydra", "defaults", "device_type_specific", "node_specific", *TASKS)
 _ENV_SECTIONS = {
     "device_type_specific": "device_type_envs",
     "node_specific": "node_envs",
@@ -64,7 +67,7 @@ def _load(path: FilePath, overrides: Sequence[str]) -> tuple[Experiment | None, 
     data, unresolved = resolve(composed)
     findings = Findings(composed)
     findings.problems += unresolved
-    experiment = _read(data, findings, path)
+    experiment = _read(without_placeholders(data, findings), findings, path)
     return experiment, findings.problems + findings.notes
 
 
@@ -98,7 +101,8 @@ def find(source: str | PathLike[str], task: str | None = None) -> FilePath:
     elif path.suffix or not known:
         message = "no such file; check the path"
     else:
-        message = "no such file and no such recipe" + suggestion(name, None, (), sections=list(known))
+        near = get_close_matches(name, known, 1, 0.7)
+        message = "no such file and no such recipe" + (f"; did you mean {near[0]}?" if near else "")
     raise ConfigError([Problem(code="config/no-file", message=message, origin=place, given=name)])
 
 
@@ -106,27 +110,23 @@ def _read(data: Mapping[str, Any], findings: Findings, source: FilePath) -> Expe
     """Read the whole composed file; None when something needed for an `Experiment` is missing."""
     for key in data:
         if key not in _TOP:
-            findings.error(
-                "config/unknown-key", (key,), f"unknown key{suggestion(key, None, (key,), sections=_TOP)}"
-            )
+            hint = suggestion(key, None, (key,), sections=_TOP)
+            findings.error("config/unknown-key", (key,), f"unknown key{hint}", data[key], hint=hint)
     section = _section(data.get("experiment"), findings)
-    task = _task_type(data, section)
-    _refuse_other_tasks(task, findings)
-    runner = section.runner if section is not None else None
-    train = (
-        read_train(data.get("train"), runner, findings)
-        if task == "train" and _has(data, task, findings)
-        else None
-    )
-    serve = read_serve(data.get("serve"), findings) if task == "serve" and _has(data, task, findings) else ()
-    if section is None:
+    kind = _task_type(data, section)
+    task, runner = (section.task, section.runner) if section is not None else (None, None)
+    if task is not None:
+        check_task(task, findings)
+    if isinstance(data.get("experiment"), Mapping):
+        check_tuner(data["experiment"].get("auto_tuner"), kind, findings)
+    fields = read_task(data, task, kind, runner, findings)
+    fields.update(read_overlays(data, kind, findings))
+    if section is None or findings.problems:
         return None
+    fields.update(_fields(section, source, findings))
     if findings.problems:
         return None
-    fields = _fields(section, source, findings)
-    if findings.problems:
-        return None
-    return Experiment.located(findings.origins, findings.notes, **fields, train=train, serve=serve)
+    return Experiment.located(findings.origins, findings.notes, **fields)
 
 
 def _section(tree: Any, findings: Findings) -> ExperimentSection | None:
@@ -171,31 +171,10 @@ def _task_type(data: Mapping[str, Any], section: ExperimentSection | None) -> st
     experiment = data.get("experiment")
     task = experiment.get("task") if isinstance(experiment, Mapping) else None
     kind = task.get("type") if isinstance(task, Mapping) else None
-    if kind in _TASKS:
+    if kind in TASKS:
         return str(kind)
-    present = [name for name in _TASKS if data.get(name) is not None]
+    present = [name for name in TASKS if data.get(name) is not None]
     return present[0] if len(present) == 1 else None
-
-
-def _has(data: Mapping[str, Any], task: str, findings: Findings) -> bool:
-    """Whether the file holds the section its task needs."""
-    if data.get(task) is not None:
-        return data[task] is not MISSING
-    message = f"there is no `{task}` section; name its file in defaults (- {task}: NAME) or write it here"
-    findings.error("config/required", (task,), message)
-    return False
-
-
-def _refuse_other_tasks(task: str | None, findings: Findings) -> None:
-    """Say clearly what this version cannot run."""
-    where = ("experiment", "task", "type")
-    if task in {"inference", "compress", "rl"}:
-        findings.error(
-            "config/unsupported",
-            where,
-            f"{task} tasks cannot be run by this version; train and serve can",
-            task,
-        )
 
 
 def _fields(section: ExperimentSection, source: FilePath, findings: Findings) -> dict[str, Any]:
@@ -217,11 +196,20 @@ def _fields(section: ExperimentSection, source: FilePath, findings: Findings) ->
         "task": section.task,
         "runner": section.runner,
         "cmds": section.cmds or {},
-        "node_args": section.node_args or {},
+        "node_args": _node_args(section, findings),
         "auto_tuner": section.auto_tuner,
         "notes": tuple(str(note) for note in sort_problems(findings.notes)),
         **_environments(section.envs or {}, findings),
     }
+
+
+def _node_args(section: ExperimentSection, findings: Findings) -> dict[str, dict[str, Any]]:
+    """Return the engine options of single hosts."""
+    found: dict[str, dict[str, Any]] = {}
+    for host, args in (section.node_args or {}).items():
+        path = ("experiment", "node_args", host, "engine_args")
+        found[host] = {"engine_args": typed_options(args.engine_args or {}, "vllm", path, findings)}
+    return found
 
 
 def _environments(tree: Mapping[str, Any], findings: Findings) -> dict[str, Any]:

@@ -17,11 +17,14 @@ from flagscale_config.arithmetic import check_train, virtual_stages
 from flagscale_config.errors import show
 from flagscale_config.experiment import Parallelism, Train
 from flagscale_config.findings import Findings
+from flagscale_config.heterogeneous import HETERO_OPTIONS, Heterogeneous
+from flagscale_config.meshes import is_enabled, read_heterogeneous
+from flagscale_config.model_scripts import homes, model_script, script_table
 from flagscale_config.options import Option, OptionError, OptionTable, option_table, spelled
 from flagscale_config.places import Path, dotted
 from flagscale_config.resolve import MISSING, is_incomplete
-from flagscale_config.runner import Runner
-from flagscale_config.suggest import suggestion
+from flagscale_config.runner import Runner, Task
+from flagscale_config.suggest import Hint, home_of_train_option, suggestion
 
 __all__ = ["read_train"]
 
@@ -38,9 +41,12 @@ def _own() -> dict[str, dict[str, str]]:
 
 
 class _Reader:
-    def __init__(self, findings: Findings) -> None:
+    def __init__(self, findings: Findings, script: str | None = None) -> None:
         self.findings = findings
         self.table: OptionTable = option_table("megatron")
+        self.script = script_table(script) if script is not None else None
+        self.script_options: dict[str, Any] = {}
+        self.hetero: dict[str, tuple[Any, Path]] = {}
         self.options: dict[str, Any] = {}
         self.places: dict[str, Path] = {}
         self.is_incomplete = False
@@ -52,6 +58,12 @@ class _Reader:
             found = self.table.find(_own()["renamed"].get(name, name))
             # A path still to be given takes part in no arithmetic; a number or a switch may.
             self.is_incomplete |= found is None or found[0].is_switch or found[0].type != "str"
+            return
+        if name in HETERO_OPTIONS:
+            self.hetero[name] = (value, path)
+            return
+        if self.script is not None and (own := self.script.find(name)) is not None:
+            self._set_script(*own, value, path)
             return
         if not self._is_ours(name, path):
             return
@@ -70,6 +82,11 @@ class _Reader:
         if name in own["dropped"]:
             self.findings.note("config/no-effect", path, f"has no effect: {own['dropped'][name]}")
             return False
+        if homes(name):
+            scripts = " or ".join(f"{script}.py" for script in homes(name))
+            message = f"holds only with experiment.task.entrypoint {scripts}, which trains such models"
+            self.findings.error("config/unsupported", path, message)
+            return False
         reason = own["refused"].get(name)
         if reason is None and name not in self.table:
             reason = next(
@@ -83,7 +100,7 @@ class _Reader:
     def _unknown(self, name: str, path: Path) -> None:
         hint = suggestion(name, self.table, path)
         self.findings.excused.add(self.table.nearest(name) or "")
-        self.findings.error("config/unknown-key", path, f"unknown key{hint or _ESCAPE}")
+        self.findings.error("config/unknown-key", path, f"unknown key{hint or _ESCAPE}", hint=hint)
 
     def _set(self, option: Option, is_opposite: bool, value: Any, path: Path) -> None:  # noqa: FBT001
         if value is None:
@@ -98,10 +115,23 @@ class _Reader:
         try:
             typed = option.coerce(value)
         except OptionError as error:
-            self.findings.error("config/value", path, str(error), value)
+            hint = Hint(allowed=error.allowed, suggestion=error.suggestion)
+            self.findings.error("config/value", path, str(error), value, hint=hint)
             self.is_incomplete = True
             return
         self._store(option, not typed if is_opposite else typed, path)
+
+    def _set_script(self, option: Option, is_opposite: bool, value: Any, path: Path) -> None:  # noqa: FBT001
+        """Set an option of the model script."""
+        if value is None:
+            return
+        try:
+            typed = option.coerce(value)
+        except OptionError as error:
+            self.findings.error("config/value", path, str(error), value)
+            return
+        self.script_options[option.name] = not typed if is_opposite else typed
+        self.findings.origins[f"train.script_options.{option.name}"] = self.findings.composed.origin(path)
 
     def check_twins(self) -> None:
         """Refuse `x` and `no_x` switched on together where they are two options of Megatron."""
@@ -160,25 +190,39 @@ def _verbatim(value: Any, findings: Findings, path: Path) -> tuple[str, ...]:
     return tuple(words)
 
 
-def read_train(tree: Any, runner: Runner | None, findings: Findings) -> Train | None:
+def read_train(
+    tree: Any, runner: Runner | None, findings: Findings, task: Task | None = None
+) -> Train | None:
     """Return the training task of a file's `train` section; None when it is too broken to be one.
 
-    `runner` says how many processes there are; None when that section is broken.
+    `runner` says how many processes there are, `task` which script trains; None when that section is broken.
     """
     if not isinstance(tree, Mapping):
         message = f"must be a mapping of system, model and data ({show(tree)} given)"
         findings.error("config/value", ("train",), message)
         return None
-    reader = _Reader(findings)
+    script = model_script(task.entrypoint) if task is not None else None
+    reader = _Reader(findings, script)
     for section, content in tree.items():
         if section != "extra_args":
             _read_section(reader, section, content)
     reader.check_twins()
     _remember(findings, reader)
     extra_args = _verbatim(tree.get("extra_args"), findings, ("train", "extra_args"))
+    hetero = read_heterogeneous(reader.hetero, reader.options, runner, findings)
     if not reader.is_incomplete:
+        _check(reader, runner, findings)
+    return _build(reader, extra_args, script, hetero)
+
+
+def _check(reader: _Reader, runner: Runner | None, findings: Findings) -> None:
+    """Check the options against each other; meshes have stages and processes of their own."""
+    if not is_enabled(reader.hetero):
         check_train(reader.options, runner, findings)
-    return _build(reader, extra_args)
+        return
+    of_meshes = ("pipeline_model_parallel_size", "expert_model_parallel_size")
+    options = {name: value for name, value in reader.options.items() if name not in of_meshes}
+    check_train(options, None, findings)
 
 
 def _read_section(reader: _Reader, section: str, content: Any) -> None:
@@ -187,9 +231,10 @@ def _read_section(reader: _Reader, section: str, content: Any) -> None:
     if section not in _SECTIONS:
         hint = suggestion(section, None, ("train",), sections=_SECTIONS)
         if section in reader.table:
-            hint = "; it belongs under one of system, model, data"
+            home = home_of_train_option(spelled(section))
+            hint = Hint(f"; it belongs under {home}", home, _SECTIONS)
         allowed = f"; allowed: {', '.join(_SECTIONS)}, extra_args"
-        reader.findings.error("config/unknown-key", path, f"unknown key{hint or allowed}")
+        reader.findings.error("config/unknown-key", path, f"unknown key{hint or allowed}", hint=hint)
     elif isinstance(content, Mapping):
         for key, value, where in _leaves(content, path):
             reader.read(key, value, where)
@@ -206,7 +251,9 @@ def _remember(findings: Findings, reader: _Reader) -> None:
         findings.origins[f"train.options.{name}"] = findings.composed.origin(path)
 
 
-def _build(reader: _Reader, extra_args: tuple[str, ...]) -> Train | None:
+def _build(
+    reader: _Reader, extra_args: tuple[str, ...], script: str | None, hetero: Heterogeneous | None
+) -> Train | None:
     options = reader.options
     if "micro_batch_size" not in options:
         if not reader.is_incomplete and "micro_batch_size" not in reader.findings.excused:
@@ -223,4 +270,7 @@ def _build(reader: _Reader, extra_args: tuple[str, ...]) -> Train | None:
         global_batch_size=options.get("global_batch_size"),
         train_iters=options.get("train_iters"),
         extra_args=extra_args,
+        script=script,
+        script_options=reader.script_options,
+        heterogeneous=hetero,
     )

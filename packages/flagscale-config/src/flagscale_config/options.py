@@ -30,7 +30,12 @@ _SIZE = re.compile(r"\d+(\.\d+)?[kKmMgGtT]?|auto|-1")
 
 
 class OptionError(ValueError):
-    """A value does not fit an option; the text says what is allowed."""
+    """A value does not fit an option; the text says what is allowed, `allowed` where it is a list."""
+
+    def __init__(self, message: str, allowed: tuple[Any, ...] = (), suggestion: str | None = None) -> None:
+        self.allowed = allowed
+        self.suggestion = suggestion
+        super().__init__(message)
 
 
 def spelled(key: str) -> str:
@@ -107,9 +112,8 @@ class Option:
         if self.choices and converted not in self.choices:
             near = get_close_matches(str(converted), [str(item) for item in self.choices], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise OptionError(
-                f"must be one of {', '.join(map(str, self.choices))} ({show(value)} given){hint}"
-            )
+            message = f"must be one of {', '.join(map(str, self.choices))} ({show(value)} given){hint}"
+            raise OptionError(message, self.choices, near[0] if near else None)
         return converted
 
 
@@ -118,7 +122,7 @@ def _switch(value: Any) -> bool:
         return value
     if isinstance(value, str) and value.lower() in {"true", "false"}:
         return value.lower() == "true"
-    raise OptionError(f"must be true or false ({show(value)} given)")
+    raise OptionError(f"must be true or false ({show(value)} given)", (True, False))
 
 
 def _json(value: Any) -> OptionValue:

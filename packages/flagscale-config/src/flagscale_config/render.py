@@ -52,8 +52,11 @@ def _render(table: OptionTable, options: Mapping[str, Any]) -> tuple[str, ...]:
         value = options[key]
         found = table.find(key)
         if found is None:
-            message = f"unknown option of {table.engine} {table.version}{suggestion(key, table, ())}"
-            problems.append(Problem(code="config/unknown-key", message=message, key=key))
+            hint = suggestion(key, table, ())
+            message = f"unknown option of {table.engine} {table.version}{hint}"
+            problems.append(
+                Problem(code="config/unknown-key", message=message, key=key, suggestion=hint.suggestion)
+            )
         elif value is not None:
             try:
                 typed = found[0].coerce(value)

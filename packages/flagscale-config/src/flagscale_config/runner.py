@@ -8,31 +8,32 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from flagscale_config.base import FrozenMap, Model
+from flagscale_config.base import (
+    Bool,
+    Float,
+    FrozenMap,
+    Int,
+    Model,
+    Natural,
+    NonNegative,
+    Port,
+    Positive,
+    Text,
+)
 
 __all__ = ["CliArgs", "Cmds", "Deploy", "Heartbeat", "Request", "Runner", "Task", "Tracing"]
-
-Port = Annotated[int, Field(ge=1, le=65535)]
-
-
-def _text(value: Any) -> Any:
-    """Let a number stand where text is meant: ids and addresses are often digits."""
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-
-
-Text = Annotated[str, BeforeValidator(_text)]
 
 
 class Task(Model):
     """What is to be done, and by which engine."""
 
     type: Literal["train", "serve", "inference", "compress", "rl"]
-    """The kind of task; `train` and `serve` can be run."""
-    backend: str | None = None
+    """The kind of task; `train` and `serve` can be run by packages of ours."""
+    backend: Text | None = None
     """The engine: `megatron` for training; `vllm`, `sglang`, `llama_cpp`, `transformers` for serving."""
-    entrypoint: str | None = None
+    entrypoint: Text | None = None
     """FlagScale's script path. Accepted and not used: the engines are started by the runners themselves."""
 
 
@@ -43,7 +44,7 @@ class Request(Model):
     """Name of the field."""
     type: str
     """A Python type as text: `str`, `Optional[str]`, `Optional[list]`."""
-    required: bool = True
+    required: Bool = True
     """Whether a request without it is refused."""
     default: Any = None
     """Taken when the field is absent."""
@@ -52,23 +53,23 @@ class Request(Model):
 class Deploy(Model):
     """How a served model is offered."""
 
-    use_fs_serve: bool = True
+    use_fs_serve: Bool = True
     """True: several instances behind one router; false: the engine's own server."""
     port: Port | None = None
     """Public port; the engine's own by default."""
-    name: str | None = None
+    name: Text | None = None
     """Route prefix of a composed application."""
-    enable_composition: bool = False
+    enable_composition: Bool = False
     """Whether the serve items form a graph of classes."""
     request: tuple[Request, ...] = ()
     """Request fields of a composed application."""
-    working_dir: str | None = None
+    working_dir: Text | None = None
     """Working directory of a composed application."""
-    prefill_decode_disaggregation: bool = False
+    prefill_decode_disaggregation: Bool = False
     """Whether prompt processing and generation run in different instances."""
-    prefill_num: Annotated[int, Field(ge=1)] | None = None
+    prefill_num: Positive | None = None
     """Number of prefill instances."""
-    decode_num: Annotated[int, Field(ge=1)] | None = None
+    decode_num: Positive | None = None
     """Number of decode instances."""
     prefill_address: Text | None = None
     """Host of the prefill instances."""
@@ -76,7 +77,7 @@ class Deploy(Model):
     """Host of the decode instances."""
     prefill_decode_strategy: Literal["slo", "random", "robin"] = "slo"
     """How requests are spread over the pairs."""
-    prefill_decode_log_dir: str | None = None
+    prefill_decode_log_dir: Text | None = None
     """Where the instances of a disaggregated deployment log."""
     pd_proxy_port: Port | None = None
     """Registration port of the router."""
@@ -85,42 +86,42 @@ class Deploy(Model):
 class HardwareHealth(Model):
     """Health checks of the accelerators."""
 
-    enabled: bool = False
+    enabled: Bool = False
     """Whether to check."""
-    interval_s: float = 60
+    interval_s: NonNegative = 60
     """Seconds between checks."""
-    command_timeout_s: float = 10
+    command_timeout_s: NonNegative = 10
     """Seconds one check may take."""
-    stale_after_s: float | None = None
+    stale_after_s: NonNegative | None = None
     """Seconds after which a result counts as missing."""
 
 
 class Heartbeat(Model):
     """Signs of life of the training processes."""
 
-    enabled: bool = False
+    enabled: Bool = False
     """Whether processes are watched."""
-    log_dir: str | None = None
+    log_dir: Text | None = None
     """Where heartbeats are written."""
-    publish_interval_s: float = 5
+    publish_interval_s: NonNegative = 5
     """Seconds between two signs of life."""
-    initial_process_timeout_s: float = 30
+    initial_process_timeout_s: NonNegative = 30
     """Seconds until the first sign of life is due."""
-    process_timeout_s: float = 30
+    process_timeout_s: NonNegative = 30
     """Seconds of silence after which a process counts as dead."""
-    initial_progress_timeout_s: float = 600
+    initial_progress_timeout_s: NonNegative = 600
     """Seconds until the first step is due."""
-    progress_timeout_s: float = 300
+    progress_timeout_s: NonNegative = 300
     """Seconds without a step after which the run counts as hung."""
-    checkpoint_timeout_s: float = 1800
+    checkpoint_timeout_s: NonNegative = 1800
     """Seconds a checkpoint may take."""
-    failure_grace_period_s: float | None = None
+    failure_grace_period_s: NonNegative | None = None
     """Seconds between a failure and the stop."""
-    scan_interval_s: float | None = None
+    scan_interval_s: NonNegative | None = None
     """Seconds between two looks at the heartbeats."""
-    monitor_nice: int = 10
+    monitor_nice: Int = 10
     """Scheduling priority of the watcher."""
-    expected_world_size: int | None = None
+    expected_world_size: Natural | None = None
     """Number of processes to wait for."""
     hardware_health: HardwareHealth = HardwareHealth()
     """Checks of the accelerators."""
@@ -129,48 +130,48 @@ class Heartbeat(Model):
 class Inspector(Model):
     """The collective-communication inspector of a traced run."""
 
-    enabled: bool = False
+    enabled: Bool = False
     """Whether to inspect."""
-    plugin_library: str | None = None
+    plugin_library: Text | None = None
     """Path of the plug-in."""
-    dump_dir: str | None = None
+    dump_dir: Text | None = None
     """Where it writes."""
-    dump_interval_us: int | None = None
+    dump_interval_us: Natural | None = None
     """Microseconds between two dumps."""
-    min_size_bytes: int | None = None
+    min_size_bytes: Natural | None = None
     """Smallest message looked at."""
-    require_kernel_timing: bool | None = None
+    require_kernel_timing: Bool | None = None
     """Whether kernel times are needed."""
-    correlation_window_s: float | None = None
+    correlation_window_s: NonNegative | None = None
     """Seconds within which two events belong together."""
 
 
 class Tracing(Model):
     """Tracing of collective operations."""
 
-    enabled: bool = False
+    enabled: Bool = False
     """Whether to trace."""
-    log_dir: str | None = None
+    log_dir: Text | None = None
     """Where traces are written."""
-    probe_library: str | None = None
+    probe_library: Text | None = None
     """Path of the probe."""
-    collective_timeout_s: float = 60
+    collective_timeout_s: NonNegative = 60
     """Seconds a collective may take."""
-    delayed_enter_threshold_s: float = 30
+    delayed_enter_threshold_s: NonNegative = 30
     """Seconds after which a late rank is named."""
-    checkpoint_timeout_s: float | None = None
+    checkpoint_timeout_s: NonNegative | None = None
     """Seconds a checkpoint may take."""
-    p2p_timeout_s: float | None = None
+    p2p_timeout_s: NonNegative | None = None
     """Seconds a point-to-point message may take."""
-    p2p_match_window_s: float | None = None
+    p2p_match_window_s: NonNegative | None = None
     """Seconds within which both ends must be seen."""
-    missing_exit_timeout_s: float | None = None
+    missing_exit_timeout_s: NonNegative | None = None
     """Seconds until a missing exit is reported."""
-    failure_grace_period_s: float | None = None
+    failure_grace_period_s: NonNegative | None = None
     """Seconds between a failure and the stop."""
-    scan_interval_s: float | None = None
+    scan_interval_s: NonNegative | None = None
     """Seconds between two looks at the traces."""
-    monitor_nice: int | None = None
+    monitor_nice: Int | None = None
     """Scheduling priority of the watcher."""
     inspector: Inspector = Inspector()
     """The collective-communication inspector."""
@@ -179,7 +180,7 @@ class Tracing(Model):
 class CliArgs(Model):
     """What FlagScale's command line passes into a file."""
 
-    model_path: str | None = None
+    model_path: Text | None = None
     """Model to serve."""
     port: Port | None = None
     """Public port."""
@@ -194,39 +195,39 @@ class Runner(Model):
     """How other hosts are reached; without a hostfile everything runs on this host."""
     backend: Literal["torchrun"] = "torchrun"
     """Launcher of training processes."""
-    hostfile: str | None = None
+    hostfile: Text | None = None
     """Path of the list of hosts; none means this host."""
-    nnodes: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^\d+(:\d+)?$")] | None = None
+    nnodes: Positive | Annotated[str, Field(pattern=r"^\d+(:\d+)?$")] | None = None
     """Number of hosts, or `min:max`; all hosts of the hostfile by default."""
-    nproc_per_node: Annotated[int, Field(ge=1)] | None = None
+    nproc_per_node: Positive | None = None
     """Processes per host; the host's slots by default."""
-    node_rank: Annotated[int, Field(ge=0)] | None = None
+    node_rank: Natural | None = None
     """Rank of this host in a static rendezvous."""
     master_addr: Text | None = None
     """Address of the first host."""
     master_port: Port | None = None
     """Rendezvous port on the first host."""
-    rdzv_backend: str | None = None
+    rdzv_backend: Text | None = None
     """Rendezvous backend of torchrun: `c10d` or `static`."""
     rdzv_endpoint: Text | None = None
     """Rendezvous `host:port`."""
     rdzv_id: Text | None = None
     """Rendezvous name."""
-    tee: Annotated[int, Field(ge=0, le=3)] | None = None
+    tee: Annotated[Int, Field(ge=0, le=3)] | None = None
     """torchrun's console output: 1 stdout, 2 stderr, 3 both."""
-    redirects: Annotated[int, Field(ge=0, le=3)] | None = None
+    redirects: Annotated[Int, Field(ge=0, le=3)] | None = None
     """torchrun's log redirection: 1 stdout, 2 stderr, 3 both."""
-    log_dir: str | None = None
+    log_dir: Text | None = None
     """Where logs go; the run directory by default."""
-    per_node_task: bool = False
+    per_node_task: Bool = False
     """One process per host, without torchrun."""
-    no_shared_fs: bool = False
+    no_shared_fs: Bool = False
     """Whether each host has a file system of its own."""
     ssh_port: Port | None = None
     """Port of the hosts' ssh servers."""
-    docker: str | None = None
+    docker: Text | None = None
     """Container in which commands run."""
-    device_type: str | None = None
+    device_type: Text | None = None
     """Kind of device, on a cloud runner."""
     ray_port: Port = 6379
     """Port of Ray's head."""
@@ -234,11 +235,11 @@ class Runner(Model):
     """Port of Ray's dashboard."""
     runtime_env: FrozenMap[str, Any] | str | None = None
     """Ray's runtime environment."""
-    enable_monitoring: bool = False
+    enable_monitoring: Bool = False
     """Whether a hung or failed run is detected."""
-    enable_gpu_health_check: bool = False
+    enable_gpu_health_check: Bool = False
     """Whether accelerators are checked before the run."""
-    hang_detection_timeout: Annotated[float, Field(gt=0)] = 1800
+    hang_detection_timeout: Annotated[Float, Field(gt=0)] = 1800
     """Seconds without progress after which a run counts as hung."""
     cli_args: CliArgs = CliArgs()
     """What FlagScale's command line passes into a file."""
@@ -248,13 +249,13 @@ class Runner(Model):
     """Signs of life of the training processes."""
     tracing: Tracing = Tracing()
     """Tracing of collective operations."""
-    nsys_bin_path: str | None = None
+    nsys_bin_path: Text | None = None
     """Path of NVIDIA's profiler."""
-    nsys_rep_file_path: str | None = None
+    nsys_rep_file_path: Text | None = None
     """Report file of NVIDIA's profiler."""
-    hipprof_bin_path: str | None = None
+    hipprof_bin_path: Text | None = None
     """Path of the HIP profiler."""
-    hipprof_output_dir: str | None = None
+    hipprof_output_dir: Text | None = None
     """Output folder of the HIP profiler."""
 
     @property
@@ -274,7 +275,7 @@ class Runner(Model):
 class Cmds(Model):
     """Shell text of the user, run around the task."""
 
-    before_start: str | None = None
+    before_start: Text | None = None
     """Run on each host before its processes start."""
-    after_stop: str | None = None
+    after_stop: Text | None = None
     """Run on each host after its processes have stopped."""

@@ -12,9 +12,9 @@ from flagscale_config.errors import show
 from flagscale_config.findings import Findings
 from flagscale_config.places import Path
 from flagscale_config.resolve import MISSING
-from flagscale_config.suggest import suggestion
+from flagscale_config.suggest import Hint, models_in, suggestion
 
-__all__ = ["read_model"]
+__all__ = ["read_field", "read_model"]
 
 _MAX_LISTED = 12
 
@@ -60,6 +60,17 @@ def read_model(model: type[_M], tree: Mapping[str, Any], path: Path, findings: F
     return None
 
 
+def read_field(model: type[BaseModel], name: str, value: Any, path: Path, findings: Findings) -> Any:
+    """Return one value as a model's field has it; None when it is wrong, which is reported at `path`."""
+    try:
+        return getattr(model.model_validate({name: value}), name)
+    except ValidationError as error:
+        item = error.errors(include_url=False)[0]
+        location = _location(item["loc"][1:], value)
+        _report(item, (*path, *location), model, findings)
+    return None
+
+
 def _location(loc: Sequence[str | int], tree: Any) -> Path:
     """Return the part of pydantic's location that is in the file: unions add words of their own."""
     found: list[str | int] = []
@@ -79,12 +90,13 @@ def _report(item: Any, path: Path, model: type[BaseModel], findings: Findings) -
         allowed = sorted(_fields_at(model, item["loc"][:-1]))
         hint = suggestion(str(path[-1]), None, path, sections=allowed)
         if not hint and len(allowed) <= _MAX_LISTED:
-            hint = f"; allowed: {', '.join(allowed)}"
-        findings.error("config/unknown-key", path, f"unknown key{hint}", item["input"])
+            hint = Hint(f"; allowed: {', '.join(allowed)}", None, tuple(allowed))
+        findings.error("config/unknown-key", path, f"unknown key{hint}", item["input"], hint=hint)
     elif kind == "missing":
         findings.error("config/required", path[:-1], f"{path[-1]} is required")
     else:
-        findings.error("config/value", path, f"{_words(item)} ({show(item['input'])} given)", item["input"])
+        message = f"{_words(item)} ({show(item['input'])} given)"
+        findings.error("config/value", path, message, item["input"], hint=_choice(item))
 
 
 def _fields_at(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
@@ -92,18 +104,20 @@ def _fields_at(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
     current: Any = model
     for part in loc:
         if isinstance(part, str) and part in current.model_fields:
-            found = _models_in(current.model_fields[part].annotation)
+            found = models_in(current.model_fields[part].annotation)
             if not found:
                 return []
             current = found[0]
     return list(current.model_fields)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Return the models an annotation mentions."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+def _choice(item: Any) -> Hint:
+    """Return the values a choice allows, and the one that was probably meant; nothing for other fields."""
+    if item["type"] != "literal_error":
+        return Hint()
+    expected = str(item["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+    near = get_close_matches(str(item["input"]), expected, 1)
+    return Hint(suggestion=near[0] if near else None, allowed=tuple(expected))
 
 
 def _words(item: Any) -> str:
@@ -111,9 +125,9 @@ def _words(item: Any) -> str:
     context = item.get("ctx", {})
     kind = item["type"]
     if kind == "literal_error":
-        expected = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")
-        near = get_close_matches(str(item["input"]), expected.split(", "), 1)
-        return f"must be one of {expected}" + (f"; did you mean {near[0]}?" if near else "")
+        choice = _choice(item)
+        near = f"; did you mean {choice.suggestion}?" if choice.suggestion else ""
+        return f"must be one of {', '.join(choice.allowed)}{near}"
     simple = {
         "int_type": "must be an integer",
         "int_parsing": "must be an integer",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flagscale_config.errors import show
@@ -10,11 +10,13 @@ from flagscale_config.experiment import ServeInstance
 from flagscale_config.findings import Findings
 from flagscale_config.options import OptionError, option_table, spelled
 from flagscale_config.places import Path
+from flagscale_config.policy_server import PolicyArguments
 from flagscale_config.resolve import is_incomplete
+from flagscale_config.runner import Task
 from flagscale_config.sections import read_model
-from flagscale_config.suggest import suggestion
+from flagscale_config.suggest import Hint, suggestion
 
-__all__ = ["read_serve"]
+__all__ = ["read_serve", "typed_options"]
 
 _TABLES = ("vllm", "transformers")
 _GONE = {
@@ -27,23 +29,27 @@ _GONE = {
 _NO_TABLE = frozenset({"sglang", "llama_cpp", "native"})
 
 
-def read_serve(tree: Any, findings: Findings) -> tuple[ServeInstance, ...]:
-    """Return the instances of a file's `serve` section; broken ones are reported and left out."""
+def read_serve(tree: Any, findings: Findings, task: Task | None = None) -> tuple[ServeInstance, ...]:
+    """Return the instances of a file's `serve` section; broken ones are reported and left out.
+
+    Where the task names a script of FlagScale's as entrypoint, the items hold that script's arguments.
+    """
     if not isinstance(tree, list) or not tree:
         findings.error(
             "config/value", ("serve",), f"must be a list of items, each with a serve_id ({show(tree)} given)"
         )
         return ()
+    is_script = task is not None and task.entrypoint is not None
     instances = []
     for index, item in enumerate(tree):
-        instance = _read_item(item, ("serve", index), findings)
+        instance = _read_item(item, ("serve", index), findings, is_script=is_script)
         if instance is not None:
             instances.append(instance)
     _check_ids(instances, findings)
     return tuple(instances)
 
 
-def _read_item(item: Any, path: Path, findings: Findings) -> ServeInstance | None:
+def _read_item(item: Any, path: Path, findings: Findings, *, is_script: bool) -> ServeInstance | None:
     if not isinstance(item, Mapping):
         findings.error("config/value", path, f"must be a mapping with a serve_id ({show(item)} given)")
         return None
@@ -51,8 +57,12 @@ def _read_item(item: Any, path: Path, findings: Findings) -> ServeInstance | Non
     is_class = item.get("module") is not None
     content = dict(item)
     args = item.get("engine_args")
-    if isinstance(args, Mapping) and not is_class and engine != "native":
-        content["engine_args"] = _typed(args, "vllm", (*path, "engine_args"), findings)
+    if isinstance(args, Mapping) and is_script:
+        read = read_model(PolicyArguments, args, (*path, "engine_args"), findings)
+        content["engine_args"] = read.model_dump(exclude_unset=True) if read is not None else {}
+        content["engine"] = "native" if engine is None else engine
+    elif isinstance(args, Mapping) and not is_class and engine != "native":
+        content["engine_args"] = typed_options(args, "vllm", (*path, "engine_args"), findings)
     specific = item.get("engine_args_specific")
     if isinstance(specific, Mapping):
         content["engine_args_specific"] = _specific(specific, (*path, "engine_args_specific"), findings)
@@ -74,14 +84,16 @@ def _specific(tree: Mapping[str, Any], path: Path, findings: Findings) -> dict[s
         elif not isinstance(options, Mapping):
             findings.error("config/value", (*path, engine), f"must be a mapping ({show(options)} given)")
         elif engine in _TABLES:
-            typed[engine] = _typed(options, engine, (*path, engine), findings)
+            typed[engine] = typed_options(options, engine, (*path, engine), findings)
         else:
             typed[engine] = {spelled(key): value for key, value in options.items()}
     return typed
 
 
-def _typed(tree: Mapping[str, Any], engine: str, path: Path, findings: Findings) -> dict[str, Any]:
-    """Return engine options by canonical name, typed by the engine's table."""
+def typed_options(
+    tree: Mapping[str, Any], engine: str, path: Path, findings: Findings, own: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return engine options by canonical name, typed by the engine's table; `own` are other names near."""
     table = option_table(engine)
     typed: dict[str, Any] = {}
     for key, value in _joined(tree).items():
@@ -94,13 +106,15 @@ def _typed(tree: Mapping[str, Any], engine: str, path: Path, findings: Findings)
             findings.note("config/no-effect", here, f"has no effect: {_GONE[name]}")
             continue
         if found is None:
-            hint = suggestion(key, table, path)
-            findings.error("config/unknown-key", here, f"unknown option of {engine} {table.version}{hint}")
+            hint = suggestion(key, table, path, sections=own)
+            message = f"unknown option of {engine} {table.version}{hint}"
+            findings.error("config/unknown-key", here, message, hint=hint)
             continue
         try:
             coerced = found[0].coerce(value)
         except OptionError as error:
-            findings.error("config/value", here, str(error), value)
+            hint = Hint(allowed=error.allowed, suggestion=error.suggestion)
+            findings.error("config/value", here, str(error), value, hint=hint)
             continue
         option, is_opposite = found
         coerced = not coerced if is_opposite else coerced

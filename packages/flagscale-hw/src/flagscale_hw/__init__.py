@@ -12,8 +12,9 @@ from flagscale_hw.__about__ import __version__
 
 TYPE_CHECKING = False  # as typing's own, whose import would cost more than all the rest
 if TYPE_CHECKING:
-    from flagscale_hw.chips import Runtime, env, runtime
+    from flagscale_hw.chips import CHIPS, Runtime, runtime
     from flagscale_hw.detection import detect
+    from flagscale_hw.environment import env
     from flagscale_hw.errors import (
         DetectError,
         HwError,
@@ -23,17 +24,26 @@ if TYPE_CHECKING:
         LaunchRefused,
         RunNotFound,
     )
+    from flagscale_hw.flagos import FlagOSProfile, flagos_env
+    from flagscale_hw.hostfile import HostEntry, read_hostfile
     from flagscale_hw.logs import LogLine
     from flagscale_hw.machine import Device, Machine
     from flagscale_hw.peaks import peak
+    from flagscale_hw.placeholders import literal
     from flagscale_hw.plan import File, Plan, Probe, Process, StopPolicy
+    from flagscale_hw.preflight import HostReport, Obstacle, SurveyRequest, judge, survey
     from flagscale_hw.runs import Run, launch, list_runs, open_run
     from flagscale_hw.status import ProcessStatus, RunStatus
+    from flagscale_hw.target import Target
 
 __all__ = [
+    "CHIPS",
     "DetectError",
     "Device",
     "File",
+    "FlagOSProfile",
+    "HostEntry",
+    "HostReport",
     "HwError",
     "InputError",
     "InvalidPlan",
@@ -41,6 +51,7 @@ __all__ = [
     "LaunchRefused",
     "LogLine",
     "Machine",
+    "Obstacle",
     "Plan",
     "Probe",
     "Process",
@@ -50,21 +61,29 @@ __all__ = [
     "RunStatus",
     "Runtime",
     "StopPolicy",
+    "SurveyRequest",
+    "Target",
     "__version__",
     "detect",
     "env",
+    "flagos_env",
+    "judge",
     "launch",
     "list_runs",
+    "literal",
     "open_run",
     "peak",
+    "read_hostfile",
     "runtime",
+    "survey",
 ]
 
 # No home may bear the name of something in it: importing the submodule would put the module in the name's
 # place.
 _HOMES = {
-    "chips": ("Runtime", "env", "runtime"),
+    "chips": ("CHIPS", "Runtime", "runtime"),
     "detection": ("detect",),
+    "environment": ("env",),
     "errors": (
         "DetectError",
         "HwError",
@@ -74,12 +93,17 @@ _HOMES = {
         "LaunchRefused",
         "RunNotFound",
     ),
+    "flagos": ("FlagOSProfile", "flagos_env"),
     "logs": ("LogLine",),
     "machine": ("Device", "Machine"),
     "peaks": ("peak",),
     "plan": ("File", "Plan", "Probe", "Process", "StopPolicy"),
     "runs": ("Run", "launch", "list_runs", "open_run"),
     "status": ("ProcessStatus", "RunStatus"),
+    "preflight": ("HostReport", "Obstacle", "SurveyRequest", "judge", "survey"),
+    "hostfile": ("HostEntry", "read_hostfile"),
+    "placeholders": ("literal",),
+    "target": ("Target",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -16,14 +16,19 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from flagscale_hw.demands import SHORT_GRACE_S
 from flagscale_hw.ending import end_children
 from flagscale_hw.errors import HwError, LaunchRefused
 from flagscale_hw.kernel import become_subreaper
 from flagscale_hw.order import Order
 from flagscale_hw.record import Record, say
 from flagscale_hw.rundir import RunDirectory
-from flagscale_hw.supervisor import SHORT_GRACE_S, Supervisor
+from flagscale_hw.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from flagscale_hw.coordinator import Coordinator
 
 __all__ = ["ANSWER", "LIFELINE", "guard"]
 
@@ -96,7 +101,7 @@ def _supervise(directory: RunDirectory, order: Order, watch: int) -> int:
     try:
         os.setsid()
         become_subreaper()
-        supervisor = Supervisor(directory, order, LIFELINE, watch)
+        supervisor = _watcher_of(order)(directory, order, LIFELINE, watch)
         try:
             supervisor.prepare()
         except (HwError, OSError) as error:
@@ -110,6 +115,14 @@ def _supervise(directory: RunDirectory, order: Order, watch: int) -> int:
     except BaseException:  # noqa: BLE001 - the last frame of a forked process; a bug must reach the log
         say(traceback.format_exc())
         return 1
+
+
+def _watcher_of(order: Order) -> type[Supervisor] | type[Coordinator]:
+    if not order.plan.targets:
+        return Supervisor
+    from flagscale_hw.coordinator import Coordinator
+
+    return Coordinator
 
 
 def _in_words(error: HwError | OSError) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["LogLine", "follow_logs", "read_logs"]
+__all__ = ["LogLine", "follow_logs", "read_logs", "set_aside"]
 
 _CHUNK_BYTES = 256 * 1024
 _POLL_S = 0.1
@@ -41,6 +43,8 @@ class _Reader:
     def _read(self) -> bytes:
         try:
             with self._path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._offset:
+                    self._offset = 0  # set aside and begun again
                 file.seek(self._offset)
                 data = file.read(_CHUNK_BYTES)
         except FileNotFoundError:
@@ -86,3 +90,21 @@ def follow_logs(files: dict[str, Path], is_over: Callable[[], bool]) -> Iterator
             time.sleep(_POLL_S)
     for reader in readers:
         yield from reader.last_line()
+
+
+def set_aside(log: Path, limit_bytes: int) -> bool:
+    """Copy a log that has grown beyond a limit to `<log>.1` and empty it; tell whether that was done.
+
+    The writer keeps its handle, which appends, and never notices. What it writes between the copy and the
+    emptying is lost: a few lines at most, against a full disk.
+    """
+    try:
+        if log.stat().st_size <= limit_bytes:
+            return False
+        beside = log.with_name(f".{log.name}.1")
+        shutil.copyfile(log, beside)
+        os.truncate(log, 0)
+        beside.replace(log.with_name(f"{log.name}.1"))
+    except OSError:
+        return False  # missing, or a disk without room for the copy: the log goes on growing
+    return True

@@ -33,6 +33,9 @@ class Order:
     launcher: Identity
     versions: Mapping[str, str]
     """Distribution -> version of what made and launched the plan."""
+    is_held: bool = False
+    """Whether everything is prepared and nothing started until the launch is complete: then the numbers of
+    ports on other hosts are known too."""
 
     def to_json(self) -> str:
         """Render everything, secrets included."""
@@ -42,6 +45,7 @@ class Order:
                 "run_id": self.run_id,
                 "launcher": self.launcher.to_dict(),
                 "versions": dict(self.versions),
+                "is_held": self.is_held,
             }
         )
 
@@ -54,4 +58,5 @@ class Order:
             run_id=data["run_id"],
             launcher=Identity(**data["launcher"]),
             versions=data["versions"],
+            is_held=data["is_held"],
         )

@@ -1,13 +1,61 @@
-"""Published peak rates of accelerators: dense, without sparsity, each with its source.
+"""Published figures of accelerators: dense rates, memory and bandwidth, each with its source and grade.
 
-A number is given for exactly the name that the driver reports. No number is better than a wrong one.
+A figure is given for exactly the name that the vendor's tool reports. No number is better than a wrong one: what
+no source gives, or sources contradict each other about, is None. The table is `specifications.json`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
-__all__ = ["Peak", "peak"]
+__all__ = ["DTYPES", "Figure", "Peak", "Specification", "peak", "specification", "specifications"]
+
+DTYPES = ("bf16", "fp16", "fp8", "int8")
+
+_TABLE = Path(__file__).with_name("specifications.json")
+_GIB = 1 << 30
+_NAMES_OF_DTYPES = {
+    "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16", "fp8": "fp8",
+    "float8": "fp8", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8", "int8": "int8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One published number."""
+
+    value: float
+    sources: tuple[str, ...]
+    """Where it was published, in words."""
+    grade: Literal["measured", "secondary", "weak"]
+    """The best of its sources: the vendor's own tool; somebody who cites or collects; a table without sources."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specification:
+    """What is published about one model."""
+
+    chip: str
+    model: str
+    """For people."""
+    names: tuple[str, ...]
+    """Every name under which the vendor's tools report it; empty where no name proves the model."""
+    scope: Literal["device", "board", "node"]
+    """What the rates are for. Only `device` is what torch counts as one."""
+    memory_bytes: Figure | None = None
+    memory_bytes_per_s: Figure | None = None
+    tera_per_s: Mapping[str, Figure]
+    """Dense tera-operations per second by data type; for int8 integer operations."""
+    tdp_w: Figure | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Render as plain JSON: every figure with value, sources and grade, unknown ones as null."""
+        return {**asdict(self), "tera_per_s": {d: _plain(self.tera_per_s.get(d)) for d in DTYPES}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,61 +68,80 @@ class Peak:
     """Dense operations per second; for int8 these are integer operations."""
     source: str
     """Where the number was published."""
+    grade: str = "secondary"
+    """See `Figure.grade`."""
 
 
-_NANOCHAT = "github.com/karpathy/nanochat common.py"
-_TITAN = "github.com/pytorch/torchtitan"
-_VERL = "github.com/volcengine/verl flops_counter.py"
-_PROF = "github.com/citsjtu2020/LLM-Prof hardware_spec.md"
-_ANALYSIS = "github.com/cli99/llm-analysis gpu_configs"
+def _plain(figure: Figure | None) -> dict[str, Any] | None:
+    return None if figure is None else asdict(figure)
 
-_DTYPES = {
-    "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16", "half": "fp16", "fp8": "fp8",
-    "float8": "fp8", "int8": "int8",
-}  # fmt: skip
 
-# Driver's name -> (source, {dtype: tera-operations per second}).
-_TERA: dict[str, tuple[str, dict[str, float]]] = {
-    "Tesla V100-PCIE-32GB": (_ANALYSIS, {"fp16": 112.0}),
-    "Tesla V100-SXM2-32GB": (_ANALYSIS, {"fp16": 125.0}),
-    "NVIDIA A10": (_PROF, {"bf16": 125.0, "fp16": 125.0, "int8": 250.0}),
-    "NVIDIA A10G": (_ANALYSIS, {"bf16": 70.0, "fp16": 70.0}),
-    "NVIDIA A30": (_NANOCHAT, {"bf16": 165.0, "fp16": 165.0}),
-    "NVIDIA A40": (_NANOCHAT, {"bf16": 149.7, "fp16": 149.7}),
-    "NVIDIA RTX A6000": (_TITAN, {"bf16": 154.85}),
-    "NVIDIA A100-PCIE-40GB": (_NANOCHAT, {"bf16": 312.0, "fp16": 312.0}),
-    "NVIDIA A100-SXM4-40GB": (_PROF, {"bf16": 312.0, "fp16": 312.0, "int8": 624.0}),
-    "NVIDIA A100 80GB PCIe": (_NANOCHAT, {"bf16": 312.0, "fp16": 312.0}),
-    "NVIDIA A100-SXM4-80GB": (_PROF, {"bf16": 312.0, "fp16": 312.0, "int8": 624.0}),
-    "NVIDIA A800-SXM4-80GB": (_NANOCHAT, {"bf16": 312.0, "fp16": 312.0}),
-    "NVIDIA A800 80GB PCIe": (_NANOCHAT, {"bf16": 312.0, "fp16": 312.0}),
-    "NVIDIA L4": (_NANOCHAT, {"bf16": 121.0, "fp16": 121.0}),
-    "NVIDIA L20": (_PROF, {"bf16": 119.5, "fp16": 119.5, "int8": 239.0}),
-    "NVIDIA L40": (_VERL, {"bf16": 181.05}),
-    "NVIDIA L40S": (_NANOCHAT, {"bf16": 362.0, "fp16": 362.0}),
-    "NVIDIA GeForce RTX 3090": (_NANOCHAT, {"bf16": 71.0}),
-    "NVIDIA GeForce RTX 4090": (_NANOCHAT, {"bf16": 165.2, "fp16": 165.2}),
-    "NVIDIA GeForce RTX 5090": (_NANOCHAT, {"bf16": 209.5, "fp16": 209.5}),
-    "NVIDIA H100 PCIe": (_NANOCHAT, {"bf16": 756.0, "fp16": 756.0}),
-    "NVIDIA H100 NVL": (_NANOCHAT, {"bf16": 835.0, "fp16": 835.0}),
-    "NVIDIA H100 80GB HBM3": (_PROF, {"bf16": 989.0, "fp16": 989.0, "fp8": 1979.0, "int8": 1979.0}),
-    "NVIDIA H800": (_PROF, {"bf16": 989.0, "fp16": 989.0, "fp8": 1979.0}),
-    "NVIDIA H800 PCIe": (_NANOCHAT, {"bf16": 756.0}),
-    "NVIDIA H200": (_PROF, {"bf16": 989.0, "fp16": 989.0, "fp8": 1979.0, "int8": 1979.0}),
-    "NVIDIA H20": (_PROF, {"bf16": 148.0, "fp16": 148.0, "fp8": 296.0, "int8": 296.0}),
-    "NVIDIA B200": (_PROF, {"bf16": 2250.0, "fp16": 2250.0, "fp8": 4500.0}),
-}
+@cache
+def specifications() -> tuple[Specification, ...]:
+    """Return every model that figures are known for, by chip."""
+    table = json.loads(_TABLE.read_text(encoding="utf-8"))
+    return tuple(_row(row, table["sources"]) for row in table["models"])
+
+
+def _row(row: Mapping[str, Any], sources: Mapping[str, Mapping[str, str]]) -> Specification:
+    def figure(name: str, factor: float = 1.0) -> Figure | None:
+        if name not in row:
+            return None
+        value, *codes = row[name]
+        grades = {sources[code]["grade"] for code in codes}
+        return Figure(
+            value=value * factor,
+            sources=tuple(sources[code]["name"] for code in codes),
+            grade=next(grade for grade in ("measured", "secondary", "weak") if grade in grades),  # type: ignore[arg-type]
+        )
+
+    rates = {dtype: figure(dtype) for dtype in DTYPES}
+    return Specification(
+        chip=row["chip"],
+        model=row["model"],
+        names=tuple(row["names"]),
+        scope=row["scope"],
+        memory_bytes=figure("memory_gib", _GIB),
+        memory_bytes_per_s=figure("memory_gb_per_s", 1e9),
+        tera_per_s={dtype: found for dtype, found in rates.items() if found is not None},
+        tdp_w=figure("tdp_w"),
+    )
+
+
+@cache
+def _by_name() -> dict[str, Specification]:
+    return {name: row for row in specifications() for name in row.names}
+
+
+def specification(model_name: str | None) -> Specification | None:
+    """Return what is published about a device, or None when nothing is.
+
+    Args:
+        model_name: exactly as the vendor's tool reports it (`Device.name`).
+    """
+    return _by_name().get(model_name or "")
 
 
 def peak(model_name: str | None, dtype: str) -> Peak | None:
-    """Return the published peak of a device, or None when none is known.
+    """Return the published peak of one device, or None when none is known that can be relied on.
+
+    Figures of a whole board, and those that only tables without sources give, are not returned.
 
     Args:
         model_name: exactly as the driver reports it (`Device.name`).
         dtype: `bf16`, `fp16`, `fp8`, `int8`, or torch's names for them.
     """
-    wanted = _DTYPES.get(dtype.removeprefix("torch."))
-    source, rates = _TERA.get(model_name or "", ("", {}))
-    if wanted is None or model_name is None or wanted not in rates:
+    wanted = _NAMES_OF_DTYPES.get(dtype.removeprefix("torch."))
+    row = specification(model_name)
+    if row is None or model_name is None or wanted is None or row.scope != "device":
         return None
-    return Peak(model=model_name, dtype=wanted, flops_per_s=rates[wanted] * 1e12, source=source)
+    figure = row.tera_per_s.get(wanted)
+    if figure is None or figure.grade == "weak":
+        return None
+    return Peak(
+        model=model_name,
+        dtype=wanted,
+        flops_per_s=figure.value * 1e12,
+        source="; ".join(figure.sources),
+        grade=figure.grade,
+    )

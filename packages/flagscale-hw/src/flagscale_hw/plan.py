@@ -1,9 +1,8 @@
 """The plan: everything a launch needs, decided, as frozen data.
 
 A plan is made by a pure function and started by `flagscale_hw.launch`; nothing is decided between the two.
-What only the host can know (a free port, the run directory) stands in it as a placeholder: `{port:NAME}`
-and `{run_dir}`. The supervisor replaces placeholders in argv, env values, cwd, texts of files and probe
-URLs; every other brace is left alone, so JSON may stand in an argument.
+What only the host can know (a free port, the run directory) stands in it as a placeholder; see
+`placeholders.py`.
 
 What does not live here: starting, watching and stopping (`runs.py`, `supervisor.py`).
 """
@@ -19,16 +18,26 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from flagscale_hw.errors import InvalidPlan
+from flagscale_hw.placeholders import placeholders
+from flagscale_hw.target import LOCAL, Target, problems_of_target
 
-__all__ = ["PLACEHOLDER", "File", "Plan", "Probe", "Process", "StopPolicy", "render_json"]
+__all__ = ["File", "Plan", "Probe", "Process", "StopPolicy", "render_json"]
 
-PLACEHOLDER = re.compile(r"\{(?:port:([a-z0-9_-]+)|(run_dir))\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 _NAME_LIMIT = 100
 _PORT_NAME = re.compile(r"[a-z0-9_-]+")
 _OWN_FILES = frozenset(
     {"plan.json", "manifest.json", "state.json", "supervisor.json", "supervisor.log", "stop.json", "logs"}
+    | {"hosts", "ports.json"}
 )
+_LOG_LIMIT_BYTES = 512 << 20
+_LATER: Mapping[str, Any] = {
+    "targets": (),
+    "port_hosts": {},
+    "collect": (),
+    "log_limit_bytes": _LOG_LIMIT_BYTES,
+}
+"""Fields that the text of a plan leaves out while they say nothing."""
 _MASKED_INSIDE = 6
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -44,7 +53,8 @@ class Process:
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to the environment of the launcher; a value wins over an inherited one."""
     cwd: str = "{run_dir}"
-    host: str = "local"
+    host: str = LOCAL
+    """Name of one of the plan's targets; `local` in a plan that has none."""
     rank: int | None = None
 
 
@@ -111,6 +121,14 @@ class Plan:
     chips); the launcher copies it to the manifest and never looks inside."""
     secrets: tuple[str, ...] = ()
     """Names of environment variables whose values are masked wherever the plan is shown or recorded."""
+    targets: tuple[Target, ...] = ()
+    """The hosts, the first of which is node 0; none: everything runs on this host."""
+    port_hosts: Mapping[str, str] = field(default_factory=dict)
+    """Port -> target on which it is leased; the first target for a port that is not named here."""
+    collect: tuple[str, ...] = ()
+    """Files of the run directory that grow line by line, brought home from hosts with other disks."""
+    log_limit_bytes: int = _LOG_LIMIT_BYTES
+    """A log that grows beyond this is set aside as `<process>.log.1`, in place of an older one."""
 
     def __post_init__(self) -> None:
         if not self.processes:
@@ -135,6 +153,8 @@ class Plan:
         for probe in self.probes:
             yield from _problems_of_probe(probe)
         yield from self._problems_of_ports()
+        yield from self._problems_of_placeholders()
+        yield from self._problems_of_hosts()
         if self.stop.signal not in signal.Signals.__members__:
             yield f"stop signal {self.stop.signal!r}: give a name such as SIGTERM"
         if not 0 <= self.stop.grace_s < math.inf:
@@ -148,14 +168,41 @@ class Plan:
                 yield f"port name {name!r}: use a-z, 0-9, `_`, `-`"
             if number is not None and not 0 < number < 65536:
                 yield f"port {name!r} ({number}): give 1 to 65535, or None for any free one"
-        wanted = [number for number in self.ports.values() if number is not None]
-        for number in sorted({number for number in wanted if wanted.count(number) > 1}):
-            names = ", ".join(sorted(name for name, value in self.ports.items() if value == number))
-            yield f"port {number} is wanted twice ({names}): ports must differ"
+        wanted = [(self.owner_of(port), number) for port, number in self.ports.items() if number is not None]
+        for owner, number in sorted({one for one in wanted if wanted.count(one) > 1}):
+            same = sorted(
+                p for p, value in self.ports.items() if (self.owner_of(p), value) == (owner, number)
+            )
+            yield f"port {number} is wanted twice ({', '.join(same)}): ports must differ"
+
+    def _problems_of_placeholders(self) -> Iterator[str]:
+        names = {target.name for target in self.targets}
         for place, text in self._texts():
-            for match in PLACEHOLDER.finditer(text):
-                if match[1] and match[1] not in self.ports:
-                    yield f"{place}: port {match[1]!r} is not among {sorted(self.ports)}"
+            for kind, name in placeholders(text):
+                if kind == "port" and name not in self.ports:
+                    yield f"{place}: port {name!r} is not among {sorted(self.ports)}"
+                if kind == "address" and name not in names:
+                    yield f"{place}: address of {name!r}: not a target of this plan"
+
+    def _problems_of_hosts(self) -> Iterator[str]:
+        names = [target.name for target in self.targets]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"two targets are called {name!r}: names must differ"
+        yield from (problem for target in self.targets for problem in problems_of_target(target))
+        for name in sorted(set(names) - {process.host for process in self.processes}):
+            yield f"target {name!r}: no process runs there: leave it out"
+        known = set(names) or {LOCAL}
+        for process in self.processes:
+            if process.host not in known:
+                yield f"{process.name}: host {process.host!r} is not a target of this plan"
+        outside = (path for path in self.collect if path.startswith("/") or ".." in path.split("/"))
+        yield from (f"collect {path!r}: lies outside the run directory" for path in outside)
+        if self.log_limit_bytes < 1 << 16:
+            yield f"log_limit_bytes {self.log_limit_bytes}: give 65536 or more"
+
+    def owner_of(self, port: str) -> str:
+        """Return the target on which a port is leased."""
+        return self.port_hosts.get(port) or (self.targets[0].name if self.targets else LOCAL)
 
     def _texts(self) -> Iterator[tuple[str, str]]:
         """Yield every text in which placeholders are replaced, with its place."""
@@ -175,6 +222,9 @@ class Plan:
                 file or a header. Without it the text is what `from_json` reads.
         """
         data = asdict(self)
+        for name, silent in _LATER.items():
+            if data[name] == silent:
+                del data[name]
         if masked:
             values = [
                 process.env[name]
@@ -204,6 +254,8 @@ class Plan:
                     "probes": tuple(Probe(**p) for p in data["probes"]),
                     "stop": StopPolicy(**data["stop"]),
                     "secrets": tuple(data["secrets"]),
+                    "targets": tuple(Target(**t) for t in data.get("targets", ())),
+                    "collect": tuple(data.get("collect", ())),
                 }
             )
         except (ValueError, KeyError, TypeError) as error:

@@ -33,11 +33,40 @@ class ProcessStatus:
     """None while it runs, and when a signal ended it."""
     signal: int | None = None
     """The signal that ended it, if one did."""
+    host: str = "local"
+    """The target on which it runs; pid and start time are of that host."""
+    cause: str = ""
+    """The line of its log that tells why it failed; empty while it has not failed."""
+    started_monotonic_s: float | None = None
+    """Seconds of the host's own steady clock, which no time server moves."""
+    ended_monotonic_s: float | None = None
+    is_lost: bool = False
+    """Whether it is gone, or its host is, without anybody having seen how it ended."""
 
     @property
     def is_running(self) -> bool:
         """Tell whether it was started and has not been seen to end."""
-        return self.pid is not None and self.ended_at is None
+        return self.pid is not None and self.ended_at is None and not self.is_lost
+
+    @property
+    def duration_s(self) -> float | None:
+        """How long it ran, by the steady clock; None while that is not known."""
+        if self.started_monotonic_s is None or self.ended_monotonic_s is None:
+            return None
+        return self.ended_monotonic_s - self.started_monotonic_s
+
+    @property
+    def fate(self) -> str:
+        """How it stands, in a few words."""
+        if self.pid is None:
+            return "not started"
+        if self.is_lost:
+            return "lost: nobody saw how it ended"
+        if self.is_running:
+            return "running"
+        if self.signal is not None:
+            return f"ended by signal {self.signal}"
+        return f"exit code {self.exit_code}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +113,9 @@ class RunStatus:
         try:
             state = data["state"]
             processes = tuple(
-                ProcessStatus(**{key: entry.get(key) for key in ProcessStatus.__dataclass_fields__})
+                ProcessStatus(
+                    **{key: entry[key] for key in ProcessStatus.__dataclass_fields__ if key in entry}
+                )
                 for entry in data["processes"]
             )
             known = {

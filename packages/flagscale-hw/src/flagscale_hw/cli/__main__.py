@@ -1,0 +1,5 @@
+"""Run the command as `python -m flagscale_hw.cli`."""
+
+from flagscale_hw.cli import main
+
+raise SystemExit(main())
