@@ -28,7 +28,8 @@ open(os.environ["WITNESS"], "a").write(f"imported by {os.getpid()}\\n")
 
 def look(host, timeout_s):
     names = [name for name in host.names("/dev") if name.startswith("vastai")]
-    devices = [Device(chip="vastai", index=int(name[6:]), name="VA16", slices=(Slice(uuid="S"),)) for name in names]
+    part = Slice(uuid="S")
+    devices = [Device(chip="vastai", index=int(name[6:]), name="VA16", slices=(part,)) for name in names]
     return Found(tuple(devices), (Problem(where="vastai", text="the fan is loud"),))
 """
 
@@ -59,7 +60,7 @@ def build_wheel(
 
 @pytest.fixture
 def install(tmp_path, monkeypatch, tree):
-    """Install a wheel outside the tree and without network: a purelib wheel is unpacked, as every installer does."""
+    """Install a wheel outside the tree, without network: pure wheels are unpacked, as installers do."""
     site = tmp_path / "site"
     site.mkdir()
     tree.environ["WITNESS"] = str(tmp_path / "witness")
