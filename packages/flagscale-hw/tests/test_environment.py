@@ -52,7 +52,9 @@ def test_numbers_count_within_what_is_visible(tmp_path):
     assert env(choose(machine, ["1"]))["CUDA_VISIBLE_DEVICES"] == "5"
     uuid = machine.devices[4].uuid
     assert [device.index for device in choose(machine, [uuid])] == [4]
-    with pytest.raises(InputError, match="device 2: this process has 0 to 1, because the environment shows it 2 of 8"):
+    with pytest.raises(
+        InputError, match="device 2: this process has 0 to 1, because the environment shows it 2 of 8"
+    ):
         choose(machine, ["2"])
     with pytest.raises(InputError, match="neither a number nor the UUID"):
         choose(machine, [machine.devices[0].uuid])

@@ -34,14 +34,20 @@ def test_each_plug_in_gets_its_own_name_of_a_vendor():
     assert made["SGLANG_FL_ALLOW_VENDORS"] == "ascend,enflame"
     assert made["TE_FL_DENY_VENDORS"] == "cuda,musa"
     assert made["TE_FL_PER_OP"] == "rms_norm=vendor:npu|flagos;silu=reference"
-    assert made["VLLM_FL_PER_OP"] == made["SGLANG_FL_PER_OP"] == "rms_norm=vendor:ascend|flagos;silu=reference"
+    assert (
+        made["VLLM_FL_PER_OP"] == made["SGLANG_FL_PER_OP"] == "rms_norm=vendor:ascend|flagos;silu=reference"
+    )
     assert made["MG_FL_PREFER"] == "npu"
 
 
 def test_the_chips_own_defaults():
     assert flagos_env(FlagOSProfile(), "metax")["TE_FL_PREFER"] == "flagos"
     thead = flagos_env(FlagOSProfile(), "thead")
-    assert (thead["TE_FL_PREFER"], thead["NVTE_UNFUSED_ATTN"], thead["USE_FLAGGEMS"]) == ("reference", "1", "0")
+    assert (thead["TE_FL_PREFER"], thead["NVTE_UNFUSED_ATTN"], thead["USE_FLAGGEMS"]) == (
+        "reference",
+        "1",
+        "0",
+    )
     assert "TE_FL_SKIP_CUDA" not in flagos_env(FlagOSProfile(), "nvidia")
     assert flagos_env(FlagOSProfile(), "hygon")["TE_FL_SKIP_CUDA"] == "1"
     assert "MG_FL_PREFER" not in flagos_env(FlagOSProfile(), "gaudi")

@@ -55,7 +55,9 @@ def test_doubtful_figures_are_not_given(name, dtype):
 
 def test_suffixes_decide_about_memory():
     gib = 1 << 30
-    sizes = {name: specification(name).memory_bytes.value / gib for name in ("910B4", "910B4-1", "NVIDIA H20")}
+    sizes = {
+        name: specification(name).memory_bytes.value / gib for name in ("910B4", "910B4-1", "NVIDIA H20")
+    }
     assert sizes == {"910B4": 32, "910B4-1": 64, "NVIDIA H20": 96}
     assert specification("AMD Instinct MI300X").memory_bytes is None
 

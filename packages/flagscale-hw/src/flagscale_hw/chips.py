@@ -213,7 +213,10 @@ _ROWS = (
         visible_devices_variable="MUSA_VISIBLE_DEVICES",
         settings=(("TE_FL_SKIP_CUDA", "1"),),
         container=Container(
-            variable="MTHREADS_VISIBLE_DEVICES", runtime="mthreads", nodes=(_DRI,), node_of_each="/dev/mtgpu.{}"
+            variable="MTHREADS_VISIBLE_DEVICES",
+            runtime="mthreads",
+            nodes=(_DRI,),
+            node_of_each="/dev/mtgpu.{}",
         ),
     ),
     Runtime(

@@ -105,7 +105,9 @@ def _nodes(host: Host, machine: Machine) -> Iterator[Finding]:
     closed = [
         device.node
         for device in (*machine.devices, *machine.others)
-        if device.node and host.path(device.node).exists() and not os.access(host.path(device.node), os.R_OK | os.W_OK)
+        if device.node
+        and host.path(device.node).exists()
+        and not os.access(host.path(device.node), os.R_OK | os.W_OK)
     ]
     if closed:
         yield Finding(

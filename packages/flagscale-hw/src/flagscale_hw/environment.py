@@ -160,7 +160,9 @@ def docker_options(devices: Sequence[Device]) -> list[str]:
         return [f"--runtime={box.runtime}", "-e", f"{box.variable}={numbers}"]
     options = [f"--device={node}" for node in box.nodes]
     if box.node_of_each:
-        options += [f"--device={device.node or box.node_of_each.format(_physical(device))}" for device in devices]
+        options += [
+            f"--device={device.node or box.node_of_each.format(_physical(device))}" for device in devices
+        ]
     elif row.visible_devices_variable:
         for name, value in env(devices).items():
             options += ["-e", f"{name}={value}"]
@@ -185,4 +187,3 @@ def kubernetes_limits(devices: Sequence[Device]) -> dict[str, Any]:
             f"{row.chip}: no Kubernetes device plug-in is known: ask your cluster's administrator for the resource"
         )
     return {"limits": {row.kubernetes_resource: len(devices)}}
-

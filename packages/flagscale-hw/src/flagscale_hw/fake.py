@@ -168,7 +168,9 @@ _MODELS: Mapping[str, _Model] = {
         node_of_each="dri/renderD{128}",
         uuid="{:016x}",
     ),
-    "tsingmicro": _Model(name="TX81", memory_mib=64 << 10, nodes=("accel_drv_mgr",), node_of_each="accel/dev-{}"),
+    "tsingmicro": _Model(
+        name="TX81", memory_mib=64 << 10, nodes=("accel_drv_mgr",), node_of_each="accel/dev-{}"
+    ),
     "enflame": _Model(
         name="S60",
         memory_mib=42976,
@@ -237,7 +239,9 @@ def write_host(root: Path, chip: str, count: int = 0, *, faults: Faults | None =
     cards = [_card(model, index, count) for index in range(count)]
     for card in cards:
         if model.vendor is not None:
-            _write_function(root, card.address, model.vendor, model.device, model.kind, card.numa_node, model.driver)
+            _write_function(
+                root, card.address, model.vendor, model.device, model.kind, card.numa_node, model.driver
+            )
     for node in model.nodes:
         _write(root, f"/dev/{node}", "")
     for card in cards if model.node_of_each else ():
@@ -254,7 +258,9 @@ def _card(model: _Model, index: int, count: int) -> Card:
         index=index,
         model=model.name,
         memory_mib=model.memory_mib,
-        address=f"0000:{index + 1:02x}:00.0" if index < count / 2 else f"0000:{index + 129 - (count + 1) // 2:02x}:00.0",
+        address=f"0000:{index + 1:02x}:00.0"
+        if index < count / 2
+        else f"0000:{index + 129 - (count + 1) // 2:02x}:00.0",
         uuid=model.uuid.format(index),
         numa_node=0 if index < count / 2 else 1,
     )
@@ -338,7 +344,12 @@ def write_tool(root: Path, absolute: str, answers: Answers, faults: Faults) -> N
         lines.append(f"sleep {faults.slow_s:g}")
     if faults.garbage:
         lines += [f"printf {shlex.quote(_GARBAGE)}", f"exit {faults.exit_code}"]
-    lines += ['case "$*" in', *_cases(root, kept, answers), '*) echo "unknown words: $*" >&2; exit 2 ;;', "esac"]
+    lines += [
+        'case "$*" in',
+        *_cases(root, kept, answers),
+        '*) echo "unknown words: $*" >&2; exit 2 ;;',
+        "esac",
+    ]
     _write(root, absolute, "\n".join([*lines, f"exit {faults.exit_code}"]) + "\n")
     (root / absolute.lstrip("/")).chmod(0o755)
 

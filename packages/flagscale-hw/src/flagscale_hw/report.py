@@ -97,7 +97,9 @@ def _vendor(vendor: Vendor, machine: Machine) -> dict[str, Any]:
     return {
         "name": vendor.chip,
         "presence": _presence(vendor),
-        "source": f"plugin:{vendor.origin}" if vendor.origin != "built-in" else _SOURCE.get(vendor.source or ""),
+        "source": f"plugin:{vendor.origin}"
+        if vendor.origin != "built-in"
+        else _SOURCE.get(vendor.source or ""),
         "driver": vendor.driver,
         "toolkit": vendor.toolkit,
         "firmware": None,

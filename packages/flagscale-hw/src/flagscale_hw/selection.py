@@ -78,7 +78,13 @@ def _read(text: str) -> dict[str, dict[str, Any]]:
 
 
 def _silent(question: str, answer: Answer, interpreter: str, timeout_s: float) -> Finding:
-    code = {"torch": "HW401", "collectives": "HW402", "megatron": "HW403", "transformer_engine": "HW404", "vllm": "HW405"}
+    code = {
+        "torch": "HW401",
+        "collectives": "HW402",
+        "megatron": "HW403",
+        "transformer_engine": "HW404",
+        "vllm": "HW405",
+    }
     if answer.exit_code is None:
         text = f"{interpreter}: no answer within {timeout_s:g} s; it was killed"
         hint = "a driver may hang: import it by hand, or give --ask-timeout more"

@@ -165,9 +165,7 @@ def _gaudi(cards: Sequence[Card]) -> Answers:
     drawn = _like_nvidia("AIP", "HL-SMI Version: hl-1.20")(cards)
     asked = "-Q index,module_id,bus_id,memory.used,temperature.aip -f csv,noheader"
     # Modules are not numbered as devices are: here the other way round.
-    rows = [
-        f"{card.index}, {len(cards) - 1 - card.index}, {card.address}, 0 MiB, 30 C\n" for card in cards
-    ]
+    rows = [f"{card.index}, {len(cards) - 1 - card.index}, {card.address}, 0 MiB, 30 C\n" for card in cards]
     return Answers(fixed={"": drawn, asked: "".join(rows)})
 
 
@@ -183,7 +181,9 @@ def _ascend(cards: Sequence[Card]) -> Answers:
         )
         for card in cards
     ]
-    mapping = ["NPU ID                         Chip ID                        Chip Logic ID                  Chip Name"]
+    mapping = [
+        "NPU ID                         Chip ID                        Chip Logic ID                  Chip Name"
+    ]
     for card in cards:
         mapping += [
             f"{card.index:<30} 0                              {card.index:<30} Ascend {card.model}",

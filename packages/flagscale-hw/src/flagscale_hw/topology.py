@@ -21,7 +21,9 @@ from flagscale_hw.machine import Device, Machine
 __all__ = ["Nic", "Topology", "parse_matrix", "topology"]
 
 SELF = "X"
-_BUS_WORDS = frozenset({"PIX", "PXB", "PHB", "NODE", "SYS", "PCIE", "ETH", "NA", "N/A", "DIS", "UNKNOWN", SELF})
+_BUS_WORDS = frozenset(
+    {"PIX", "PXB", "PHB", "NODE", "SYS", "PCIE", "ETH", "NA", "N/A", "DIS", "UNKNOWN", SELF}
+)
 _PCI = "/sys/bus/pci/devices"
 _TOOLS: Mapping[str, tuple[str, ...]] = {
     "nvidia": ("nvidia-smi", "topo", "-m"),
@@ -203,7 +205,9 @@ def parse_matrix(text: str) -> tuple[tuple[tuple[str | None, ...], ...], dict[st
         if any(len(rows.get(name, ())) < len(header) for name in devices):
             continue
         cells = {name: dict(zip(header, rows[name], strict=False)) for name in devices}
-        links = tuple(tuple(_link(cells[one][other], is_self=one == other) for other in devices) for one in devices)
+        links = tuple(
+            tuple(_link(cells[one][other], is_self=one == other) for other in devices) for one in devices
+        )
         if all(link in (None, SELF) for row in links for link in row) and len(devices) > 1:
             continue
         nics = {
@@ -264,7 +268,9 @@ def _nic_links_by_tool(
     return tuple(tuple(column[row] for column in columns) for row in range(num_devices))
 
 
-def _nic_links(host: Host, devices: Sequence[Device], nics: Sequence[Nic]) -> tuple[tuple[str | None, ...], ...]:
+def _nic_links(
+    host: Host, devices: Sequence[Device], nics: Sequence[Nic]
+) -> tuple[tuple[str | None, ...], ...]:
     return tuple(tuple(_on_bus(host, device.pci_bus, nic.pci_bus) for nic in nics) for device in devices)
 
 

@@ -53,7 +53,9 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 def _action(name: str) -> Callable[[argparse.Namespace], int]:
     """Return a verb's function; its module is imported now, so that each verb costs only what it needs."""
     module, _, function = name.partition(":")
-    action: Callable[[argparse.Namespace], int] = getattr(import_module(f"flagscale_hw.cli.{module}"), function)
+    action: Callable[[argparse.Namespace], int] = getattr(
+        import_module(f"flagscale_hw.cli.{module}"), function
+    )
     return action
 
 
@@ -174,7 +176,9 @@ def _replay(verbs: _Verbs[argparse.ArgumentParser]) -> argparse.ArgumentParser:
 
 
 def _fake(verbs: _Verbs[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    verb = verbs.add_parser("fake", help="run a command as if on a host with other chips; none: print its table")
+    verb = verbs.add_parser(
+        "fake", help="run a command as if on a host with other chips; none: print its table"
+    )
     verb.add_argument("chip", help="such as ascend")
     verb.add_argument("--count", type=int, default=8, metavar="N", help="number of devices (8)")
     verb.add_argument("--out", metavar="DIR", help="keep the host's files there")
