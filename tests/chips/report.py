@@ -2,8 +2,8 @@
 
 python tests/chips/report.py FOLDER [--require PACKAGE ...]
 
-FOLDER has `<package>.json` files; `matrix.json` and `matrix.html` are written beside them. Exits 1 when a cell
-failed, or when a package that was required has no cell.
+FOLDER has `<package>.json` files; `matrix.json` and `matrix.html` are written beside them. Exits 1 when a
+cell failed, or when a package that was required has no cell.
 """
 
 from __future__ import annotations

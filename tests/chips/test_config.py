@@ -1,7 +1,7 @@
 """config x chip: every installed recipe checks without an error.
 
-Config never sees a chip (it and hw do not know each other), so the answer is one for all chips and is shared by
-the cells of one process.
+Config never sees a chip (it and hw do not know each other), so the answer is one for all chips and is
+shared by the cells of one process.
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
 """convert x chip: a small checkpoint goes there and back, bit by bit, on the chip's host.
 
-Converting is work of the processor and reads no chip. The cell runs it all the same, with the faked host and its
-selection of devices in force, so that an accelerator which somebody consults one day is seen here.
+Converting is work of the processor and reads no chip. The cell runs it all the same, with the faked host
+and its selection of devices in force, so that an accelerator which somebody consults one day is seen here.
 """
 
 import importlib.util

@@ -27,9 +27,10 @@ def test_a_figure_is_for_exactly_one_name():
 @pytest.mark.parametrize(
     ("name", "dtype", "tera"),
     [
-        ("NVIDIA H800", "bf16", 989), ("NVIDIA H800 PCIe", "bf16", 756), ("AMD Instinct MI300X", "bf16", 1307.4),
-        ("NVIDIA L40S", "bf16", 362.05), ("AMD Instinct MI250X", "bf16", 191.5), ("PPU-ZW810E", "bf16", 123),
-        ("NVIDIA B200", "fp8", 4500), ("K100_AI", "int8", 392), ("HL-225", "fp8", 865), ("MLU590", "bf16", 330),
+        ("NVIDIA H800", "bf16", 989), ("NVIDIA H800 PCIe", "bf16", 756), ("AMD Instinct MI300X", "bf16",
+        1307.4), ("NVIDIA L40S", "bf16", 362.05), ("AMD Instinct MI250X", "bf16", 191.5), ("PPU-ZW810E",
+        "bf16", 123), ("NVIDIA B200", "fp8", 4500), ("K100_AI", "int8", 392), ("HL-225", "fp8", 865),
+        ("MLU590", "bf16", 330),
     ],
 )  # fmt: skip
 def test_known_mistakes_are_not_repeated(name, dtype, tera):

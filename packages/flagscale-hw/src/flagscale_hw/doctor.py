@@ -172,7 +172,7 @@ def _layers(environ: Mapping[str, str], row: Runtime) -> Iterator[Finding]:
             code="HW201",
             is_good=False,
             subject=row.chip,
-            text=f"{inner}={environ[inner]} counts within {outer}={environ[outer]}, which has {count} devices",
+            text=f"{inner}={environ[inner]} counts within {outer}={environ[outer]}, which has {count}",
             hint=f"unset {outer}, or use numbers below {count} in {inner}",
         )
 
@@ -189,7 +189,7 @@ def _strangers(environ: Mapping[str, str], row: Runtime) -> Iterator[Finding]:
                 code="HW203",
                 is_good=False,
                 subject=row.chip,
-                text=f"{name}={environ[name]} is set, but programs on this chip read {row.visible_devices_variable}",
+                text=f"{name}={environ[name]} is set, but this chip reads {row.visible_devices_variable}",
                 hint="run `flagscale-hw env` and set what it prints",
             )
 

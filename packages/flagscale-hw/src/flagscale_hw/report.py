@@ -1,7 +1,7 @@
 """A machine as the JSON document `flagscale-hw/1`: what other programs read.
 
-Its schema is `machine.schema.json`, printed by `flagscale-hw schema`. Within this version members are only added.
-Every number has its unit in its name; null means "not known" and never 0.
+Its schema is `machine.schema.json`, printed by `flagscale-hw schema`. Within this version members are only
+added. Every number has its unit in its name; null means "not known" and never 0.
 """
 
 from __future__ import annotations

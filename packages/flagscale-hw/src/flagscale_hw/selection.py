@@ -103,13 +103,9 @@ def _python(said: Mapping[str, Any], _row: Runtime) -> Iterator[Finding]:
 def _torch(said: Mapping[str, Any], row: Runtime) -> Iterator[Finding]:
     code, subject = "HW401", "torch"
     if said.get("error"):
-        yield Finding(
-            code=code,
-            is_good=False,
-            subject=subject,
-            text=said["error"],
-            hint=f"install torch{f' and {row.torch_module}' if row.torch_module else ''} for {row.title} there",
-        )
+        packages = " and ".join(filter(None, ["torch", row.torch_module]))
+        hint = f"install {packages} for {row.title} there"
+        yield Finding(code=code, is_good=False, subject=subject, text=said["error"], hint=hint)
         return
     chosen = said["device"]
     text = f"{said['version']} would select {chosen} ({said['count']} devices)"
@@ -185,7 +181,8 @@ def _vllm(said: Mapping[str, Any], row: Runtime) -> Iterator[Finding]:
         yield Finding(code=code, is_good=False, subject=subject, text=text, hint=f"for {row.title}: {wanted}")
         return
     plugins = ", ".join(said["plugins"]) or "none"
-    text = f"{said['version']} would select {said['device'] or 'nothing'} ({said['platform']}; plug-ins: {plugins})"
+    chosen = said["device"] or "nothing"
+    text = f"{said['version']} would select {chosen} ({said['platform']}; plug-ins: {plugins})"
     is_good = said["device"] == row.torch_device
     hint = "" if is_good else f"{row.title} is here, which is {row.torch_device}: {wanted}"
     yield Finding(code=code, is_good=is_good, subject=subject, text=text, hint=hint)
