@@ -1,38 +1,93 @@
-"""The command `flagscale-config`: check, show, schema, recipes."""
+"""The command `flagscale-config`: words in, one public function each, text or JSON out."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from flagscale_config.__about__ import __version__
-from flagscale_config.command import parse, run
+from flagscale_config.command import is_override, parse, run
+
+if TYPE_CHECKING:
+    from flagscale_config.errors import Problem
 
 __all__ = ["main"]
 
+_EXIT_CODES = "exit codes: 0 done, 1 bug, 2 the file or the command line is wrong, 130 interrupted"
+_FILE = "experiment file, or a recipe such as qwen3/0_6b"
+_OVERRIDES = "overrides in Hydra's grammar: a.b=c, +a.b=c, ++a.b=c, ~a.b"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
 
 def _check(options: argparse.Namespace) -> int:
-    """Print everything wrong with a file; exit code 2 when there is an error."""
+    """Print everything wrong with some files; exit code 2 when there is an error."""
     from flagscale_config.loader import check
+    from flagscale_config.terminal import report
 
-    problems = check(options.file, options.overrides)
-    errors = [problem for problem in problems if problem.severity == "error"]
+    words = [*options.words, *options.overrides]
+    files = [word for word in words if not is_override(word)]
+    overrides = [word for word in words if is_override(word)]
+    if not files:
+        raise SystemExit("no file to check: flagscale-config check FILE... [a.b=c ...]")
+    found = {file: check(file, overrides) for file in files}
+    is_wrong = any(problem.severity == "error" for problems in found.values() for problem in problems)
     if options.json:
-        print(
-            json.dumps({"ok": not errors, "problems": [problem.to_dict() for problem in problems]}, indent=2)
-        )
-        return 2 if errors else 0
-    for problem in problems:
-        stream = sys.stderr if problem.severity == "error" else sys.stdout
-        print(f"{problem.severity}: {problem} [{problem.code}]", file=stream)
-    if errors:
-        print(f"{len(errors)} error{'s' * (len(errors) != 1)}", file=sys.stderr)
-        return 2
-    print(f"{options.file}: ok")
-    return 0
+        _print_checked(found, is_single=len(files) == 1)
+    else:
+        for file, problems in found.items():
+            report(problems, options.format, is_quiet=options.quiet)
+            if not options.quiet:
+                _conclude(file, problems)
+        if len(files) > 1 and not options.quiet:
+            _summarize(found)
+    return 2 if is_wrong else 0
+
+
+def _print_checked(found: Mapping[str, Sequence[Problem]], *, is_single: bool) -> None:
+    """Print the problems of one file, or of several by file, as JSON."""
+    checked = {
+        file: {
+            "ok": not any(problem.severity == "error" for problem in problems),
+            "problems": [problem.to_dict() for problem in problems],
+        }
+        for file, problems in found.items()
+    }
+    _print_json(next(iter(checked.values())) if is_single else checked)
+
+
+def _conclude(file: str, problems: Sequence[Problem]) -> None:
+    """Say in a line how a file stands."""
+    from flagscale_config.terminal import Style, count, wants_color
+
+    errors = [problem for problem in problems if problem.severity == "error"]
+    notes = len(problems) - len(errors)
+    also = f", {count(notes, 'note')}" if notes else ""
+    if not errors:
+        style = Style(is_on=wants_color(sys.stdout))
+        print(f"{file}: {style('ok', 'ok')}{also}", flush=True)
+        return
+    more = f"flagscale-config explain {errors[0].code}"
+    print(f"{file}: {count(len(errors), 'error')}{also}; for more: {more}", file=sys.stderr, flush=True)
+
+
+def _summarize(found: Mapping[str, Sequence[Problem]]) -> None:
+    """Say in a line how several files stand."""
+    from flagscale_config.terminal import count
+
+    problems = [problem for of_file in found.values() for problem in of_file]
+    errors = sum(problem.severity == "error" for problem in problems)
+    wrong = sum(any(problem.severity == "error" for problem in of_file) for of_file in found.values())
+    total = f"{count(errors, 'error')}, {count(len(problems) - errors, 'note')}"
+    print(
+        f"{count(len(found), 'file')}: {len(found) - wrong} ok, {wrong} with errors ({total})",
+        file=sys.stderr if errors else sys.stdout,
+    )
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -51,11 +106,7 @@ def _show(options: argparse.Namespace) -> int:
             is_placed = bool(origin.line or origin.override)
             origins[key] = "default" if key not in stated else str(origin) if is_placed else ""
     if options.json:
-        print(
-            json.dumps(
-                {**facts, "origins": origins} if options.origin else facts, indent=2, ensure_ascii=False
-            )
-        )
+        _print_json({**facts, "origins": origins} if options.origin else facts)
         return 0
     for key, value in _flat(facts):
         origin_text = f"    # {origins[key]}" if origins.get(key) else ""
@@ -73,6 +124,24 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{path}.{index}")
     else:
         yield path, tree
+
+
+def _explain(options: argparse.Namespace) -> int:
+    """Print what a code means."""
+    from flagscale_config.codes import code_named
+
+    code = code_named(options.target)
+    if options.json:
+        _print_json({"code": code.code, "title": code.title, "meaning": code.meaning, "cure": code.cure})
+        return 0
+    print(f"{code.code}: {code.title}\n\n{_wrapped(code.meaning)}\n\n{_wrapped(f'What to do: {code.cure}')}")
+    return 0
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(text, 100)
 
 
 def _schema(options: argparse.Namespace) -> int:
@@ -93,7 +162,7 @@ def _recipes(options: argparse.Namespace) -> int:
 
     found = {name: str(path) for name, path in recipes().items()}
     if options.json:
-        print(json.dumps(found, indent=2))
+        _print_json(found)
         return 0
     width = max(map(len, found), default=0)
     for name, path in found.items():
@@ -103,42 +172,85 @@ def _recipes(options: argparse.Namespace) -> int:
     return 0
 
 
+def _verb(
+    verbs: Any, name: str, function: Callable[[argparse.Namespace], int], text: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    """Add a verb; `examples` are command lines, shown by its `--help` and run by a test."""
+    shown = "\n".join(f"  flagscale-config {example}" for example in examples)
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"examples:\n{shown}\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if name != "schema":
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(function=function)
+    return parser
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flagscale-config",
         description="Check and explain FlagScale experiment files.",
-        epilog="--debug shows tracebacks. Exit codes: 0 fine, 2 the file is wrong.",
+        epilog=f"flagscale-config VERB --help shows examples; --debug shows tracebacks.\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, text, function in (
-        ("check", "report every mistake in a file, with its place and its cure", _check),
-        ("show", "print what a file asks for, composed and resolved", _show),
-    ):
-        verb = verbs.add_parser(name, help=text, description=text)
-        verb.add_argument("file", metavar="FILE", help="experiment file, or a recipe such as qwen3/0_6b")
-        verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides in Hydra's grammar")
-        verb.add_argument("--json", action="store_true", help="print JSON")
-        verb.set_defaults(function=function)
-        if name == "show":
-            verb.add_argument("--origin", action="store_true", help="say where each value comes from")
-            verb.add_argument("--all", action="store_true", help="print defaults too")
-    schema = verbs.add_parser("schema", help="print a JSON Schema", description="Print a JSON Schema.")
-    schema.add_argument("kind", choices=["experiment"], help="what to describe")
-    schema.add_argument(
+    _add_check(verbs)
+    _add_looking(verbs)
+    _add_making(verbs)
+    return parser
+
+
+def _add_check(verbs: Any) -> None:
+    text = "report every mistake in a file, with its place and its cure"
+    examples = (
+        "check conf/tiny.yaml",
+        "check conf/*.yaml --quiet",
+        "check conf/tiny.yaml train.model.num_layers=8",
+    )
+    verb = _verb(verbs, "check", _check, text, examples)
+    verb.add_argument("words", metavar="FILE", nargs="+", help=f"{_FILE}; several may be given")
+    verb.add_argument("overrides", metavar="a.b=c", nargs="*", help=f"{_OVERRIDES}; they hold for every file")
+    verb.add_argument("-q", "--quiet", action="store_true", help="print errors only, one line each")
+    verb.add_argument(
+        "--format",
+        choices=("full", "line"),
+        help="full: with the source line (on a terminal the default); line: one line per problem",
+    )
+
+
+def _add_looking(verbs: Any) -> None:
+    text = "print what a file asks for, composed and resolved, secrets masked"
+    verb = _verb(verbs, "show", _show, text, ("show conf/tiny.yaml", "show conf/tiny.yaml --origin --all"))
+    verb.add_argument("file", metavar="FILE", help=_FILE)
+    verb.add_argument("overrides", nargs="*", metavar="a.b=c", help=_OVERRIDES)
+    verb.add_argument("--origin", action="store_true", help="say where each value comes from")
+    verb.add_argument("--all", action="store_true", help="print defaults too")
+    text = "say what an error code means"
+    verb = _verb(verbs, "explain", _explain, text, ("explain config/unknown-key",))
+    verb.add_argument("target", metavar="CODE", help="code that check prints, such as config/unknown-key")
+
+
+def _add_making(verbs: Any) -> None:
+    text = "print a JSON Schema, for editors and other programs"
+    verb = _verb(verbs, "schema", _schema, text, ("schema experiment > experiment.json",))
+    verb.add_argument("kind", choices=["experiment"], help="what to describe")
+    verb.add_argument(
         "--check", metavar="PATH", help="compare with this file instead; exit code 2 when it differs"
     )
-    schema.set_defaults(function=_schema)
-    listed = verbs.add_parser("recipes", help="list installed recipes", description="List installed recipes.")
-    listed.add_argument("--json", action="store_true", help="print JSON")
-    listed.set_defaults(function=_recipes)
-    return parser
+    _verb(verbs, "recipes", _recipes, "list the ready-made experiments of installed packages", ("recipes",))
 
 
 def _dispatch(argv: list[str]) -> int:
     options = parse(_parser(), argv)
-    code: int = options.function(options)
-    return code
+    function: Callable[[argparse.Namespace], int] = options.function
+    return function(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

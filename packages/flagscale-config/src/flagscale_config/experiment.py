@@ -1,7 +1,7 @@
 """The typed contract: what one FlagScale file asks for, frozen.
 
 `load()` makes it; the other packages read it. What does not live here: reading files (`loader.py`), option
-names (`options.py`), checks across fields (`arithmetic.py`).
+names (`options.py`), checks across fields (`arithmetic/`).
 """
 
 from __future__ import annotations

@@ -153,6 +153,7 @@ class Plan:
         for probe in self.probes:
             yield from _problems_of_probe(probe)
         yield from self._problems_of_ports()
+        yield from self._problems_of_placeholders()
         yield from self._problems_of_hosts()
         if self.stop.signal not in signal.Signals.__members__:
             yield f"stop signal {self.stop.signal!r}: give a name such as SIGTERM"
@@ -167,11 +168,15 @@ class Plan:
                 yield f"port name {name!r}: use a-z, 0-9, `_`, `-`"
             if number is not None and not 0 < number < 65536:
                 yield f"port {name!r} ({number}): give 1 to 65535, or None for any free one"
-        names = {target.name for target in self.targets}
         wanted = [(self.owner_of(port), number) for port, number in self.ports.items() if number is not None]
         for owner, number in sorted({one for one in wanted if wanted.count(one) > 1}):
-            same = sorted(p for p, value in self.ports.items() if (self.owner_of(p), value) == (owner, number))
+            same = sorted(
+                p for p, value in self.ports.items() if (self.owner_of(p), value) == (owner, number)
+            )
             yield f"port {number} is wanted twice ({', '.join(same)}): ports must differ"
+
+    def _problems_of_placeholders(self) -> Iterator[str]:
+        names = {target.name for target in self.targets}
         for place, text in self._texts():
             for kind, name in placeholders(text):
                 if kind == "port" and name not in self.ports:
@@ -183,17 +188,15 @@ class Plan:
         names = [target.name for target in self.targets]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"two targets are called {name!r}: names must differ"
-        for target in self.targets:
-            yield from problems_of_target(target)
+        yield from (problem for target in self.targets for problem in problems_of_target(target))
         for name in sorted(set(names) - {process.host for process in self.processes}):
             yield f"target {name!r}: no process runs there: leave it out"
         known = set(names) or {LOCAL}
         for process in self.processes:
             if process.host not in known:
                 yield f"{process.name}: host {process.host!r} is not a target of this plan"
-        for path in self.collect:
-            if path.startswith("/") or ".." in path.split("/"):
-                yield f"collect {path!r}: lies outside the run directory"
+        outside = (path for path in self.collect if path.startswith("/") or ".." in path.split("/"))
+        yield from (f"collect {path!r}: lies outside the run directory" for path in outside)
         if self.log_limit_bytes < 1 << 16:
             yield f"log_limit_bytes {self.log_limit_bytes}: give 65536 or more"
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from flagscale_hw.errors import InvalidPlan, LaunchError, LaunchRefused, RunNotFound
+from flagscale_hw.errors import LaunchError, LaunchRefused, RunNotFound
 from flagscale_hw.identity import marked
 from flagscale_hw.index import remembered
 from flagscale_hw.logs import LogLine, follow_logs, read_logs
@@ -28,8 +28,9 @@ from flagscale_hw.plan import Plan
 from flagscale_hw.rundir import Claim, RunDirectory
 from flagscale_hw.starting import Start, reap_guardians
 from flagscale_hw.status import RunStatus
+from flagscale_hw.target import LOCAL
 
-__all__ = ["Run", "launch", "list_runs", "open_run"]
+__all__ = ["Launch", "Run", "launch", "list_runs", "open_run"]
 
 _END_LIMIT_S = 15.0
 _POLL_S = 0.05
@@ -74,8 +75,16 @@ class Run:
                 replace(current, state="stopping", reason=current.reason or "the supervisor died")
             )
         # The end may have been recorded between the first look and the last.
-        lost = "its supervisor and guardian are gone (killed, or the machine was restarted)"
-        return self._final_or(replace(status or RunStatus(state="lost"), state="lost", reason=lost))
+        lost = f"its supervisor and guardian are gone: {self._how_lost()}"
+        current = status or RunStatus(state="lost")
+        processes = tuple(replace(p, is_lost=p.is_running) for p in current.processes)
+        return self._final_or(replace(current, state="lost", reason=lost, processes=processes))
+
+    def _how_lost(self) -> str:
+        who = self._directory.read_identity("supervisor")
+        if who is not None and who.boot_id != here()["boot_id"]:
+            return "the machine was restarted"
+        return "killed"
 
     def _final_or(self, otherwise: RunStatus) -> RunStatus:
         status = self._directory.read_status()
@@ -144,7 +153,7 @@ class Run:
             raise LaunchError(f"{self.dir}: runs on host {where!r} or in another container: stop it there")
         if self.status().is_over:
             return self._sweep()
-        self._ask_to_stop(grace_s)
+        self.ask_to_stop(grace_s)
         status = self.wait(self._patience_s(grace_s))
         if not status.is_over:
             # It was told and did not move, so it hangs or is frozen: its guardian does the rest.
@@ -152,7 +161,8 @@ class Run:
             status = self.wait(_END_LIMIT_S)
         return self._sweep() if status.is_over else status
 
-    def _ask_to_stop(self, grace_s: float | None) -> None:
+    def ask_to_stop(self, grace_s: float | None = None) -> None:
+        """Ask the run to end, and return at once; as for `stop`."""
         with contextlib.suppress(
             OSError
         ):  # a full disk must not keep a run alive: then the plan's own grace counts
@@ -194,48 +204,79 @@ class Run:
             follow: go on as lines are written, until the run is over.
         """
         plan = self._directory.read(self._directory.plan) or {}
-        files = {entry["name"]: self._directory.log(entry["name"]) for entry in plan.get("processes", ())}
+        files = {entry["name"]: self._log_of(entry) for entry in plan.get("processes", ())}
         return follow_logs(files, lambda: self.status().is_over) if follow else read_logs(files)
+
+    def _log_of(self, process: dict[str, str]) -> Path:
+        host = process.get("host", LOCAL)
+        directory = self._directory if host == LOCAL else self._directory.of_host(host)
+        return directory.log(process["name"])
+
+    def folders(self) -> tuple[Path, ...]:
+        """Return where the files of the run are: its directory, or that of each host."""
+        plan = self._directory.read(self._directory.plan) or {}
+        targets = [entry["name"] for entry in plan.get("targets", ())]
+        return tuple(self._directory.of_host(name).path for name in targets) or (self.dir,)
 
 
 def launch(plan: Plan, run_dir: str | os.PathLike[str], *, detach: bool = True) -> Run:
     """Start a plan in a directory of its own; return once the supervisor has put itself on record.
 
     Args:
-        plan: what to run, on this host.
+        plan: what to run, on this host or on the plan's targets.
         run_dir: made if missing; must not hold a run, not even one that is over.
         detach: let the run outlive the calling process. Otherwise it ends when the caller does, even by
             SIGKILL.
 
     Raises:
-        InvalidPlan: the plan asks for another host.
         LaunchRefused: the directory holds a run or cannot be written, or a port is taken.
-        LaunchError: anything else that keeps it from starting. Nothing is left behind in either case.
+        LaunchError: anything else that keeps it from starting, such as a host that cannot be reached; all
+            hosts are named at once. Nothing is left behind in either case.
     """
-    elsewhere = sorted({process.host for process in plan.processes} - {"local"})
-    if elsewhere:
-        raise InvalidPlan(
-            f"plan {plan.name}: host {elsewhere[0]!r}: this version starts processes on `local` only"
-        )
-    directory = RunDirectory(Path(run_dir).absolute())
-    run = Run(directory.path)
-    claim = Claim(directory)
-    starting = Start(directory)
+    starting = Launch(plan, Path(run_dir).absolute())
     try:
-        _take(claim, run, plan)
-        starting.begin(plan)
-        if detach:
-            starting.let_go()
-        else:
-            starting.keep()
-        claim.settle()
+        starting.begin()
+        starting.complete(detach=detach)
     except BaseException:  # also Ctrl-C: whatever stops a launch, nothing may stay
-        if starting.is_let_go:
-            run.stop(grace_s=0.0)
-        starting.abort()
-        claim.give_up(run.dir / "logs" / f"{process.name}.log" for process in plan.processes)
+        starting.undo()
         raise
-    return run
+    return starting.run
+
+
+class Launch:
+    """The steps of a launch, for those who have something to do between them."""
+
+    def __init__(self, plan: Plan, run_dir: Path) -> None:
+        self.run = Run(run_dir)
+        self._plan = plan
+        self._directory = RunDirectory(run_dir)
+        self._claim = Claim(self._directory)
+        self._start = Start(self._directory)
+
+    def begin(self, run_id: str | None = None) -> None:
+        """Take the directory and start the supervisor; `run_id` as for `Start.begin`.
+
+        Raises:
+            LaunchRefused: as for `launch`.
+            LaunchError: as for `launch`.
+        """
+        _take(self._claim, self.run, self._plan)
+        self._start.begin(self._plan, run_id)
+
+    def complete(self, *, detach: bool) -> None:
+        """Say that the launch is complete, and let the run outlive this process or not."""
+        if detach:
+            self._start.let_go()
+        else:
+            self._start.keep()
+        self._claim.settle()
+
+    def undo(self) -> None:
+        """End and take away whatever the steps so far have made."""
+        if self._start.is_let_go:
+            self.run.stop(grace_s=0.0)
+        self._start.abort()
+        self._claim.give_up(self.run.dir / "logs" / f"{p.name}.log" for p in self._plan.processes)
 
 
 def _take(claim: Claim, run: Run, plan: Plan) -> None:

@@ -55,9 +55,7 @@ def _part(plan: Plan, host: str, processes: list[Process], fill: _Fill) -> Plan:
     texts = [*(text for process in filled for text in _texts(process))]
     texts += [*(file.text for file in files), *(probe.url for probe in probes)]
     mentioned = {name for text in texts for kind, name in placeholders(text) if kind == "port"}
-    ports = {
-        port: number for port, number in plan.ports.items() if port in mentioned or owners[port] == host
-    }
+    ports = {port: number for port, number in plan.ports.items() if port in mentioned or owners[port] == host}
     return replace(
         plan,
         processes=filled,

@@ -113,7 +113,9 @@ class RunStatus:
         try:
             state = data["state"]
             processes = tuple(
-                ProcessStatus(**{key: entry[key] for key in ProcessStatus.__dataclass_fields__ if key in entry})
+                ProcessStatus(
+                    **{key: entry[key] for key in ProcessStatus.__dataclass_fields__ if key in entry}
+                )
                 for entry in data["processes"]
             )
             known = {

@@ -16,7 +16,6 @@ from flagscale_train.__about__ import __version__
 from flagscale_train.errors import InvalidInput
 
 if TYPE_CHECKING:
-    import flagscale_hw as hw
     from flagscale_train.runs import TrainStatus
 
 __all__ = ["main", "parser"]
@@ -157,16 +156,19 @@ def _plan(given: argparse.Namespace) -> int:
     if given.json:
         print(planned.to_json(), end="")
         return 0
-    (process,) = planned.processes
     layout = planned.facts["layout"]
-    print(f"{planned.name}: {layout['processes']} processes on {planned.facts['chip']}")
+    hosts = f" on {len(planned.targets)} hosts" if planned.targets else ""
+    print(f"{planned.name}: {layout['processes']} processes on {planned.facts['chip']}{hosts}")
     print("  " + ", ".join(f"{name} {layout[name]}" for name in ("data", "tensor", "pipeline", "context")))
     print(f"checkpoints\n  {planned.facts['checkpoints']}")
-    print("environment")
-    for name, value in sorted(process.env.items()):
-        print(f"  {name}={'***' if name in planned.secrets else value}")
-    print(f"directory\n  {process.cwd}\ncommand")
-    print("  " + _wrapped(process.argv))
+    for process in planned.processes:
+        if planned.targets:
+            print(f"host {process.host}")
+        print("environment")
+        for name, value in sorted(process.env.items()):
+            print(f"  {name}={'***' if name in planned.secrets else value}")
+        print(f"directory\n  {process.cwd}\ncommand")
+        print("  " + _wrapped(process.argv))
     return 0
 
 
@@ -227,8 +229,7 @@ def _report(ended: TrainStatus) -> int:
         print(f"stopped after step {ended.progress.iteration}; the same command resumes")
         return 0
     print(f"error: the run {ended.run.state}: {ended.what_happened}", file=sys.stderr)
-    log = shlex.quote(str(ended.run_dir / "logs" / "train.log"))
-    print(f"see {log}; after mending it the same command resumes", file=sys.stderr)
+    print(f"see `flagscale-train logs {where}`; after mending it the same command resumes", file=sys.stderr)
     return ended.run.exit_code
 
 
@@ -258,7 +259,7 @@ def _status(given: argparse.Namespace) -> int:
     now = status(given.source, given.overrides)
     if given.json:
         _print_json(now.to_dict())
-        return 0
+        return now.run.exit_code
     print(f"{now.name}: {now.run.state}: {now.run_dir}")
     for line in (now.what_happened, step_line(now.progress, is_over=now.run.is_over)):
         if line:
@@ -269,23 +270,19 @@ def _status(given: argparse.Namespace) -> int:
     if checkpoint:
         print(f"  last checkpoint {checkpoint['path']}{' (whole)' if checkpoint.get('verified') else ''}")
     for process in now.run.processes:
-        print(f"  {process.name}: pid {process.pid}, {_end_of(process)}")
-    return 0
-
-
-def _end_of(process: hw.ProcessStatus) -> str:
-    if process.is_running:
-        return "running"
-    if process.signal is not None:
-        return f"ended by signal {process.signal}"
-    return "ended" if process.exit_code is None else f"exit code {process.exit_code}"
+        host = "" if process.host == "local" else f" on {process.host}"
+        cause = f": {process.cause}" if process.cause else ""
+        print(f"  {process.name}: pid {process.pid or '-'}{host}, {process.fate}{cause}")
+    return now.run.exit_code
 
 
 def _logs(given: argparse.Namespace) -> int:
-    from flagscale_train.runs import logs
+    from flagscale_train.runs import find
 
-    for line in logs(given.source, given.overrides, follow=given.follow):
-        print(line.text, flush=given.follow)
+    found = find(given.source, given.overrides)
+    has_many = len(found.folders()) > 1
+    for line in found.logs(follow=given.follow):
+        print(f"{line.process}: {line.text}" if has_many else line.text, flush=given.follow)
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flagscale_hw.asking import Asker
 from flagscale_hw.backend import Found
-from flagscale_hw.backends.values import text_of
+from flagscale_hw.backends.values import clean, text_of
 from flagscale_hw.host import Host
 from flagscale_hw.machine import Device, Problem
 
@@ -27,7 +27,7 @@ def look(host: Host, timeout_s: float) -> Found:
 
 def parse_sysctl(text: str) -> Found:
     """Read `sysctl -n hw.memsize machdep.cpu.brand_string`: bytes, then the name of the chip."""
-    lines = [line.strip() for line in text.splitlines()] + ["", ""]
+    lines = [line.strip() for line in clean(text).splitlines()] + ["", ""]
     is_size = lines[0].isascii() and lines[0].isdecimal() and len(lines[0]) <= 15
     device = Device(
         chip=CHIP,

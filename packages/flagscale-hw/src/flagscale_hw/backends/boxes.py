@@ -103,7 +103,7 @@ def field_values(row: Row) -> dict[str, Any]:
         "utilisation_percent": percent(row.get("utilisation")),
         "temperature_c": celsius(row.get("temperature")),
         "power_w": watts(row.get("power")),
-        "power_limit_w": watts(row.get("power_limit")),
+        "power_limit_w": watts(row.get("power_limit")) or None,  # a limit of 0 W is none that is known
     }
 
 

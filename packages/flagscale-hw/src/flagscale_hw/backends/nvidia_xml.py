@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -59,9 +59,8 @@ def parse_xml(chip: str, text: str) -> Found:
 def _elements(text: str) -> Iterator[ET.Element]:
     parser: ET.XMLPullParser[Any] = ET.XMLPullParser(events=("end",))
     parser.feed(text)
-    for event in parser.read_events():
-        if isinstance(event[1], ET.Element):
-            yield event[1]
+    events: Iterable[Any] = parser.read_events()
+    yield from (element for _, element in events)
     parser.close()
 
 

@@ -5,7 +5,8 @@ It runs as a program, because the library may hang or crash:
     python -m flagscale_hw.backends.nvml nvidia nvml libnvidia-ml.so.1
 
 takes the chip, the prefix of the functions and the libraries to try. It prints one JSON object per line:
-`{"device": {...}}`, `{"problem": {...}}`, and `{"done": true}` at the end, each as soon as it is known, so that a hang on one card keeps the cards before it.
+`{"device": {...}}`, `{"problem": {...}}`, and `{"done": true}` at the end, each as soon as it is known, so
+that a hang on one card keeps the cards before it.
 """
 
 from __future__ import annotations

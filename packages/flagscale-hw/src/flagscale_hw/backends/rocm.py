@@ -154,7 +154,7 @@ def _agent(block: Block) -> Row:
         if value is not None and not value.endswith("-XX"):
             row[field] = value
     place = whole(block.get("BDFID"))
-    if place:
+    if place is not None and place > 0xFF:  # some give a small number that is no place on a bus
         row["bus"] = f"0000:{place >> 8 & 0xFF:02x}:{place >> 3 & 0x1F:02x}.{place & 7}"
     chip_id = re.fullmatch(r"[0-9]+\((0x[0-9a-f]+)\)", block.get("Chip ID") or "")
     if chip_id is not None:
