@@ -61,7 +61,7 @@ class _Model:
 
 def _drm(cards: Sequence[Card]) -> dict[str, str]:
     """Return what the kernel's graphics subsystem tells of each card."""
-    files = {}
+    files: dict[str, str] = {}
     for card in cards:
         folder = f"/sys/bus/pci/devices/{card.address}"
         files |= {

@@ -92,7 +92,7 @@ def _row(row: Mapping[str, Any], sources: Mapping[str, Mapping[str, str]]) -> Sp
         return Figure(
             value=value * factor,
             sources=tuple(sources[code]["name"] for code in codes),
-            grade=next(grade for grade in ("measured", "secondary", "weak") if grade in grades),  # type: ignore[arg-type]
+            grade=next(grade for grade in ("measured", "secondary", "weak") if grade in grades),
         )
 
     rates = {dtype: figure(dtype) for dtype in DTYPES}

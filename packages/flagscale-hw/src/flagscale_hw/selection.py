@@ -89,10 +89,17 @@ def _silent(question: str, answer: Answer, interpreter: str, timeout_s: float) -
         text = f"{interpreter}: no answer within {timeout_s:g} s; it was killed"
         hint = "a driver may hang: import it by hand, or give --ask-timeout more"
     else:
-        last = [line for line in (answer.errors + "\n" + answer.output).splitlines() if line.strip()][-1:]
-        text = f"{interpreter}: ended with code {answer.exit_code}: {''.join(last).strip()[:300]}"
+        text = f"{interpreter}: ended with code {answer.exit_code}: {_last_words(answer)}"
         hint = "import it by hand in that interpreter"
     return Finding(code=code.get(question, "HW406"), is_good=False, subject=question, text=text, hint=hint)
+
+
+def _last_words(answer: Answer) -> str:
+    for text in (answer.errors, answer.output):
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if lines:
+            return lines[-1][:300]
+    return "no message"
 
 
 def _python(said: Mapping[str, Any], _row: Runtime) -> Iterator[Finding]:

@@ -170,7 +170,7 @@ def _record(verbs: _Verbs[argparse.ArgumentParser]) -> argparse.ArgumentParser:
 def _replay(verbs: _Verbs[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     verb = verbs.add_parser("replay", help="run a command as if on a recorded host; none: print its table")
     verb.add_argument("directory", metavar="DIR", help="what `record` or `fake --out` made")
-    verb.add_argument("command", metavar="CMD", nargs="*", help="command and its words")
+    verb.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER, help="command and its words")
     verb.set_defaults(action="stage:replay")
     return verb
 
