@@ -74,7 +74,7 @@ INVALID = [
     (["+train.system.save=/s", "~train.system.checkpoint.save_interval"], "train.system.save",
      "needs save_interval, the number of steps between checkpoints"),
     (["+train.system.fp16=true", "+train.system.bf16=true"], "train.system.fp16",
-     "does not go with bf16; give one of them"),
+     "does not go with bf16; keep one"),
     (["+train.system.recompute_granularity=full"], "train.system.recompute_granularity",
      "full needs recompute_method"),
     (["+train.data.mock_data=true"], "train.data.data_path",

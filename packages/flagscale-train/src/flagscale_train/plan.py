@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flagscale_hw import Machine, Plan, Process, StopPolicy, literal, peak, runtime
 from flagscale_hw import env as device_env
 from flagscale_train.chips import conflicts, defaults
+from flagscale_train.chips import environment as chip_environment
 from flagscale_train.errors import InvalidInput
 from flagscale_train.events import FILE_NAME
 from flagscale_train.findings import Findings
@@ -171,9 +172,8 @@ def _unsupported(experiment: Experiment) -> str | None:
         )
     if train.heterogeneous is not None:
         return "enable_hetero: flagscale-train trains on one kind of chip: remove it"
-    if task.backend not in (None, "megatron"):
-        return f"experiment.task.backend: {task.backend}: it must be megatron"
-    return None
+    is_megatron = task.backend in {None, "megatron"}
+    return None if is_megatron else f"experiment.task.backend: {task.backend}: it must be megatron"
 
 
 def lay_out(experiment: Experiment, machine: Machine, nodes: Sequence[Node] = ()) -> Layout:
@@ -365,6 +365,7 @@ def _environment(
     node: Node | None = None,
 ) -> dict[str, str]:
     chosen = {
+        **chip_environment(machine.chip),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's overlap relies on the order of launches
         "FLAGSCALE_EVENTS": f"{{run_dir}}/{FILE_NAME}",
         "FLAGSCALE_PLATFORM": runtime(machine.chip).torch_device,
@@ -427,6 +428,7 @@ def _facts(
     return {
         "experiment": described,
         "chip": machine.chip,
+        "collective_backend": runtime(machine.chip).collective_backend,
         "devices": [device.name for device in machine.visible[: layout.per_node]],
         "layout": {
             "processes": layout.num_processes,
