@@ -176,7 +176,11 @@ def leaves(file: str) -> list[Leaf]:
     node = yaml.compose((CORPUS / file).read_text(encoding="utf-8"), get_yaml_loader())
     group = file.partition("/")[0]
     prefix = (group,) if group in GROUPS else ()
-    return [leaf for leaf in leaves_of(node, prefix) if leaf.path[:1] != ("defaults",) and "defaults" not in leaf.path]
+    return [
+        leaf
+        for leaf in leaves_of(node, prefix)
+        if leaf.path[:1] != ("defaults",) and "defaults" not in leaf.path
+    ]
 
 
 def typo(key: str) -> str:
@@ -213,7 +217,11 @@ def bench(tmp_path_factory):
             path.write_text(original, encoding="utf-8")
         places = {}
         for problem in problems:
-            if problem.severity == "error" and problem.origin is not None and problem.origin.file.endswith(file):
+            if (
+                problem.severity == "error"
+                and problem.origin is not None
+                and problem.origin.file.endswith(file)
+            ):
                 places.setdefault(problem.origin.line, []).append(problem)
         return places
 
