@@ -151,7 +151,7 @@ REQUIRED = ("train.data.data_path=/data", "train.data.tokenizer.tokenizer_model=
 
 
 @pytest.mark.megatron
-@pytest.mark.parametrize("name", sorted(recipes("train")))
+@pytest.mark.parametrize("name", sorted(name for name in recipes("train") if ":" not in name))
 def test_rendered_recipes_read_back_by_megatron(name, parsers):
     parser = parsers("megatron")
     train = load(recipes("train")[name], REQUIRED, versions={"megatron": parser.version}).train
