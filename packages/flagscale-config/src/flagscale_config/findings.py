@@ -47,9 +47,17 @@ class Findings:
         """
         self.problems.append(self._problem(code, path, message, given, hint))
 
-    def note(self, code: str, path: Sequence[str | int], message: str, given: Any = None) -> None:
-        """Add a note about the value at `path`."""
-        self.notes.append(self._problem(code, path, message, given, None, severity="note"))
+    def note(
+        self,
+        code: str,
+        path: Sequence[str | int],
+        message: str,
+        given: Any = None,
+        *,
+        hint: Hint | None = None,
+    ) -> None:
+        """Add a note about the value at `path`; what `hint` suggests is what `migrate` writes."""
+        self.notes.append(self._problem(code, path, message, given, hint, severity="note"))
 
     def _problem(
         self,

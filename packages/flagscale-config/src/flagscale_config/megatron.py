@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
 
@@ -26,7 +27,7 @@ from flagscale_config.resolve import MISSING, is_incomplete
 from flagscale_config.runner import Runner, Task
 from flagscale_config.suggest import Hint, home_of_train_option, suggestion
 
-__all__ = ["read_train"]
+__all__ = ["is_dropped", "read_train", "renamed_option", "renamed_value"]
 
 _SECTIONS = ("system", "model", "data")
 _ESCAPE = "; Megatron has no such option, but train.extra_args takes words as they are"
@@ -38,6 +39,23 @@ def _own() -> dict[str, dict[str, str]]:
     text = files("flagscale_config").joinpath("data", "flagscale-megatron.json").read_text(encoding="utf-8")
     loaded: dict[str, dict[str, str]] = json.loads(text)
     return loaded
+
+
+def renamed_option(key: str) -> str:
+    """Return the name that Megatron has today for an option of FlagScale's fork; any other key as it is."""
+    name = spelled(key)
+    return _own()["renamed"].get(name, name)
+
+
+def renamed_value(option: str, value: Any) -> Any:
+    """Return Megatron's choice for a tokenizer type of FlagScale's fork; any other value as it is."""
+    is_type = option == "tokenizer_type" and isinstance(value, str)
+    return _own()["tokenizer_types"].get(value, value) if is_type else value
+
+
+def is_dropped(key: str) -> bool:
+    """Whether an option of older files has no effect any more."""
+    return spelled(key) in _own()["dropped"]
 
 
 class _Reader:
@@ -69,7 +87,8 @@ class _Reader:
             return
         renamed = _own()["renamed"].get(name)
         if renamed is not None:
-            self.findings.note("config/renamed", path, f"read as {renamed}", value)
+            hint = Hint(suggestion=renamed)
+            self.findings.note("config/renamed", path, f"read as {renamed}", value, hint=hint)
         found = self.table.find(renamed or name)
         if found is None:
             self._unknown(name, path)
@@ -80,17 +99,18 @@ class _Reader:
         """Report FlagScale options without effect or support; return whether the key goes on to the table."""
         own = _own()
         if name in own["dropped"]:
-            self.findings.note("config/no-effect", path, f"has no effect: {own['dropped'][name]}")
+            self.findings.note("config/dropped", path, f"has no effect: {own['dropped'][name]}")
             return False
-        if homes(name):
+        reason = own["refused"].get(name)
+        if reason is None and homes(name):
             scripts = " or ".join(f"{script}.py" for script in homes(name))
             message = f"holds only with experiment.task.entrypoint {scripts}, which trains such models"
             self.findings.error("config/unsupported", path, message)
             return False
-        if name in self.table:
+        if name in self.table and reason is None:
             return True
-        reason = own["refused"].get(name) or self.table.elsewhere(name) or None
-        if reason is None:
+        reason = reason or self.table.elsewhere(name) or None
+        if reason is None and not self._near(name):
             reason = next(
                 (text for start, text in own["refused_prefixes"].items() if name.startswith(start)), None
             )
@@ -99,8 +119,13 @@ class _Reader:
             self.findings.error("config/unsupported", path, message)
         return reason is None
 
+    def _near(self, name: str) -> list[str]:
+        """Return the option of the model script or of meshes that a key may have meant."""
+        known = [*HETERO_OPTIONS, *(self.script.options if self.script is not None else ())]
+        return get_close_matches(name, known, 1, 0.8)
+
     def _unknown(self, name: str, path: Path) -> None:
-        hint = suggestion(name, self.table, path)
+        hint = suggestion(name, self.table, path, sections=self._near(name))
         self.findings.excused.add(self.table.nearest(name) or "")
         self.findings.error("config/unknown-key", path, f"unknown key{hint or _ESCAPE}", hint=hint)
 
@@ -132,7 +157,8 @@ class _Reader:
             return None
         known = own["tokenizer_types"].get(str(value))
         if known is not None:
-            self.findings.note("config/renamed", path, f"{value} is read as {known}", value)
+            hint = Hint(suggestion=known)
+            self.findings.note("config/renamed-value", path, f"{value} is read as {known}", value, hint=hint)
         return known or value
 
     def _set_script(self, option: Option, is_opposite: bool, value: Any, path: Path) -> None:  # noqa: FBT001

@@ -309,6 +309,11 @@ class OptionTable:
         name = _renamed().get(self.engine, {}).get(spelled(key))
         return name if name in self.options else None
 
+    def spellings(self) -> Iterator[tuple[str, str, bool]]:
+        """Yield every spelling with underscores, the option it means, and whether it says its opposite."""
+        for alias, (name, is_opposite) in self._aliases.items():
+            yield alias, name, is_opposite
+
     def twin(self, option: Option) -> Option | None:
         """Return the switch that sets the same attribute the other way, as `--no-x` does beside `--x`."""
         name = self._twins.get((option.attribute, _OPPOSITE.get(option.kind, "")))

@@ -98,7 +98,7 @@ def typed_options(
     table = option_table(engine, findings.versions.get(engine))
     typed: dict[str, Any] = {}
     for key, value in _joined(tree).items():
-        here = (*path, key)
+        here = (*path, key if key in tree else next(word for word in tree if word.startswith(f"{key}.")))
         found = None if value is None or is_incomplete(value) else _option(key, table, here, findings, own)
         if found is None:
             continue
@@ -131,7 +131,7 @@ def _option(
     if found is not None:
         return found
     if (reason := _GONE.get(table.engine, {}).get(name)) is not None:
-        findings.note("config/no-effect", here, f"has no effect: {reason}")
+        findings.note("config/dropped", here, f"has no effect: {reason}")
         return None
     gone = table.elsewhere(name)
     hint = Hint(f": {gone}") if gone else suggestion(key, table, here[:-1], sections=own)
