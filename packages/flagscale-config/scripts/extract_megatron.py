@@ -56,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_megatron_arguments(parser)
     actions = [action for action in parser._actions if action.dest != "help"]
-    version = importlib.metadata.version("megatron-core")
+    version = sys.argv[2] if len(sys.argv) > 2 else importlib.metadata.version("megatron-core")
     option_file.write(Path(sys.argv[1]), "megatron", version, [_describe(action) for action in actions])
     sys.stdout.write(f"{len(actions)} options of megatron-core {version}\n")
     return 0

@@ -6,8 +6,10 @@ sources: which flag is registered with which configuration field (`add_cli_args`
 default, and then applies the rules of `vllm.engine.arg_utils._compute_kwargs` for turning an annotation into
 an argument. Run on an unpacked wheel:
 
-    pip download vllm==0.25.1 --no-deps && unzip vllm-*.whl 'vllm/*.py' && \
-    python extract_vllm.py vllm 0.25.1 ../src/flagscale_config/data/vllm-0.25.json
+    pip download vllm==0.33.0 --no-deps && unzip vllm-*.whl 'vllm/*.py' && \
+    python extract_vllm.py vllm 0.33.0 vllm-0.33.0.json
+
+`tests/test_option_coverage.py` compares the outcome with the real parser where a vLLM is installed.
 """
 
 from __future__ import annotations
@@ -19,13 +21,6 @@ from typing import Any
 
 import option_file
 
-_UNITS = {
-    "max_num_batched_tokens",
-    "kv_cache_memory_bytes",
-    "safetensors_prefetch_block_size",
-    "max_model_len",
-}
-
 
 class Sources:
     """Every class and every module-level alias in the part of vLLM that defines options."""
@@ -34,11 +29,15 @@ class Sources:
         self.classes: dict[str, ast.ClassDef] = {}
         self.aliases: dict[str, ast.expr] = {}
         self.files: dict[str, ast.Module] = {}
+        self.sizes: set[str] = set()
         for path in sorted(root.rglob("*.py")):
+            if "models" in path.parts[:-1]:
+                continue  # many, large, and without options
             tree = ast.parse(path.read_text(encoding="utf-8"))
             self.files[str(path.relative_to(root))] = tree
             for node in tree.body:
                 self._keep(node)
+        self.sizes = _sizes(self.files["engine/arg_utils.py"])
 
     def _keep(self, node: ast.stmt) -> None:
         if isinstance(node, ast.ClassDef):
@@ -61,6 +60,16 @@ class Sources:
                 found[node.target.id] = (node.annotation, node.value, _text_of(after))
         return found
 
+    def is_dataclass(self, name: str) -> bool:
+        """Whether a class is one of vLLM's configuration classes, which are given as JSON."""
+        marks = self.classes[name].decorator_list if name in self.classes else []
+        return any(word in ast.unparse(mark) for mark in marks for word in ("config", "dataclass"))
+
+    def kind(self, name: str) -> str:
+        """Return `dict` for a class that is one, any other name as it is."""
+        bases = self.classes[name].bases if name in self.classes else []
+        return "dict" if any(_name(base) in {"dict", "TypedDict"} for base in bases) else name
+
     def parts(self, hint: ast.expr) -> list[ast.expr]:
         """Return the members of a union, aliases and `Annotated` unwrapped."""
         if isinstance(hint, ast.BinOp):
@@ -77,6 +86,18 @@ class Sources:
             extra: list[ast.expr] = [ast.Constant(None)] if _name(hint) == "Optional" else []
             return [part for member in members for part in self.parts(member)] + extra
         return [hint]
+
+
+def _sizes(tree: ast.Module) -> set[str]:
+    """Return the fields that take `1k` or `2M`: `_compute_kwargs` compares `name` with them."""
+    compute = next(node for node in tree.body if getattr(node, "name", "") == "_compute_kwargs")
+    names: set[str] = set()
+    for node in ast.walk(compute):
+        if isinstance(node, (ast.Set, ast.Tuple)):
+            texts = [item.value for item in node.elts if isinstance(item, ast.Constant)]
+            names |= {text for text in texts if isinstance(text, str)}
+    assert "max_num_batched_tokens" in names
+    return names | {"max_model_len"}
 
 
 def _text_of(node: ast.stmt | None) -> str:
@@ -127,8 +148,8 @@ def _element(sources: Sources, node: ast.expr) -> dict[str, Any]:
 
 def _argument(sources: Sources, field: str, hint: ast.expr) -> dict[str, Any]:
     """Turn an annotation into kind, type and choices, by vLLM's own order of rules."""
-    by_name = {_name(part): part for part in sources.parts(hint)}
-    if any(name.endswith(("Config", "LoRAModulePath")) and name in sources.classes for name in by_name):
+    by_name = {sources.kind(_name(part)): part for part in sources.parts(hint)}
+    if any(sources.is_dataclass(name) for name in by_name):
         return {"kind": "json"}
     if "bool" in by_name:
         is_optional_text = set(by_name) == {"bool", "str", ""}
@@ -140,13 +161,13 @@ def _argument(sources: Sources, field: str, hint: ast.expr) -> dict[str, Any]:
     collection = next((name for name in ("tuple", "list", "set") if name in by_name), None)
     if collection is not None:
         return {"kind": "list", "nargs": "+", **_element(sources, by_name[collection])}
-    return _scalar(field, set(by_name))
+    return _scalar(sources, field, set(by_name))
 
 
-def _scalar(field: str, names: set[str]) -> dict[str, Any]:
+def _scalar(sources: Sources, field: str, names: set[str]) -> dict[str, Any]:
     """Return kind and type of an option with one value that is neither a switch nor a choice."""
     if "int" in names:
-        return {"kind": "value", "type": "size" if field in _UNITS else "int"}
+        return {"kind": "value", "type": "size" if field in sources.sizes else "int"}
     if "float" in names:
         return {"kind": "value", "type": "float"}
     return {"kind": "json"} if "dict" in names else {"kind": "value", "type": "str"}
@@ -166,71 +187,108 @@ def _default(node: ast.expr | None) -> Any:
 def _from_field(sources: Sources, cls: str, field: str, flags: list[str]) -> dict[str, Any]:
     """Return one option registered with a configuration field."""
     hint, default, text = sources.fields(cls)[field]
-    flag = next(flag for flag in flags if flag.startswith("--"))
-    described = {"name": flag[2:].replace("-", "_"), "flags": [flag], **_argument(sources, field, hint)}
+    described = {**_named(flags), **_argument(sources, field, hint)}
     if described["kind"] == "pair":
-        described["negative"] = "--no-" + flag[2:]
+        described["negative"] = "--no-" + described["flags"][0][2:]
     return {**described, "default": option_file.jsonable(_default(default)), "help": text}
 
 
-def _from_call(call: ast.Call, flags: list[str]) -> dict[str, Any]:
+def _named(flags: list[str]) -> dict[str, Any]:
+    """Return name and long flags; `-tp` and its like are for typing, not for files."""
+    long = [flag for flag in flags if flag.startswith("--")]
+    return {"name": long[0][2:].replace("-", "_"), "flags": long}
+
+
+def _from_call(sources: Sources, call: ast.Call, flags: list[str]) -> dict[str, Any]:
     """Return one option whose argument is spelled out in the call."""
     words = {word.arg: word.value for word in call.keywords if word.arg}
-    flag = next(flag for flag in flags if flag.startswith("--"))
     kinds = {"store_true": "true", "append": "append"}
     action = words.get("action")
     kind = kinds.get(action.value, "value") if isinstance(action, ast.Constant) else "value"
     if isinstance(action, ast.Attribute):
         kind = "pair"
-    described: dict[str, Any] = {"name": flag[2:].replace("-", "_"), "flags": [flag], "kind": kind}
+    described: dict[str, Any] = {**_named(flags), "kind": kind}
     if kind == "pair":
-        described["negative"] = "--no-" + flag[2:]
+        described["negative"] = "--no-" + described["flags"][0][2:]
     if kind == "value":
-        described["type"] = (
-            _name(words["type"]) if _name(words.get("type", ast.Name("str"))) in {"int", "float"} else "str"
-        )
+        plain = _name(words.get("type", ast.Name("str")))
+        described["type"] = plain if plain in {"int", "float"} else "str"
+        described["choices"] = _written_choices(sources, words.get("choices"))
     described["default"] = option_file.jsonable(_default(words.get("default")))
     described["help"] = " ".join(str(_default(words.get("help")) or "").split())
     return described
 
 
-def _registered(sources: Sources, function: ast.FunctionDef) -> list[dict[str, Any]]:
-    """Return the options one `add_cli_args` registers, in either of vLLM's two spellings."""
-    owners: dict[str, str] = {}
-    found: list[dict[str, Any]] = []
-    for node in ast.walk(function):
-        if (
-            isinstance(node, ast.Assign)
-            and isinstance(node.value, ast.Call)
-            and _name(node.value.func) == "get_kwargs"
-        ):
-            owners[_name(node.targets[0])] = _name(node.value.args[0])
-    for node in ast.walk(function):
-        if not (
-            isinstance(node, ast.Call)
+def _written_choices(sources: Sources, node: ast.expr | None) -> list[Any]:
+    """Return `choices=[...]` or `choices=get_args(Alias)`; a list that depends on the machine is left open."""
+    if isinstance(node, ast.Call) and _name(node.func) == "get_args":
+        return sorted(_literals(sources, sources.parts(node.args[0])[0]))
+    try:
+        return sorted(ast.literal_eval(node)) if node is not None else []
+    except ValueError:
+        return []
+
+
+class _Registration:
+    """How one `add_cli_args` ties flags to configuration fields, in any of vLLM's spellings."""
+
+    def __init__(self, sources: Sources, function: ast.FunctionDef) -> None:
+        self.sources = sources
+        self.function = function
+        self.owners: dict[str, str] = {}
+        self.fields: dict[str, tuple[str, str]] = {}
+        self.withheld: dict[tuple[str, str], set[str]] = {}
+        for node in ast.walk(function):
+            is_call = isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+            if is_call and _name(node.value.func) == "get_kwargs":
+                self.owners[_name(node.targets[0])] = _name(node.value.args[0])
+        for node in ast.walk(function):
+            self._note(node)
+
+    def _note(self, node: ast.AST) -> None:
+        """Note `moe_kwargs = kernel_kwargs["moe_backend"]` and `x_kwargs["y"]["choices"].remove(NAME)`."""
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript):
+            field = self.field(node.value)
+            if field is not None and isinstance(node.targets[0], ast.Name):
+                self.fields[node.targets[0].id] = field
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "remove":
+            inner = node.func.value
+            field = self.field(inner.value) if isinstance(inner, ast.Subscript) else None
+            if field is not None:
+                gone = self.sources.aliases.get(_name(node.args[0]), node.args[0])
+                self.withheld.setdefault(field, set()).add(ast.literal_eval(gone))
+
+    def field(self, node: ast.AST) -> tuple[str, str] | None:
+        """Return configuration class and field of `x_kwargs["field"]` or of a name for it."""
+        if isinstance(node, ast.Name):
+            return self.fields.get(node.id)
+        if not (isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)):
+            return None
+        owner = self.owners.get(_name(node.value))
+        if isinstance(node.value, ast.Call) and _name(node.value.func) == "get_kwargs":
+            owner = _name(node.value.args[0])
+        return (owner, str(node.slice.value)) if owner is not None else None
+
+    def options(self) -> list[dict[str, Any]]:
+        """Return the options registered, in order."""
+        return [
+            self._option(node)
+            for node in ast.walk(self.function)
+            if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
             and node.func.attr == "add_argument"
-        ):
-            continue
-        flags = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
-        if not any(str(flag).startswith("--") for flag in flags):
-            continue
-        field = _field_of(node, owners)
-        found.append(_from_field(sources, *field, flags) if field else _from_call(node, flags))
-    return found
+            and any(str(arg.value).startswith("--") for arg in node.args if isinstance(arg, ast.Constant))
+        ]
 
-
-def _field_of(call: ast.Call, owners: dict[str, str]) -> tuple[str, str] | None:
-    """Return configuration class and field of `add_argument(..., **kwargs["field"])`, if it is that form."""
-    for word in call.keywords:
-        for node in ast.walk(word.value) if word.arg is None else ():
-            if (
-                isinstance(node, ast.Subscript)
-                and _name(node.value) in owners
-                and isinstance(node.slice, ast.Constant)
-            ):
-                return owners[_name(node.value)], str(node.slice.value)
-    return None
+    def _option(self, call: ast.Call) -> dict[str, Any]:
+        flags = [str(arg.value) for arg in call.args if isinstance(arg, ast.Constant)]
+        spread = (node for word in call.keywords if word.arg is None for node in ast.walk(word.value))
+        field = next(filter(None, map(self.field, spread)), None)
+        if field is None:
+            return _from_call(self.sources, call, flags)
+        option = _from_field(self.sources, *field, flags)
+        option["choices"] = [x for x in option.get("choices", []) if x not in self.withheld.get(field, ())]
+        return option
 
 
 def _frontend(sources: Sources) -> list[dict[str, Any]]:
@@ -258,13 +316,14 @@ def main() -> int:
         for node in sources.classes[owner].body
         if isinstance(node, ast.FunctionDef) and node.name == "add_cli_args" and file in sources.files
     ]
-    cli = sources.files["entrypoints/openai/cli_args.py"]
+    # The file has moved between releases: openai/, launchers/, common/.
+    (cli,) = (tree for file, tree in sources.files.items() if file.endswith("/cli_args.py"))
     functions += [
         node for node in cli.body if isinstance(node, ast.FunctionDef) and node.name == "make_arg_parser"
     ]
     options = {option["name"]: option for option in _frontend(sources)}
     for function in functions:
-        options.update({option["name"]: option for option in _registered(sources, function)})
+        options.update({option["name"]: option for option in _Registration(sources, function).options()})
     option_file.write(Path(sys.argv[3]), "vllm", sys.argv[2], list(options.values()))
     sys.stdout.write(f"{len(options)} options of vllm {sys.argv[2]}\n")
     return 0

@@ -67,6 +67,7 @@ def config_of(args: argparse.Namespace) -> Any:
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "moe_token_dispatcher_type": "allgather",
+        "transformer_impl": "local",
         "init_method": None,
         "output_layer_init_method": None,
         "embedding_init_method": None,
@@ -85,7 +86,7 @@ def build(args: argparse.Namespace) -> Any:
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = NoAttention
         if args.multi_latent_attention and args.q_lora_rank is None:
-            attention.q_layernorm = IdentityOp  # as with Transformer Engine; the local layers refuse the pair
+            attention.q_layernorm = IdentityOp  # the local layers refuse the pair
     mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False) if args.mtp_num_layers else None
     with torch.device("meta"):
         return GPTModel(
@@ -107,9 +108,13 @@ def main() -> None:
         prepare()
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+        from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
         from megatron.training.training import num_floating_point_operations
 
         parallel_state.initialize_model_parallel()
+        # Where queries are not compressed, 0.19.2 wants to normalise the input of their projection once
+        # more, which no published model does and only Transformer Engine can.
+        QKNormConfigResolver._mla_fused_linear_or_default = lambda self, *_args: self.linear_impl
         CudaRNGStatesTracker.fork = lambda *_args: contextlib.nullcontext()
         for options in jobs:
             args = parsed(options)

@@ -39,7 +39,7 @@ def test_check_of_a_bad_file_lists_everything(tiny, capsys):
     assert captured.err.splitlines() == [
         f"error: override '+{unknown}=1': {unknown}: unknown key; did you mean lr? [config/unknown-key]",
         f"error: override '{layers}=x': {layers}: must be an integer ('x' given) [config/value]",
-        "2 errors",
+        f"{tiny}: 2 errors; for more: flagscale-config explain config/unknown-key",
     ]
 
 

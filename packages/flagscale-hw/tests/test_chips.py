@@ -1,4 +1,4 @@
-"""What runs on a chip, and how devices are selected."""
+"""What runs on a chip: one row per chip, and a plug-in's."""
 
 from __future__ import annotations
 
@@ -6,60 +6,60 @@ import json
 
 import pytest
 
-from flagscale_hw import DetectError, InputError, Machine, env, peak, runtime
-from flagscale_hw.testing import fake_host
+from flagscale_hw import CHIPS, DetectError, runtime
+
+FIFTEEN = {
+    "nvidia", "amd", "ascend", "cambricon", "mthreads", "metax", "iluvatar", "kunlunxin", "hygon",
+    "tsingmicro", "enflame", "thead", "gaudi", "intel", "mps",
+}  # fmt: skip
+# Written down a second time on purpose, from the table of the chip reference.
+TORCH = {
+    "nvidia": ("cuda", "nccl"), "amd": ("cuda", "nccl"), "ascend": ("npu", "hccl"),
+    "cambricon": ("mlu", "cncl"), "mthreads": ("musa", "mccl"),
+    "metax": ("cuda", "nccl"), "iluvatar": ("cuda", "nccl"),
+    "kunlunxin": ("cuda", "nccl"), "hygon": ("cuda", "nccl"), "tsingmicro": ("txda", "tccl"),
+    "enflame": ("gcu", "eccl"), "thead": ("cuda", "nccl"), "gaudi": ("hpu", "hccl"), "intel": ("xpu", "xccl"),
+    "mps": ("mps", "gloo"), "cpu": ("cpu", "gloo"),
+}  # fmt: skip
+VISIBLE = {
+    "nvidia": "CUDA_VISIBLE_DEVICES", "amd": "HIP_VISIBLE_DEVICES", "ascend": "ASCEND_RT_VISIBLE_DEVICES",
+    "cambricon": "MLU_VISIBLE_DEVICES", "mthreads": "MUSA_VISIBLE_DEVICES", "metax": "CUDA_VISIBLE_DEVICES",
+    "iluvatar": "CUDA_VISIBLE_DEVICES", "kunlunxin": "CUDA_VISIBLE_DEVICES", "hygon": "HIP_VISIBLE_DEVICES",
+    "tsingmicro": "TXDA_VISIBLE_DEVICES", "enflame": "TOPS_VISIBLE_DEVICES", "thead": "CUDA_VISIBLE_DEVICES",
+    "gaudi": "HABANA_VISIBLE_MODULES", "intel": "ZE_AFFINITY_MASK", "mps": None, "cpu": None,
+}  # fmt: skip
 
 
-def test_runtimes():
-    assert (runtime("cpu").torch_device, runtime("cpu").collective_backend) == ("cpu", "gloo")
-    nvidia = runtime("nvidia")
-    assert (nvidia.torch_device, nvidia.collective_backend) == ("cuda", "nccl")
-    assert nvidia.visible_devices_variable == "CUDA_VISIBLE_DEVICES"
-    with pytest.raises(DetectError, match="chip 'tpu': not known: known are cpu, nvidia"):
+def test_every_chip_has_a_row():
+    assert set(CHIPS) == FIFTEEN | {"cpu"}
+    assert CHIPS[-1] == "cpu"
+    assert {chip: (runtime(chip).torch_device, runtime(chip).collective_backend) for chip in CHIPS} == TORCH
+    assert {chip: runtime(chip).visible_devices_variable for chip in CHIPS} == VISIBLE
+    json.dumps([runtime(chip).to_dict() for chip in CHIPS])
+
+
+def test_what_imitates_cuda_needs_its_own_library_or_variable():
+    for chip, (device, backend) in TORCH.items():
+        row = runtime(chip)
+        assert (row.collective_library is None) == (backend == "gloo")
+        assert row.title
+        if device not in ("cuda", "cpu", "xpu", "mps"):
+            assert row.torch_module, chip
+
+
+def test_who_trains_a_chip():
+    assert {chip for chip in CHIPS if runtime(chip).trains_with is None} == {"gaudi", "intel", "mps"}
+    assert {chip for chip in CHIPS if runtime(chip).trains_with == "megatron-lm-fl"} == {
+        "ascend", "cambricon", "mthreads", "tsingmicro", "enflame",
+    }  # fmt: skip
+
+
+def test_only_the_plug_in_of_flagos_is_told_by_name():
+    assert {chip: runtime(chip).vllm.plugins for chip in CHIPS if runtime(chip).vllm.plugins} == {
+        "tsingmicro": "fl"
+    }
+
+
+def test_an_unknown_chip():
+    with pytest.raises(DetectError, match=r"chip 'tpu': not known: known are amd, ascend, .*, tsingmicro"):
         runtime("tpu")
-
-
-def test_fake_hosts():
-    machine = fake_host("nvidia", 8)
-    assert machine == fake_host("nvidia", 8)
-    assert [device.index for device in machine.devices] == list(range(8))
-    assert machine.visible == machine.devices
-    assert len({device.uuid for device in machine.devices}) == 8
-    assert fake_host("cpu").devices == ()
-    json.dumps(machine.to_dict())
-
-
-@pytest.mark.parametrize(("chip", "count"), [("cpu", 1), ("nvidia", 0), ("nvidia", -1)])
-def test_fake_hosts_that_make_no_sense(chip, count):
-    with pytest.raises(InputError, match="give 0 for `cpu`"):
-        fake_host(chip, count)
-
-
-def test_devices_are_selected_in_the_order_given():
-    devices = fake_host("nvidia", 4).devices
-    assert env((devices[2], devices[0])) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "2,0"}
-    assert env(()) == {}
-    with pytest.raises(InputError, match="named twice"):
-        env((devices[1], devices[1]))
-
-
-def test_devices_by_index():
-    machine = fake_host("nvidia", 2)
-    assert machine.select([1, 0]) == (machine.devices[1], machine.devices[0])
-    with pytest.raises(InputError, match="device 2: not on this machine: it has 0, 1"):
-        machine.select([2])
-    with pytest.raises(InputError, match="it has none"):
-        Machine(hostname="h", num_cpus=1, memory_bytes=1).select([0])
-
-
-def test_peaks_are_sourced_exact_and_never_guessed():
-    found = peak("NVIDIA H20", "bf16")
-    assert found is not None
-    assert found.flops_per_s == 148e12
-    assert found.source
-    assert peak("NVIDIA H200", "torch.bfloat16").flops_per_s == 989e12
-    assert peak("NVIDIA A100-SXM4-80GB", "fp8") is None
-    assert peak("NVIDIA A100-SXM4-80GB", "int8").flops_per_s == 624e12
-    for name in ("H200", "NVIDIA H2", "nvidia h200", "NVIDIA H200 NVL", "", None):
-        assert peak(name, "bf16") is None
-    assert peak("NVIDIA H200", "float128") is None

@@ -11,6 +11,7 @@ import pytest
 
 import flagscale_hw
 from flagscale_hw import cli
+from flagscale_hw.doctor import CODES
 from flagscale_hw.testing import fake_host
 
 
@@ -25,32 +26,17 @@ def test_the_table(machine, capsys):
     assert cli.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "fake: Fake CPU, 64 CPUs, 512.0 GiB"
-    assert lines[3].split() == (
-        [
-            "0",
-            "nvidia",
-            "NVIDIA",
-            "H100",
-            "80GB",
-            "HBM3",
-            "0.0",
-            "/",
-            "80.0",
-            "GiB",
-            "0%",
-            "30",
-            "C",
-            "70",
-            "W",
-            "0000:01:00.0",
-        ]
+    assert " ".join(lines[3].split()) == (
+        "0 nvidia NVIDIA H100 80GB HBM3 0.0 / 80.0 GiB 0% 30 C 70 / 700 W - 0 0000:01:00.0"
     )
     assert lines[-1] == "2 x nvidia: torch device cuda, collectives nccl"
 
 
 def test_json(machine, capsys):
     assert cli.main(["--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(machine.to_dict()))
+    said = json.loads(capsys.readouterr().out)
+    assert said["schema"] == "flagscale-hw/1"
+    assert [device["uuid"] for device in said["devices"]] == [device.uuid for device in machine.devices]
 
 
 @pytest.mark.parametrize("words", [["env", "--devices", "1,0"], ["env"]])
@@ -66,9 +52,12 @@ def test_env_is_for_the_shell(machine, capsys, words):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["env", "--devices", "7"], "error: device 7: not on this machine: it has 0, 1\n"),
-        (["env", "--devices", "x"], "error: --devices 'x': give indices separated by commas, such as 0,1\n"),
-        (["env", "--devices", "1,1"], "error: devices [1, 1]: one is named twice: name each device once\n"),
+        (["env", "--devices", "7"], "error: device 7: this process has 0 to 1\n"),
+        (
+            ["env", "--devices", "x"],
+            "error: device 'x': neither a number nor the UUID of a device of this process\n",
+        ),
+        (["env", "--devices", "1,1"], "error: devices 1,1: one is named twice: name each device once\n"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(machine, capsys, words, said):
@@ -108,14 +97,16 @@ def test_the_doctor(capsys):
     code = cli.main(["doctor", "--json"])
     findings = json.loads(capsys.readouterr().out)
     assert code == (0 if all(finding["is_good"] for finding in findings) else 3)
-    assert {"nvidia", "launcher", "index of runs"} <= {finding["subject"] for finding in findings}
+    assert {"launcher", "index of runs"} <= {finding["subject"] for finding in findings}
+    assert {finding["code"] for finding in findings} <= set(CODES)
+    assert all(finding["hint"] for finding in findings if not finding["is_good"])
 
 
 def test_the_doctor_finds_an_index_that_cannot_be_written(monkeypatch, capsys):
     monkeypatch.setenv("FLAGSCALE_STATE_DIR", "/proc/nowhere")
     assert cli.main(["doctor"]) == 3
     assert (
-        "FAIL index of runs: /proc/nowhere/runs cannot be written: set FLAGSCALE_STATE_DIR"
+        "FAIL HW303 index of runs: /proc/nowhere/runs cannot be written: set FLAGSCALE_STATE_DIR"
         in capsys.readouterr().out
     )
 

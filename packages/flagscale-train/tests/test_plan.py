@@ -180,7 +180,11 @@ def test_the_users_shell_text_comes_first_and_our_words_stay_words():
             "nvidia",
             "ckpt_format: torch: checkpoints are kept as torch_dist",
         ),
-        (["+experiment.runner.nnodes=2", "train.model.global_batch_size=16"], "nvidia", "one host"),
+        (
+            ["+experiment.runner.nnodes=2", "train.model.global_batch_size=16"],
+            "nvidia",
+            "no hostfile",
+        ),
         (["+train.data.vocab_size=999"], "cpu", "vocab_size: 999: the tokenizer has 1000 tokens"),
         (
             ["+train.model.padded_vocab_size=896"],

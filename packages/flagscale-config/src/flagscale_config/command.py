@@ -9,7 +9,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
-__all__ = ["parse", "run"]
+__all__ = ["is_override", "parse", "run"]
 
 _INTERRUPTED = 130
 _BUG = 1
@@ -20,10 +20,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call a command's `main` with its arguments and return the process's exit code.
 
-    An exception with an int `exit_code` is the user's: `error: ...` on standard error and that code. Ctrl-C
-    is 130, a reader that closed the pipe ends the command quietly, a full disk is 4, anything else is a bug:
-    one line that says so and 1. With `--debug` (anywhere before `--`; it is removed) or FLAGSCALE_DEBUG=1
-    tracebacks are shown.
+    An exception with an int `exit_code` is the user's: `error: ...` on standard error and that code; on a
+    terminal the problems of a `ConfigError` are shown with their source lines. Ctrl-C is 130, a reader that
+    closed the pipe ends the command quietly, a full disk is 4, anything else is a bug: one line that says so
+    and 1. With `--debug` (anywhere before `--`; it is removed) or FLAGSCALE_DEBUG=1 tracebacks are shown.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     limit = words.index("--") if "--" in words else len(words)
@@ -86,6 +86,12 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     return options
 
 
+def is_override(word: str) -> bool:
+    """Whether a word is an override (`a.b=c`, `+a.b=c`, `~a.b`) and not the name of a file."""
+    looks_so = word.startswith("~") or "=" in word
+    return looks_so and not os.path.exists(word)  # noqa: PTH110  any text is allowed here, `\0` too
+
+
 def _exit_code(error: SystemExit) -> int:
     if isinstance(error.code, str):
         sys.stderr.write(f"error: {error.code}\n")
@@ -100,6 +106,11 @@ def _failed(error: Exception, *, is_debug: bool) -> int:
 
         traceback.print_exception(error)
     code = getattr(error, "exit_code", None)
+    if isinstance(code, int) and hasattr(error, "problems"):
+        from flagscale_config.terminal import report
+
+        report(error.problems)
+        return code
     if isinstance(code, int):
         sys.stderr.write(
             "".join(f"error: {line}\n" for line in str(error).splitlines() or [type(error).__name__])

@@ -28,7 +28,7 @@ _TRAIN_HOMES = {
     "train.system.precision": "bf16|fp16|fp[48].*|initial_loss_scale|attention_softmax_in_fp32",
     "train.data.tokenizer": "(tokenizer|vocab|merge)_.*|padded_vocab_size|make_vocab_size_.*",
     "train.data": "data_.*|.*_data_path|split|mock_data|dataloader_.*|num_workers|reset_.*|eod_mask_loss",
-    "train.system": ".*_parallel(_size)?|(overlap|recompute|distributed|tp_comm)_.*|.*_pipeline_.*|use_.*optimizer",
+    "train.system": ".*_parallel(_size)?|(overlap|recompute|distributed|tp_comm)_.*|.*_pipeline_.*",
 }
 
 

@@ -25,12 +25,19 @@ if TYPE_CHECKING:
         RunNotFound,
     )
     from flagscale_hw.flagos import FlagOSProfile, flagos_env
+    from flagscale_hw.hostfile import HostEntry, read_hostfile
+    from flagscale_hw.kubernetes import Pods, render_kubernetes
     from flagscale_hw.logs import LogLine
     from flagscale_hw.machine import Device, Machine
     from flagscale_hw.peaks import peak
+    from flagscale_hw.placeholders import literal
     from flagscale_hw.plan import File, Plan, Probe, Process, StopPolicy
+    from flagscale_hw.preflight import HostReport, Obstacle, SurveyRequest, judge, survey
     from flagscale_hw.runs import Run, launch, list_runs, open_run
+    from flagscale_hw.scripts import render_scripts
+    from flagscale_hw.slurm import render_slurm, submit
     from flagscale_hw.status import ProcessStatus, RunStatus
+    from flagscale_hw.target import Target
 
 __all__ = [
     "CHIPS",
@@ -38,6 +45,8 @@ __all__ = [
     "Device",
     "File",
     "FlagOSProfile",
+    "HostEntry",
+    "HostReport",
     "HwError",
     "InputError",
     "InvalidPlan",
@@ -45,7 +54,9 @@ __all__ = [
     "LaunchRefused",
     "LogLine",
     "Machine",
+    "Obstacle",
     "Plan",
+    "Pods",
     "Probe",
     "Process",
     "ProcessStatus",
@@ -54,15 +65,25 @@ __all__ = [
     "RunStatus",
     "Runtime",
     "StopPolicy",
+    "SurveyRequest",
+    "Target",
     "__version__",
     "detect",
     "env",
     "flagos_env",
+    "judge",
     "launch",
     "list_runs",
+    "literal",
     "open_run",
     "peak",
+    "read_hostfile",
+    "render_kubernetes",
+    "render_scripts",
+    "render_slurm",
     "runtime",
+    "submit",
+    "survey",
 ]
 
 # No home may bear the name of something in it: importing the submodule would put the module in the name's
@@ -87,6 +108,13 @@ _HOMES = {
     "plan": ("File", "Plan", "Probe", "Process", "StopPolicy"),
     "runs": ("Run", "launch", "list_runs", "open_run"),
     "status": ("ProcessStatus", "RunStatus"),
+    "preflight": ("HostReport", "Obstacle", "SurveyRequest", "judge", "survey"),
+    "hostfile": ("HostEntry", "read_hostfile"),
+    "kubernetes": ("Pods", "render_kubernetes"),
+    "placeholders": ("literal",),
+    "scripts": ("render_scripts",),
+    "slurm": ("render_slurm", "submit"),
+    "target": ("Target",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

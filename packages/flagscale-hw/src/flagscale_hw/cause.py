@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-__all__ = ["first_cause", "last_lines"]
+__all__ = ["first_cause", "is_consequence", "last_lines"]
 
 _TAIL_BYTES = 256 * 1024
 _TRACEBACK = "Traceback (most recent call last):"
@@ -18,6 +18,12 @@ _EXCEPTION = re.compile(
     r"[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Warning|Iteration|Group|[A-Z]\w*)(?::|$)"
 )
 _REPORTS_ONLY = ("ChildFailedError", "CalledProcessError", "SystemExit", "KeyboardInterrupt")
+_ECHO = re.compile(
+    r"(?i)connection (was )?(closed|reset|aborted|refused)|closed by peer|broken pipe|remote ?error"
+    r"|DistNetworkError|nccl(Remote|System|Internal)Error|HCCL.*(timeout|remote)|socket timeout"
+    r"|timed out waiting|Rendezvous|TCPStore|SignalException|signal 15 \(SIGTERM\)|peer (is )?(gone|lost)"
+    r"|recv\w* failed|send\w* failed"
+)
 _BURST_LINES = 80
 _LINE_LIMIT = 400
 
@@ -53,6 +59,14 @@ def first_cause(log: Path, *, offset: int = 0) -> str:
         return chosen[:_LINE_LIMIT]
     rest = [line.strip() for line in lines if line.strip()]
     return rest[-1][:_LINE_LIMIT] if rest else ""
+
+
+def is_consequence(reason: str) -> bool:
+    """Tell whether a failure looks like the echo of another: a rank that has lost its peer.
+
+    The patterns are what gloo, NCCL and its kin, torch's stores and torchrun write when that happens.
+    """
+    return _ECHO.search(reason) is not None
 
 
 def _tail(log: Path, offset: int) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import dataclass
 from types import FrameType
 
@@ -74,7 +74,7 @@ class Demands:
         optional = (self._lifeline, self._guardian, self._launcher)
         return [self._wake, *(handle for handle in optional if handle is not None)]
 
-    def take(self, ready: Iterable[int]) -> None:
+    def take(self, ready: Container[object]) -> None:
         """Take in what the readable handles say."""
         if self._wake in ready:
             os.read(self._wake, 4096)

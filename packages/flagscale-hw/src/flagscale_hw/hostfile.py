@@ -87,7 +87,10 @@ def _across(entries: dict[int, HostEntry]) -> Iterator[tuple[int, str]]:
     seen: dict[str, int] = {}
     for number, entry in entries.items():
         if entry.name in seen:
-            yield number, f"{entry.name}: listed twice (line {seen[entry.name]}): add up its slots in one line"
+            yield (
+                number,
+                f"{entry.name}: listed twice (line {seen[entry.name]}): add up its slots in one line",
+            )
         seen.setdefault(entry.name, number)
     if any(entry.type for entry in entries.values()):
         for number, entry in entries.items():

@@ -90,8 +90,9 @@ class Device:
     """Its number on that board."""
     is_virtual: bool | None = None
     """Whether it is a hypervisor's slice of a card."""
+    is_sliced: bool | None = None
+    """Whether it is cut into parts: programs must then choose one of those."""
     slices: tuple[Slice, ...] = ()
-    """The parts that it is cut into; programs must then choose one of those."""
     power_limit_w: float | None = None
     is_ecc_on: bool | None = None
     health: Health | None = None

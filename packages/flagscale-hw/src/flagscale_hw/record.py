@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from flagscale_hw.identity import started_at
-from flagscale_hw.manifest import complete
+from flagscale_hw import index, manifest
+from flagscale_hw.identity import identify, started_at
+from flagscale_hw.order import Order, here
 from flagscale_hw.rundir import RunDirectory
 from flagscale_hw.status import ProcessStatus, RunState, RunStatus
 
@@ -30,6 +31,25 @@ class Record:
         self.is_saved = False
         self.endings: list[ProcessStatus] = []
         """Processes of the present attempt in the order in which they ended: the first is the cause."""
+
+    def begin(self, order: Order) -> None:
+        """Put the run and those who watch over it on record.
+
+        Raises:
+            OSError: the run directory cannot be written.
+        """
+        directory = self.directory
+        directory.write(directory.manifest, manifest.begin(order, self.status.started_at))
+        who = {"supervisor": identify(os.getpid()), "guardian": identify(os.getppid())}
+        known = {role: identity.to_dict() for role, identity in who.items() if identity is not None}
+        directory.write(directory.supervisor, {"run_id": order.run_id, **here(), **known})
+        directory.write(directory.state, self.status.to_dict())
+        if order.is_held:
+            return  # a part of a run; the run itself is listed where it was launched
+        try:
+            index.remember(order.run_id, directory.path)
+        except OSError as error:
+            say(f"this run will not be listed: {error}")
 
     def change(self, state: RunState, reason: str = "") -> None:
         """Enter a state and save it."""
@@ -86,6 +106,11 @@ class Record:
             self.status, processes=tuple(known.get(p.name, p) for p in self.status.processes)
         )
 
+    def adopt_ports(self, ports: Mapping[str, int]) -> None:
+        """Note the ports that all hosts together have leased."""
+        self.status = replace(self.status, ports=dict(ports))
+        self.save()
+
     def lose(self, host: str) -> None:
         """Note that nobody will tell how the processes of a host ended."""
         self.status = replace(
@@ -130,11 +155,13 @@ class Record:
             time.sleep(0.2)
 
     def _finish_manifest(self) -> None:
-        manifest = self.directory.read(self.directory.manifest)
-        if manifest is None:
+        begun = self.directory.read(self.directory.manifest)
+        if begun is None:
             return
         try:
-            self.directory.write(self.directory.manifest, complete(manifest, self.status), is_final=True)
+            self.directory.write(
+                self.directory.manifest, manifest.complete(begun, self.status), is_final=True
+            )
         except OSError as error:
             say(f"manifest.json: not written: {error}")
 

@@ -1,7 +1,7 @@
 """A machine as the JSON document `flagscale-hw/1`: what other programs read.
 
-Its schema is `machine.schema.json`, printed by `flagscale-hw schema`. Within this version members are only added.
-Every number has its unit in its name; null means "not known" and never 0.
+Its schema is `machine.schema.json`, printed by `flagscale-hw schema`. Within this version members are only
+added. Every number has its unit in its name; null means "not known" and never 0.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def _vendor(vendor: Vendor, machine: Machine) -> dict[str, Any]:
     return {
         "name": vendor.chip,
         "presence": _presence(vendor),
-        "source": f"plugin:{vendor.origin}" if vendor.origin != "built-in" else _SOURCE.get(vendor.source or ""),
+        "source": f"plugin:{vendor.origin}"
+        if vendor.origin != "built-in"
+        else _SOURCE.get(vendor.source or ""),
         "driver": vendor.driver,
         "toolkit": vendor.toolkit,
         "firmware": None,
@@ -219,7 +221,7 @@ def _runtime(row: Runtime) -> dict[str, Any]:
             "comes_from": row.vllm.comes_from,
             "platform_plugin": row.vllm.entry_point,
             "package": row.vllm.distribution,
-            "VLLM_PLUGINS": row.vllm.entry_point,
+            "VLLM_PLUGINS": row.vllm.plugins,
         },
         "megatron": {"trains_with": row.trains_with, "vendor": row.megatron_vendor},
         "te": {"prefer": row.te_prefer, "vendor": row.te_vendor},

@@ -18,7 +18,10 @@ from flagscale_hw.identity import Identity
 from flagscale_hw.plan import render_json
 from flagscale_hw.status import RunStatus
 
-__all__ = ["Claim", "RunDirectory"]
+__all__ = ["TOKEN", "Claim", "RunDirectory"]
+
+TOKEN = ".token"  # noqa: S105 - nothing secret
+"""File by which a host finds out whether it shares this directory with the host that launches."""
 
 _RESERVE_BYTES = 64 * 1024
 
@@ -51,6 +54,11 @@ class RunDirectory:
     def of_host(self, target: str) -> RunDirectory:
         """Return the directory of one host's part of the run."""
         return RunDirectory(self.path / "hosts" / target)
+
+    def clear(self, placed: Iterable[str]) -> None:
+        """Take away what an earlier attempt left, but for its logs, so that another one can be launched."""
+        for path in (*self.files(), self.plan, *(self.path / path for path in placed)):
+            _remove(path)
 
     def reserve(self) -> None:
         """Put space aside so that the end of the run can be recorded on a disk that has become full.

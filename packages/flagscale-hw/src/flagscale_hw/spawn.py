@@ -36,6 +36,8 @@ class Command:
     cwd: Path
     log: Path
     """Standard output and standard error are appended to it."""
+    stdio: int | None = None
+    """A socket that is standard input and standard output instead."""
 
 
 def spawn(command: Command) -> int:
@@ -94,8 +96,8 @@ def _become(command: Command, parent_pid: int, report: int) -> NoReturn:
         die_with_parent(parent_pid)
         log = os.open(command.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        os.dup2(null, 0)
-        os.dup2(log, 1)
+        os.dup2(null if command.stdio is None else command.stdio, 0)
+        os.dup2(log if command.stdio is None else command.stdio, 1)
         os.dup2(log, 2)
         try:
             os.chdir(command.cwd)

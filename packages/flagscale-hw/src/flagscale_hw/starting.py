@@ -28,7 +28,7 @@ from flagscale_hw.rundir import RunDirectory
 
 __all__ = ["Start", "reap_guardians"]
 
-_ANSWER_LIMIT_S = 60.0
+_ANSWER_LIMIT_S = 120.0
 _END_LIMIT_S = 15.0
 _START = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); "
@@ -52,8 +52,12 @@ class Start:
         self.is_let_go = False
         """Whether the run may have been told that it can live without us."""
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: Plan, run_id: str | None = None) -> None:
         """Start the guardian and wait until the supervisor has put itself on record.
+
+        Args:
+            plan: what to run.
+            run_id: given where this is a part of a run; nothing is started then until `keep`.
 
         Raises:
             LaunchRefused: a port asked for is taken.
@@ -62,7 +66,13 @@ class Start:
         launcher = identify(os.getpid())
         if launcher is None:
             raise LaunchError("/proc: not readable: mount it, the launcher identifies processes by it")
-        order = Order(plan=plan, run_id=uuid.uuid4().hex, launcher=launcher, versions=_versions())
+        order = Order(
+            plan=plan,
+            run_id=run_id or uuid.uuid4().hex,
+            launcher=launcher,
+            versions=_versions(),
+            is_held=run_id is not None,
+        )
         try:
             self._start_guardian(order)
         except OSError as error:

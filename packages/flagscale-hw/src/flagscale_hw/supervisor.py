@@ -23,14 +23,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from flagscale_hw import index, manifest
 from flagscale_hw.cause import first_cause, last_lines
 from flagscale_hw.demands import Demands, Outcome
 from flagscale_hw.ending import end_children, reap
 from flagscale_hw.errors import LaunchError
-from flagscale_hw.identity import MARKER, identify
+from flagscale_hw.identity import MARKER
 from flagscale_hw.logs import set_aside
-from flagscale_hw.order import Order, here
+from flagscale_hw.order import Order
 from flagscale_hw.placeholders import placeholders, substitute
 from flagscale_hw.plan import Probe, Process
 from flagscale_hw.ports import PortLease, lease_ports
@@ -78,7 +77,9 @@ class Supervisor:
             OSError: the run directory cannot be written.
         """
         self._demands.listen()
-        own = {name: number for name, number in self._plan.ports.items() if self._plan.owner_of(name) == LOCAL}
+        own = {
+            name: number for name, number in self._plan.ports.items() if self._plan.owner_of(name) == LOCAL
+        }
         self._leases = lease_ports(own)
         self._numbers = {name: lease.number for name, lease in self._leases.items()}
         self._record.status = replace(self._record.status, ports=dict(self._numbers))
@@ -86,10 +87,7 @@ class Supervisor:
         directory.logs.mkdir(exist_ok=True)
         directory.reserve()
         self._place_files()
-        directory.write(directory.manifest, manifest.begin(self._order, self._record.status.started_at))
-        self._record_identities()
-        directory.write(directory.state, self._record.status.to_dict())
-        self._remember()
+        self._record.begin(self._order)
 
     def _place_files(self) -> None:
         for file in self._plan.files:
@@ -107,17 +105,6 @@ class Supervisor:
                 place.unlink()
                 for folder in place.parents[: len(place.relative_to(self._directory.path).parts) - 1]:
                     folder.rmdir()  # refused by the system while anything else is in it
-
-    def _record_identities(self) -> None:
-        who = {"supervisor": identify(os.getpid()), "guardian": identify(os.getppid())}
-        known = {role: identity.to_dict() for role, identity in who.items() if identity is not None}
-        self._directory.write(self._directory.supervisor, {"run_id": self._order.run_id, **here(), **known})
-
-    def _remember(self) -> None:
-        try:
-            index.remember(self._order.run_id, self._directory.path)
-        except OSError as error:
-            say(f"this run will not be listed: {error}")
 
     # -- the run --------------------------------------------------------------------------------------------
 
@@ -152,8 +139,8 @@ class Supervisor:
 
     def _attempt(self) -> Outcome:
         """Start everything once and watch it until something ends it."""
-        if self._demands.outcome is not None:
-            return self._demands.outcome
+        if (demanded := self._demands.outcome) is not None:
+            return demanded
         try:
             for lease in self._leases.values():
                 lease.hold()
@@ -164,9 +151,7 @@ class Supervisor:
         if not self._probes:
             self._record.change("running")
         while True:
-            if self._demands.outcome is not None:
-                return self._demands.outcome
-            outcome = self._judge()
+            outcome = self._demands.outcome or self._judge()
             if outcome is not None:
                 return outcome
             self._turn(self._patience_s())
@@ -199,7 +184,7 @@ class Supervisor:
             if kind == "port":
                 number = self._numbers.get(name)
                 return None if number is None else str(number)
-            return str(self._directory.path) if kind == "run_dir" else "0"
+            return {"run_dir": str(self._directory.path), "own_address": "127.0.0.1"}.get(kind, "0")
 
         return substitute(text, value_of)
 

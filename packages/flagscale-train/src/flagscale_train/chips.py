@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flagscale_hw import runtime
+from flagscale_hw import FlagOSProfile, flagos_env, runtime
 from flagscale_train.findings import Findings
 
-__all__ = ["PLAIN_LAYERS", "conflicts", "defaults"]
+__all__ = ["PLAIN_LAYERS", "conflicts", "defaults", "environment"]
 
 PLAIN_LAYERS: Mapping[str, Any] = {
     "transformer_impl": "local",  # plain torch layers in place of Transformer Engine's
@@ -46,7 +46,10 @@ def defaults(chip: str, options: Mapping[str, Any], findings: Findings) -> dict[
         findings: which optional packages there are.
     """
     row = runtime(chip)
-    chosen: dict[str, Any] = {"distributed_backend": row.collective_backend}
+    chosen: dict[str, Any] = {}
+    if row.trains_with == "megatron-core":
+        # Elsewhere the platform of Megatron-LM-FL brings its own, which Megatron's option cannot name.
+        chosen["distributed_backend"] = row.collective_backend
     if chip == "cpu":
         return {**chosen, **_CPU}
     if not {"bf16", "fp16"} & options.keys():
@@ -63,6 +66,12 @@ def defaults(chip: str, options: Mapping[str, Any], findings: Findings) -> dict[
 def conflicts(chip: str, options: Mapping[str, Any], findings: Findings) -> list[str]:
     """Say which of the user's options cannot work on a chip, each as one sentence."""
     problems = []
+    row = runtime(chip)
+    if row.trains_with is None:
+        problems.append(
+            f"chip: {chip}: neither megatron-core nor Megatron-LM-FL has a platform for {row.title} (torch "
+            f"device {row.torch_device}): train on another chip"
+        )
     forced = _CPU if chip == "cpu" else {} if "transformer_engine" in findings.installed else PLAIN_LAYERS
     place = "on a CPU" if chip == "cpu" else "without transformer_engine, which is not installed,"
     wanted = (
@@ -82,6 +91,20 @@ def conflicts(chip: str, options: Mapping[str, Any], findings: Findings) -> list
     if forced and int(options.get("context_parallel_size", 1)) > 1:
         problems.append(f"context_parallel_size: {options['context_parallel_size']}: {place} it must be 1")
     return problems
+
+
+def environment(chip: str) -> dict[str, str]:
+    """Return the variables that the training processes need on a chip, beside the selection of devices.
+
+    On chips other than NVIDIA's these tell Megatron-LM-FL and TransformerEngine-FL which vendor's operators
+    to take, because a chip whose torch imitates CUDA cannot be told from it inside torch.
+    """
+    row = runtime(chip)
+    if chip in ("cpu", "nvidia") or row.trains_with is None:
+        return {}
+    rendered = flagos_env(FlagOSProfile(), chip)
+    chosen = {name: value for name, value in rendered.items() if name.startswith(("TE_FL_", "MG_FL_"))}
+    return {**dict(row.settings), **chosen, "FLAGSCALE_COLLECTIVE_BACKEND": row.collective_backend}
 
 
 def _text(value: Any) -> str:

@@ -80,6 +80,22 @@ def _add_run_verbs(verbs: Any) -> None:
     verb = _verb(verbs, "plan", _plan, "Show what a run would start, and start nothing.")
     _experiment(verb, _EXPERIMENT)
     verb.add_argument("--json", action="store_true", help="print the plan as JSON")
+    verb.add_argument(
+        "--as",
+        dest="form",
+        choices=("text", "scripts", "slurm", "jobset", "lws"),
+        default="text",
+        help="print it as shell scripts, a Slurm batch script, or Kubernetes YAML",
+    )
+    _add_scheduler_options(verb)
+    verb.add_argument("--image", help="container image, for Kubernetes")
+    verb.add_argument(
+        "--claim",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="volume claim and where it is mounted",
+    )
     verb = _verb(
         verbs, "run", _run, "Train, and follow the training; the next run resumes from its checkpoints."
     )
@@ -87,6 +103,13 @@ def _add_run_verbs(verbs: Any) -> None:
     verb.add_argument(
         "--detach", action="store_true", help="return at once; the run goes on without this terminal"
     )
+    verb.add_argument(
+        "--on",
+        choices=("hosts", "slurm"),
+        default="hosts",
+        help="submit it to Slurm (default: this host, or ssh)",
+    )
+    _add_scheduler_options(verb)
     verb = _verb(verbs, "stop", _stop, "End a run; it saves a checkpoint first if it can.")
     _experiment(verb, _TARGET)
     verb.add_argument(
@@ -97,6 +120,17 @@ def _add_run_verbs(verbs: Any) -> None:
     verb.add_argument("--tokens", type=Path, required=True, help="JSON: equally long lists of token ids")
     verb.add_argument("--output", type=Path, required=True, help="safetensors file to write")
     verb.add_argument("--load", type=Path, metavar="DIR", help="other checkpoints than the experiment's own")
+
+
+def _add_scheduler_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--chip", metavar="NAME", help="chip of a scheduler's hosts (default: as this host's)")
+    verb.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="OPTION[=VALUE]",
+        help="option of sbatch, such as partition=long; may be repeated",
+    )
 
 
 def _add_look_verbs(verbs: Any) -> None:
@@ -153,21 +187,60 @@ def _print_json(value: Any) -> None:
 def _plan(given: argparse.Namespace) -> int:
     from flagscale_train.runs import make_plan
 
-    planned = make_plan(given.source, given.overrides)
+    chip = None if given.form in {"text", "scripts"} and given.chip is None else _chip(given)
+    planned = make_plan(given.source, given.overrides, chip=chip)
     if given.json:
         print(planned.to_json(), end="")
         return 0
-    (process,) = planned.processes
+    if given.form != "text":
+        print(_rendered(planned, given), end="")
+        return 0
     layout = planned.facts["layout"]
-    print(f"{planned.name}: {layout['processes']} processes on {planned.facts['chip']}")
+    hosts = f" on {len(planned.targets)} hosts" if planned.targets else ""
+    print(f"{planned.name}: {layout['processes']} processes on {planned.facts['chip']}{hosts}")
     print("  " + ", ".join(f"{name} {layout[name]}" for name in ("data", "tensor", "pipeline", "context")))
     print(f"checkpoints\n  {planned.facts['checkpoints']}")
-    print("environment")
-    for name, value in sorted(process.env.items()):
-        print(f"  {name}={'***' if name in planned.secrets else value}")
-    print(f"directory\n  {process.cwd}\ncommand")
-    print("  " + _wrapped(process.argv))
+    for process in planned.processes:
+        if planned.targets:
+            print(f"host {process.host}")
+        print("environment")
+        for name, value in sorted(process.env.items()):
+            print(f"  {name}={'***' if name in planned.secrets else value}")
+        print(f"directory\n  {process.cwd}\ncommand")
+        print("  " + _wrapped(process.argv))
     return 0
+
+
+def _chip(given: argparse.Namespace) -> str:
+    import flagscale_hw as hw
+
+    if given.chip is not None:
+        hw.runtime(given.chip)  # refuses a name that is none
+        return str(given.chip)
+    return hw.detect().chip
+
+
+def _slurm_options(given: argparse.Namespace) -> dict[str, str | None]:
+    split = (word.lstrip("-").partition("=") for word in given.slurm)
+    return {name: value if equals else None for name, equals, value in split}
+
+
+def _rendered(planned: hw.Plan, given: argparse.Namespace) -> str:
+    import flagscale_hw as hw
+
+    if given.form == "scripts":
+        return "\n".join(hw.render_scripts(planned).values())
+    if given.form == "slurm":
+        return hw.render_slurm(
+            planned, f"{planned.facts['experiment']['exp_dir']}/runs/NEW", _slurm_options(given)
+        )
+    if given.image is None:
+        raise InvalidInput("--image: not given: name the container image of the pods")
+    claims = dict(word.partition("=")[::2] for word in given.claim)
+    resource = hw.runtime(planned.facts["chip"]).kubernetes_resource
+    per_pod = planned.facts["layout"]["processes"] // len(planned.targets)
+    pods = hw.Pods(image=given.image, claims=claims, resources={resource: per_pod} if resource else {})
+    return hw.render_kubernetes(planned, given.form, pods)
 
 
 def _wrapped(words: Sequence[str]) -> str:
@@ -182,7 +255,7 @@ def _wrapped(words: Sequence[str]) -> str:
 
 
 def _run(given: argparse.Namespace) -> int:
-    from flagscale_train.runs import finished, run, status
+    from flagscale_train.runs import Slurm, finished, run, status
     from flagscale_train.watch import watch
 
     whole = finished(given.source, given.overrides)
@@ -191,8 +264,9 @@ def _run(given: argparse.Namespace) -> int:
         _next("go on", "the same command with a larger train.model.train_iters")
         _next_after(whole)
         return 0
-    started = run(given.source, given.overrides, detach=given.detach)
-    if given.detach:
+    slurm = Slurm(chip=_chip(given), options=_slurm_options(given)) if given.on == "slurm" else None
+    started = run(given.source, given.overrides, detach=given.detach, slurm=slurm)
+    if given.detach or slurm is not None:
         print(started.dir)
         where = shlex.quote(str(started.dir))
         _next("follow it", f"flagscale-train logs -f {where}", f"flagscale-train status {where}")
@@ -227,8 +301,7 @@ def _report(ended: TrainStatus) -> int:
         print(f"stopped after step {ended.progress.iteration}; the same command resumes")
         return 0
     print(f"error: the run {ended.run.state}: {ended.what_happened}", file=sys.stderr)
-    log = shlex.quote(str(ended.run_dir / "logs" / "train.log"))
-    print(f"see {log}; after mending it the same command resumes", file=sys.stderr)
+    print(f"see `flagscale-train logs {where}`; after mending it the same command resumes", file=sys.stderr)
     return ended.run.exit_code
 
 
@@ -258,7 +331,7 @@ def _status(given: argparse.Namespace) -> int:
     now = status(given.source, given.overrides)
     if given.json:
         _print_json(now.to_dict())
-        return 0
+        return now.run.exit_code
     print(f"{now.name}: {now.run.state}: {now.run_dir}")
     for line in (now.what_happened, step_line(now.progress, is_over=now.run.is_over)):
         if line:
@@ -269,23 +342,19 @@ def _status(given: argparse.Namespace) -> int:
     if checkpoint:
         print(f"  last checkpoint {checkpoint['path']}{' (whole)' if checkpoint.get('verified') else ''}")
     for process in now.run.processes:
-        print(f"  {process.name}: pid {process.pid}, {_end_of(process)}")
-    return 0
-
-
-def _end_of(process: hw.ProcessStatus) -> str:
-    if process.is_running:
-        return "running"
-    if process.signal is not None:
-        return f"ended by signal {process.signal}"
-    return "ended" if process.exit_code is None else f"exit code {process.exit_code}"
+        host = "" if process.host == "local" else f" on {process.host}"
+        cause = f": {process.cause}" if process.cause else ""
+        print(f"  {process.name}: pid {process.pid or '-'}{host}, {process.fate}{cause}")
+    return now.run.exit_code
 
 
 def _logs(given: argparse.Namespace) -> int:
-    from flagscale_train.runs import logs
+    from flagscale_train.runs import find
 
-    for line in logs(given.source, given.overrides, follow=given.follow):
-        print(line.text, flush=given.follow)
+    found = find(given.source, given.overrides)
+    has_many = len(found.folders()) > 1
+    for line in found.logs(follow=given.follow):
+        print(f"{line.process}: {line.text}" if has_many else line.text, flush=given.follow)
     return 0
 
 

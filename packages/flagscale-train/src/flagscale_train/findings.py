@@ -22,7 +22,7 @@ from flagscale_train.errors import InvalidInput
 if TYPE_CHECKING:
     from flagscale_config import Experiment
 
-__all__ = ["OPTIONAL", "Findings", "examine"]
+__all__ = ["OPTIONAL", "Findings", "examine", "prefixes"]
 
 OPTIONAL = ("transformer_engine", "apex", "tensorboard")
 """Packages whose presence changes the plan."""
@@ -58,7 +58,7 @@ def examine(experiment: Experiment) -> Findings:
             "'flagscale-train[megatron]'"
         )
     vocabulary = _tokenizer(options, base, problems)
-    max_tokens = [_dataset(prefix, base, problems) for prefix in _prefixes(options)]
+    max_tokens = [_dataset(prefix, base, problems) for prefix in prefixes(options)]
     _explicit_load(experiment, base, problems)
     return Findings(
         installed=frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is not None),
@@ -83,7 +83,8 @@ def _tokenizer(options: Mapping[str, Any], base: Path, problems: list[str]) -> V
         return None  # an older tokenizer without tokenizer.json: transformers may still read it
 
 
-def _prefixes(options: Mapping[str, Any]) -> Iterable[str]:
+def prefixes(options: Mapping[str, Any]) -> Iterable[str]:
+    """Yield the data sets that Megatron options name, without their weights."""
     for name in _SPLITS:
         words = options.get(name) or ()
         words = words.split() if isinstance(words, str) else [str(word) for word in words]

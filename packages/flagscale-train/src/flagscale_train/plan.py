@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from flagscale_hw import Machine, Plan, Process, StopPolicy, peak, runtime
+from flagscale_hw import Machine, Plan, Process, StopPolicy, literal, peak, runtime
 from flagscale_hw import env as device_env
 from flagscale_train.chips import conflicts, defaults
+from flagscale_train.chips import environment as chip_environment
 from flagscale_train.errors import InvalidInput
 from flagscale_train.events import FILE_NAME
 from flagscale_train.findings import Findings
 
 if TYPE_CHECKING:
     from flagscale_config import Experiment, Train
+    from flagscale_train.hosts import Node
 
 __all__ = ["Layout", "checkpoint_dir", "lay_out", "options_for", "plan", "process_for"]
 
@@ -36,16 +38,24 @@ class Layout:
     """How many processes, and how they share the work."""
 
     num_processes: int
+    """On all hosts together, the same number on each."""
     data: int
     tensor: int
     pipeline: int
     context: int
+    num_nodes: int = 1
+
+    @property
+    def per_node(self) -> int:
+        """Number of processes on each host."""
+        return self.num_processes // self.num_nodes
 
 
 def plan(
     experiment: Experiment,
     machine: Machine,
     *,
+    nodes: Sequence[Node] = (),
     python: str = sys.executable,
     findings: Findings | None = None,
 ) -> Plan:
@@ -53,12 +63,13 @@ def plan(
 
     Args:
         experiment: what is asked for.
-        machine: where it will run.
+        machine: where it will run, when that is this host.
+        nodes: where it will run otherwise; the first is node 0, at which all meet.
         python: interpreter of the training processes; must have torch and megatron-core.
         findings: what `examine()` found; by default a host that is set up as usual.
 
     Returns:
-        The plan: one process, torchrun, which starts one worker per rank.
+        The plan: one process on each host, torchrun, which starts one worker per rank.
 
     Raises:
         InvalidInput: the experiment does not train, does not fit the machine, or asks for what its chip
@@ -66,22 +77,72 @@ def plan(
     """
     findings = findings or Findings()
     train = _train_of(experiment)
-    layout = lay_out(experiment, machine)
+    runner = experiment.runner
+    if not nodes and (runner.hostfile is not None or (runner.num_nodes or 1) > 1):
+        raise InvalidInput(
+            f"experiment.runner: hostfile {runner.hostfile}, nnodes {runner.nnodes}: no hostfile was "
+            "followed: give `nodes`, as find_nodes() does, or remove both"
+        )
+    if len(nodes) == 1 and nodes[0].target.transport == "local":
+        machine, nodes = nodes[0].machine, ()
+    machine = nodes[0].machine if nodes else machine
+    layout = lay_out(experiment, machine, nodes)
     options = options_for(experiment, machine, findings)
-    environment = _environment(experiment, machine, layout, options)
-    process = process_for(
-        experiment,
-        name="train",
-        argv=_torchrun(python, layout.num_processes, "flagscale_train.worker", options, train.extra_args),
-        environment=environment,
-    )
+    if nodes:
+        processes = tuple(
+            _process_of_node(experiment, rank, nodes, layout, options, python) for rank in range(len(nodes))
+        )
+    else:
+        argv = _torchrun(python, layout, _STANDALONE, options, train.extra_args)
+        environment = _environment(experiment, machine, layout, options)
+        processes = (process_for(experiment, name="train", argv=argv, environment=environment),)
     return Plan(
         kind="train",
         name=experiment.name,
-        processes=(process,),
+        processes=processes,
         stop=_STOP,
         facts=_facts(experiment, machine, layout, options),
-        secrets=tuple(sorted(name for name in environment if _SECRET.search(name))),
+        secrets=tuple(sorted({name for one in processes for name in one.env if _SECRET.search(name)})),
+        targets=tuple(node.target for node in nodes),
+        ports={"rendezvous": experiment.runner.master_port} if len(nodes) > 1 else {},
+        collect=(FILE_NAME,) if nodes else (),
+    )
+
+
+def _process_of_node(
+    experiment: Experiment,
+    rank: int,
+    nodes: Sequence[Node],
+    layout: Layout,
+    options: Mapping[str, Any],
+    python: str,
+) -> Process:
+    node = nodes[rank]
+    launcher = _STANDALONE if len(nodes) == 1 else _rendezvous(experiment, nodes)
+    extra_args = _train_of(experiment).extra_args
+    process = process_for(
+        experiment,
+        name="train" if len(nodes) == 1 else f"train-{rank}",
+        argv=_torchrun(python, layout, launcher, options, extra_args),
+        environment=_environment(experiment, node.machine, layout, options, node),
+    )
+    return replace(process, host=node.target.name, rank=rank)
+
+
+def _rendezvous(experiment: Experiment, nodes: Sequence[Node]) -> tuple[str, ...]:
+    """Say where all hosts meet. Every rank and address is known, so nothing is looked up or elected.
+
+    torchrun's elected rendezvous compares host names and waits for ever where they cannot be resolved.
+    """
+    master = experiment.runner.master_addr
+    address = literal(master) if master else f"{{address:{nodes[0].target.name}}}"
+    return (
+        f"--nnodes={len(nodes)}",
+        "--node-rank={node_rank}",
+        "--rdzv-backend=static",
+        f"--master-addr={address}",
+        "--master-port={port:rendezvous}",
+        "--local-addr={own_address}",
     )
 
 
@@ -111,35 +172,25 @@ def _unsupported(experiment: Experiment) -> str | None:
         )
     if train.heterogeneous is not None:
         return "enable_hetero: flagscale-train trains on one kind of chip: remove it"
-    if task.backend not in (None, "megatron"):
-        return f"experiment.task.backend: {task.backend}: it must be megatron"
-    return None
+    is_megatron = task.backend in {None, "megatron"}
+    return None if is_megatron else f"experiment.task.backend: {task.backend}: it must be megatron"
 
 
-def lay_out(experiment: Experiment, machine: Machine) -> Layout:
-    """Decide the number of processes and check that they fit model, batch and machine.
+def lay_out(experiment: Experiment, machine: Machine, nodes: Sequence[Node] = ()) -> Layout:
+    """Decide the number of processes and check that they fit model, batch and machines.
 
     Raises:
         InvalidInput: they do not.
     """
-    train, runner = _train_of(experiment), experiment.runner
-    if runner.hostfile is not None or (runner.num_nodes or 1) > 1:
-        raise InvalidInput(
-            f"experiment.runner: hostfile {runner.hostfile}, nnodes {runner.nnodes}: this version trains on "
-            "one host: remove both"
-        )
+    train = _train_of(experiment)
     sizes = train.parallelism
-    available = len(machine.visible) if machine.chip != "cpu" else None
-    count = runner.nproc_per_node or available or sizes.model_size
-    if available is not None and count > available:
-        raise InvalidInput(
-            f"experiment.runner.nproc_per_node: {count}: {machine.hostname} offers {available} "
-            f"{machine.chip} devices: use at most {available}"
-        )
+    per_node = _per_node(experiment, nodes) if nodes else _on_machine(experiment, machine, sizes.model_size)
+    count = per_node * max(1, len(nodes))
     if count % sizes.model_size:
+        hosts = f" on each of {len(nodes)} hosts" if len(nodes) > 1 else ""
         raise InvalidInput(
-            f"experiment.runner.nproc_per_node: {count}: one copy of the model takes {sizes.model_size} "
-            f"processes (tensor {sizes.tensor_model_parallel_size} x pipeline "
+            f"experiment.runner.nproc_per_node: {per_node}{hosts}: one copy of the model takes "
+            f"{sizes.model_size} processes (tensor {sizes.tensor_model_parallel_size} x pipeline "
             f"{sizes.pipeline_model_parallel_size} x context {sizes.context_parallel_size}): use a multiple "
             f"of {sizes.model_size}"
         )
@@ -151,7 +202,37 @@ def lay_out(experiment: Experiment, machine: Machine) -> Layout:
         tensor=sizes.tensor_model_parallel_size,
         pipeline=sizes.pipeline_model_parallel_size,
         context=sizes.context_parallel_size,
+        num_nodes=max(1, len(nodes)),
     )
+
+
+def _on_machine(experiment: Experiment, machine: Machine, least: int, slots: int | None = None) -> int:
+    """Return how many processes one host takes: as asked, else its slots, else its devices."""
+    available = len(machine.visible) if machine.chip != "cpu" else None
+    asked = experiment.runner.nproc_per_node
+    count = asked or slots or available or least
+    if available is not None and count > available:
+        key = "nproc_per_node" if asked else "hostfile: slots"
+        raise InvalidInput(
+            f"experiment.runner.{key}: {count}: {machine.hostname} offers {available} "
+            f"{machine.chip} devices: use at most {available}"
+        )
+    return count
+
+
+def _per_node(experiment: Experiment, nodes: Sequence[Node]) -> int:
+    chips = {node.machine.chip: node.target.name for node in nodes}
+    if len(chips) > 1:
+        kinds = ", ".join(f"{name} has {chip}" for chip, name in chips.items())
+        raise InvalidInput(f"experiment.runner.hostfile: {kinds}: all hosts must have the same kind of chip")
+    counts = {_on_machine(experiment, node.machine, 1, node.slots): node.target.name for node in nodes}
+    if len(counts) > 1:
+        kinds = ", ".join(f"{name} takes {count} processes" for count, name in sorted(counts.items()))
+        raise InvalidInput(
+            f"experiment.runner.hostfile: {kinds}: hosts must take equally many: set "
+            f"experiment.runner.nproc_per_node={min(counts)}"
+        )
+    return next(iter(counts))
 
 
 def _check_batch(train: Train, data: int) -> None:
@@ -244,26 +325,24 @@ def _vocabulary(given: Mapping[str, Any], findings: Findings, problems: list[str
     return {} if padded % int(given.get("tensor_model_parallel_size", 1)) else {"padded_vocab_size": padded}
 
 
+_STANDALONE = ("--standalone", "--local-addr=127.0.0.1")
+
+
 def _torchrun(
-    python: str, num_processes: int, module: str, options: Mapping[str, Any], extra: tuple[str, ...]
+    python: str, layout: Layout, launcher: Sequence[str], options: Mapping[str, Any], extra: tuple[str, ...]
 ) -> tuple[str, ...]:
     from flagscale_config import render_megatron
 
-    launcher = (
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        f"--nproc-per-node={num_processes}",
-        "--max-restarts=0",
-    )
     return (
-        python,
+        literal(python),
         "-m",
         "flagscale_train.worker.torchrun",
         *launcher,
+        f"--nproc-per-node={layout.per_node}",
+        "--max-restarts=0",
         "-m",
-        module,
-        *render_megatron(options),
-        *extra,
+        "flagscale_train.worker",
+        *(literal(word) for word in (*render_megatron(options), *extra)),
     )
 
 
@@ -274,18 +353,23 @@ def process_for(
     before = experiment.cmds.before_start
     if before:
         # The one place with shell text, because it is the user's own; ours follows as words.
-        argv = ("bash", "-c", f'{before}\nexec "$@"', "flagscale", *argv)
-    return Process(name=name, argv=argv, env=dict(environment), cwd=experiment.cwd)
+        argv = ("bash", "-c", f'{literal(before)}\nexec "$@"', "flagscale", *argv)
+    return Process(name=name, argv=argv, env=dict(environment), cwd=literal(experiment.cwd))
 
 
 def _environment(
-    experiment: Experiment, machine: Machine, layout: Layout, options: Mapping[str, Any]
+    experiment: Experiment,
+    machine: Machine,
+    layout: Layout,
+    options: Mapping[str, Any],
+    node: Node | None = None,
 ) -> dict[str, str]:
     chosen = {
+        **chip_environment(machine.chip),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's overlap relies on the order of launches
         "FLAGSCALE_EVENTS": f"{{run_dir}}/{FILE_NAME}",
         "FLAGSCALE_PLATFORM": runtime(machine.chip).torch_device,
-        "OMP_NUM_THREADS": str(max(1, machine.num_cpus // layout.num_processes)),
+        "OMP_NUM_THREADS": str(max(1, machine.num_cpus // layout.per_node)),
         "PYTHONSAFEPATH": "1",  # a folder called megatron nearby must not be taken for Megatron
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -293,12 +377,29 @@ def _environment(
     if machine.chip == "cpu":
         chosen["TORCH_COMPILE_DISABLE"] = "1"
         chosen["GLOO_SOCKET_IFNAME"] = "lo"  # one host: no name lookup, no firewall
-    elif layout.num_processes < len(machine.visible):
-        chosen |= device_env(machine.visible[: layout.num_processes])
+    elif layout.per_node < len(machine.visible):
+        chosen |= device_env(machine.visible[: layout.per_node])
+    if node is not None:
+        chosen |= _network(node, layout)
     flops = _peak_flops(machine, options)
     if flops:
         chosen["FLAGSCALE_PEAK_FLOPS"] = f"{flops:.6g}"
-    return {**chosen, **experiment.envs}
+    given: dict[str, str] = dict(experiment.envs)
+    if node is not None:
+        given |= experiment.device_type_envs.get(node.type or "", {})
+        given |= experiment.node_envs.get(node.target.name, {})
+    return {**chosen, **{name: literal(value) for name, value in given.items()}}
+
+
+_INTERFACE_OF = {"nccl": "NCCL_SOCKET_IFNAME", "hccl": "HCCL_SOCKET_IFNAME"}
+
+
+def _network(node: Node, layout: Layout) -> dict[str, str]:
+    """Name the interface by which this host reaches the first, so that no library guesses another one."""
+    if layout.num_nodes == 1 or node.interface is None:
+        return {}
+    own = _INTERFACE_OF.get(runtime(node.machine.chip).collective_backend)
+    return {name: node.interface for name in ("GLOO_SOCKET_IFNAME", own) if name}
 
 
 def _peak_flops(machine: Machine, options: Mapping[str, Any]) -> float | None:
@@ -321,19 +422,21 @@ def _facts(
     experiment: Experiment, machine: Machine, layout: Layout, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     described = experiment.model_dump(mode="json")
-    described["envs"] = {
-        name: "***" if _SECRET.search(name) else value for name, value in experiment.envs.items()
-    }
+    described["envs"] = _masked(experiment.envs)
+    for groups in ("device_type_envs", "node_envs"):
+        described[groups] = {name: _masked(envs) for name, envs in getattr(experiment, groups).items()}
     return {
         "experiment": described,
         "chip": machine.chip,
-        "devices": [device.name for device in machine.visible[: layout.num_processes]],
+        "collective_backend": runtime(machine.chip).collective_backend,
+        "devices": [device.name for device in machine.visible[: layout.per_node]],
         "layout": {
             "processes": layout.num_processes,
             "data": layout.data,
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,
             "context": layout.context,
+            **({"nodes": layout.num_nodes} if layout.num_nodes > 1 else {}),
         },
         "megatron_options": {
             name: list(value) if isinstance(value, tuple) else value for name, value in options.items()
@@ -341,3 +444,7 @@ def _facts(
         "checkpoints": checkpoint_dir(experiment),
         "events": FILE_NAME,
     }
+
+
+def _masked(envs: Mapping[str, str]) -> dict[str, str]:
+    return {name: "***" if _SECRET.search(name) else value for name, value in envs.items()}

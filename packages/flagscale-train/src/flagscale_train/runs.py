@@ -10,11 +10,12 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flagscale_hw as hw
 from flagscale_config import load
@@ -23,11 +24,28 @@ from flagscale_train.checkpoints import choose
 from flagscale_train.errors import InvalidInput, NotFound
 from flagscale_train.events import FILE_NAME, Progress, read
 from flagscale_train.findings import examine
+from flagscale_train.hosts import find_nodes, promised_nodes
 from flagscale_train.plan import checkpoint_dir, plan
 
-__all__ = ["TrainStatus", "find", "finished", "list_runs", "logs", "make_plan", "run", "status", "stop"]
+if TYPE_CHECKING:
+    from flagscale_config import Experiment
+
+__all__ = [
+    "Slurm",
+    "TrainStatus",
+    "find",
+    "finished",
+    "list_runs",
+    "logs",
+    "make_plan",
+    "run",
+    "status",
+    "stop",
+]
 
 _RUNS, _LATEST = "runs", "latest"
+_OWN_FAILURE = re.compile(r"(?:(?P<host>\S+): )?train(?:-\d+)?: ")
+"""How the reason begins where the training itself failed, on one host or on one of several."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,7 @@ class TrainStatus:
     def what_happened(self) -> str:
         """The first cause of a failure, the reason of a stop, or empty."""
         error = self.progress.error
-        if self.run.state != "failed" or not self.run.reason.startswith("train: "):
+        if self.run.state != "failed" or not _OWN_FAILURE.match(self.run.reason):
             return self.run.reason  # ended from outside: what the ranks said then are consequences
         if self.killed:
             return self.killed
@@ -66,15 +84,24 @@ class TrainStatus:
         }
 
 
-def make_plan(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> hw.Plan:
-    """Load an experiment, look at this machine and plan the training.
+def make_plan(
+    source: str | os.PathLike[str], overrides: Sequence[str] = (), *, chip: str | None = None
+) -> hw.Plan:
+    """Load an experiment, look at its machines and plan the training.
 
     Args:
         source: FlagScale experiment file, or the name of a recipe such as `qwen3/tiny`.
         overrides: Hydra overrides such as `train.model.train_iters=10`.
+        chip: of hosts that a scheduler will choose, so that nothing is looked at: `runner.nnodes` of them
+            with `runner.nproc_per_node` devices each. By default the hosts of the experiment are looked at.
     """
-    experiment = load(source, list(overrides), task="train")
-    return plan(experiment, hw.detect(), findings=examine(experiment))
+    return _plan(load(source, list(overrides), task="train"), chip)
+
+
+def _plan(experiment: Experiment, chip: str | None = None) -> hw.Plan:
+    nodes = find_nodes(experiment) if chip is None else promised_nodes(experiment, chip=chip)
+    machine = nodes[0].machine if nodes else hw.detect()
+    return plan(experiment, machine, nodes=nodes, findings=examine(experiment))
 
 
 _OTHER_WORK = ("load", "pretrained_checkpoint", "finetune", "skip_train", "ckpt_step")
@@ -99,14 +126,31 @@ def finished(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> P
     return newest.path if newest.iteration >= train.train_iters else None
 
 
-def run(source: str | os.PathLike[str], overrides: Sequence[str] = (), *, detach: bool = True) -> hw.Run:
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """A training that Slurm is to start."""
+
+    chip: str
+    """Of its nodes, by the name in `flagscale_hw`."""
+    options: Mapping[str, str | None] = field(default_factory=dict)
+    """Of `sbatch`, by their long names; None for one without a value."""
+
+
+def run(
+    source: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    detach: bool = True,
+    slurm: Slurm | None = None,
+) -> hw.Run:
     """Start training.
 
     Args:
         source: experiment file or recipe name.
         overrides: Hydra overrides.
         detach: let the run outlive this process; otherwise it ends when this process does, however that
-            happens.
+            happens. Slurm's jobs outlive it always.
+        slurm: submit it as a job instead of starting it here or over ssh.
 
     Returns:
         The run, which has just been started.
@@ -115,12 +159,15 @@ def run(source: str | os.PathLike[str], overrides: Sequence[str] = (), *, detach
         InvalidInput: the experiment cannot be trained here, or it is being trained already.
     """
     experiment = load(source, list(overrides), task="train")
-    planned = plan(experiment, hw.detect(), findings=examine(experiment))
+    planned = _plan(experiment, slurm.chip if slurm else None)
     root = Path(experiment.exp_dir) / _RUNS
     with _alone(root):
         _refuse_second(root)
         run_dir = _new_directory(root)
-        started = hw.launch(planned, run_dir, detach=detach)
+        if slurm is None:
+            started = hw.launch(planned, run_dir, detach=detach)
+        else:
+            started = hw.submit(planned, run_dir, slurm.options)
         _point_latest(root, run_dir)
     return started
 
@@ -205,8 +252,19 @@ def status(target: str | os.PathLike[str] | hw.Run, overrides: Sequence[str] = (
     """Say how a run stands; `target` as for `find`, or the run itself."""
     found = target if isinstance(target, hw.Run) else find(target, overrides)
     now = found.status()
-    killed = killed_rank(found.dir / "logs" / "train.log") if now.state == "failed" else ""
-    return TrainStatus(found.dir, found.name, now, Progress.of(read(found.dir / FILE_NAME)), killed)
+    progress = Progress.of(_events(found))
+    return TrainStatus(found.dir, found.name, now, progress, _killed(found) if now.state == "failed" else "")
+
+
+def _events(found: hw.Run) -> list[dict[str, Any]]:
+    """Return the events of all hosts, in the order of their clocks."""
+    events = [event for folder in found.folders() for event in read(folder / FILE_NAME)]
+    return sorted(events, key=lambda event: event["time"])
+
+
+def _killed(found: hw.Run) -> str:
+    logs = sorted(log for folder in found.folders() for log in (folder / "logs").glob("train*.log"))
+    return next((text for text in map(killed_rank, logs) if text), "")
 
 
 def logs(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import flagscale_hw as hw
 from flagscale_train.events import FILE_NAME, Progress, follow
 
 __all__ = ["duration", "step_line", "watch"]
+
+_Events = Iterator[dict[str, Any] | None]
 
 _POLL_S = 0.1
 _PLAIN_EVERY_S = 10.0
@@ -38,7 +40,7 @@ def watch(run: hw.Run, say: Callable[[str], None]) -> hw.RunStatus:
     show: _Show = _Live() if sys.stdout.isatty() else _Plain(say)
     try:
         last_look = False
-        for event in follow(run.dir / FILE_NAME):
+        for event in _together([follow(folder / FILE_NAME) for folder in run.folders()]):
             if event is not None:
                 progress.add(event)
                 show.event(event, progress)
@@ -51,6 +53,20 @@ def watch(run: hw.Run, say: Callable[[str], None]) -> hw.RunStatus:
     finally:
         show.close()
     return run.wait()
+
+
+def _together(streams: list[_Events]) -> _Events:
+    """Yield what each stream has, and None when none has anything new."""
+    while True:
+        is_quiet = True
+        for stream in streams:
+            for event in stream:
+                if event is None:
+                    break
+                is_quiet = False
+                yield event
+        if is_quiet:
+            yield None
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from flagscale_config.models.catalogue import names, published
 from flagscale_config.models.facts import ModelFacts
-from flagscale_config.models.matching import Difference, Match, match
+from flagscale_config.models.matching import Difference, Match, facts_of, match
 from flagscale_config.models.megatron import (
     ffn_size_by_multiple,
     flops_per_token,
@@ -41,6 +41,7 @@ __all__ = [
     "ModelFacts",
     "Rwkv7",
     "Vision",
+    "facts_of",
     "ffn_size_by_multiple",
     "flops_per_token",
     "kv_cache_bytes_per_token",

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flagscale_config.errors import ConfigError, Problem
+from flagscale_config.models import megatron, rwkv
 from flagscale_config.models.catalogue import names, published
 from flagscale_config.models.facts import ModelFacts
-from flagscale_config.models.megatron import read, write
+from flagscale_config.models.parts import Rwkv7
 
 if TYPE_CHECKING:
     from flagscale_config.experiment import Experiment
 
-__all__ = ["Difference", "Match", "match"]
+    Subject = Experiment | Mapping[str, Any] | str | PathLike[str]
 
+__all__ = ["Difference", "Match", "facts_of", "match"]
+
+_RWKV = "train_rwkv"
 _WEIGHTS = {
     "num_layers": 4,
     "hidden_size": 6,
@@ -73,56 +79,86 @@ class Match:
         )
 
 
-def match(subject: Experiment | Mapping[str, Any]) -> Match:
+def facts_of(subject: Subject, vocab_size: int | None = None) -> ModelFacts:
+    """Return the facts of the model that an experiment trains; of the language model where it also sees.
+
+    Args:
+        subject: An experiment of type train, Megatron options by canonical name, or the path of a file.
+        vocab_size: Rows of the embedding, where the options do not say it.
+
+    Raises:
+        ConfigError: it trains nothing, or a model of a kind not described here.
+    """
+    options, kind = _options(subject, ())
+    facts: ModelFacts = kind.read(options, vocab_size)
+    return facts
+
+
+def match(subject: Subject, overrides: Sequence[str] = ()) -> Match:
     """Compare a training configuration with the published models, option by option.
 
     Compared is what decides the tensors and their meaning, language models only; a vocabulary that is only
     padded is equal, and one that is not known is left out.
 
     Args:
-        subject: An experiment of type train, or Megatron options by canonical name.
+        subject: An experiment of type train; Megatron options by canonical name; or the path of a training
+            file or the name of a recipe, which need be neither finished nor free of mistakes.
+        overrides: For a file, in Hydra's grammar.
 
     Raises:
         ConfigError: it trains nothing, or a model of a kind not described here.
     """
-    options = _options(subject)
-    given = read(options)
-    wanted = write(given)
-    candidates = [(name, _differences(options, wanted, published(name))) for name in names() if _is_gpt(name)]
+    options, kind = _options(subject, overrides)
+    given = kind.read(options)
+    wanted = kind.write(given)
+    candidates = [
+        (facts.name, _differences(options, wanted, facts, kind))
+        for facts in map(published, names())
+        if _is_of(facts, kind)
+    ]
     fewest = min(_weight(differences) for _, differences in candidates)
     best = [(name, differences) for name, differences in candidates if _weight(differences) == fewest]
     models = tuple(name for name, _ in best) if not fewest else (best[0][0],)
-    differences = tuple(_explained(difference, best[0][0]) for difference in best[0][1])
+    differences = tuple(_explained(difference, best[0][0], kind) for difference in best[0][1])
     is_known = given.vocab_size is not None
     count = given.num_parameters + given.num_mtp_parameters if is_known else None
     return Match(models=models, differences=differences, num_parameters=count)
 
 
-def _options(subject: Experiment | Mapping[str, Any]) -> Mapping[str, Any]:
+def _options(subject: Subject, overrides: Sequence[str]) -> tuple[Mapping[str, Any], ModuleType]:
+    """Return the options of a training task, and the module that knows what model they mean."""
     if isinstance(subject, Mapping):
-        return subject
+        return subject, megatron
+    if isinstance(subject, (str, PathLike)):
+        from flagscale_config.models.file import read
+
+        options, script = read(subject, overrides)
+        return options, rwkv if script == _RWKV else megatron
     if subject.train is None:
         message = f"{subject.source}: trains nothing, so there is no model to compare"
         raise ConfigError([Problem(code="config/model", message=message)])
-    return subject.train.options
+    return subject.train.options, rwkv if subject.train.script == _RWKV else megatron
 
 
-def _is_gpt(name: str) -> bool:
-    facts = published(name)
-    return not (facts.attention.state_per_sequence or facts.linear_attention or facts.norms_per_layer != 2)
+def _is_of(facts: ModelFacts, kind: ModuleType) -> bool:
+    """Return whether a published model can be written as options of a kind."""
+    if kind is rwkv or isinstance(facts.attention, Rwkv7):
+        return kind is rwkv and isinstance(facts.attention, Rwkv7)
+    return not (facts.linear_attention or facts.norms_per_layer != 2)
 
 
 def _differences(
-    options: Mapping[str, Any], wanted: Mapping[str, Any], facts: ModelFacts
+    options: Mapping[str, Any], wanted: Mapping[str, Any], facts: ModelFacts, kind: ModuleType
 ) -> tuple[Difference, ...]:
     """Return in which options a configuration is not the model `facts`."""
     rows = wanted.get("padded_vocab_size")
     if rows is None or options.get("vocab_size") == facts.vocab_size:
         facts = replace(facts, vocab_size=rows)
-    model = write(facts)
-    keys = dict.fromkeys([*model, *wanted])
+    model = kind.write(facts)
     return tuple(
-        Difference(key, wanted.get(key), model.get(key)) for key in keys if wanted.get(key) != model.get(key)
+        Difference(key, wanted.get(key), model.get(key))
+        for key in dict.fromkeys([*model, *wanted])
+        if wanted.get(key) != model.get(key)
     )
 
 
@@ -130,19 +166,13 @@ def _weight(differences: tuple[Difference, ...]) -> int:
     return sum(_WEIGHTS.get(difference.option, 1) for difference in differences)
 
 
-def _explained(difference: Difference, name: str) -> Difference:
+def _explained(difference: Difference, name: str, kind: ModuleType) -> Difference:
     """Name the models of the same family that have the given value, where it is a size."""
     if not isinstance(difference.given, int) or isinstance(difference.given, bool):
         return difference
-    family = published(name).family
-    also = tuple(
-        other
-        for other in names()
-        if other != name
-        and published(other).family == family
-        and write(published(other)).get(difference.option) == difference.given
-    )
-    return replace(difference, also=also[:3])
+    others = [facts for facts in map(published, names()) if facts.family == published(name).family]
+    also = [facts.name for facts in others if kind.write(facts).get(difference.option) == difference.given]
+    return replace(difference, also=tuple(also[:3]))
 
 
 def _text(value: Any) -> str:

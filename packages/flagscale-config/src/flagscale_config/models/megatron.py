@@ -41,7 +41,9 @@ def num_parameters(options: Mapping[str, Any], vocab_size: int | None = None) ->
     """Return the exact number of parameters of the model that Megatron options describe.
 
     All that Megatron builds: modules for multi-token prediction are counted; the bias that balances experts
-    is a buffer and is not. `vocab_size` counts the rows of the embedding where the options do not say it.
+    is a buffer and is not. Where latent attention does not compress queries, Megatron 0.19.2 with
+    Transformer Engine has one more norm of `hidden_size` per layer than published models have and than is
+    counted here. `vocab_size` counts the rows of the embedding where the options do not say it.
 
     Raises:
         ConfigError: the model is of a kind not described here, or a number is missing.

@@ -1,9 +1,12 @@
-"""Ask NVIDIA's management library through ctypes; run as a program, because the library may hang or crash.
+"""Ask NVIDIA's management library, or one made after it, through ctypes.
 
-    python -m flagscale_hw.backends.nvml
+It runs as a program, because the library may hang or crash:
 
-prints one JSON object per line: `{"device": {...}}`, `{"problem": {...}}`, and `{"done": true}` at the end,
-each as soon as it is known, so that a hang on one card keeps the cards before it.
+    python -m flagscale_hw.backends.nvml nvidia nvml libnvidia-ml.so.1
+
+takes the chip, the prefix of the functions and the libraries to try. It prints one JSON object per line:
+`{"device": {...}}`, `{"problem": {...}}`, and `{"done": true}` at the end, each as soon as it is known, so
+that a hang on one card keeps the cards before it.
 """
 
 from __future__ import annotations
@@ -16,13 +19,9 @@ from typing import Any
 
 __all__ = ["describe", "main"]
 
-_LIBRARIES = (
-    "libnvidia-ml.so.1",
-    "/usr/lib/wsl/lib/libnvidia-ml.so.1",
-    "/usr/local/nvidia/lib64/libnvidia-ml.so.1",
-)
 _NOT_SUPPORTED = 3
 _TEXT_BYTES = 96
+_MAX_SLICES = 64
 
 
 class _Memory(ctypes.Structure):
@@ -66,12 +65,15 @@ class _Failure(Exception):
 
 
 class _Library:
-    """Calls by name, failures as exceptions."""
+    """Calls by NVML's names, failures as exceptions."""
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: Any, prefix: str, name: str) -> None:
         self._library = library
+        self._prefix = prefix
+        self.name = name
 
     def call(self, name: str, *arguments: Any) -> None:
+        name = self._prefix + name.removeprefix("nvml")
         try:
             function = getattr(self._library, name)
         except AttributeError:
@@ -81,7 +83,7 @@ class _Library:
             raise _Failure(code, f"{name}: {self._text_of(code)}")
 
     def _text_of(self, code: int) -> str:
-        explain = getattr(self._library, "nvmlErrorString", None)
+        explain = getattr(self._library, f"{self._prefix}ErrorString", None)
         if explain is None:
             return f"error {code}"
         explain.restype = ctypes.c_char_p
@@ -98,36 +100,41 @@ class _Library:
         return value.value
 
 
-def describe(raw_library: Any) -> Iterator[dict[str, Any]]:
+def describe(
+    raw_library: Any, chip: str = "nvidia", prefix: str = "nvml", name: str = "libnvidia-ml.so.1"
+) -> Iterator[dict[str, Any]]:
     """Yield what the library knows, one message at a time.
 
     Args:
         raw_library: `libnvidia-ml` as ctypes loaded it, or anything with the same functions.
+        chip: whose devices it describes.
+        prefix: what its functions begin with, instead of `nvml`.
+        name: its file, for the problems.
     """
-    library = _Library(raw_library)
+    library = _Library(raw_library, prefix, name)
     try:
         library.call("nvmlInit_v2")
         count = library.number("nvmlDeviceGetCount_v2")
     except _Failure as failure:
-        yield _problem("nvidia", f"libnvidia-ml.so.1: {failure}")
+        yield _problem(chip, f"{name}: {failure}")
         return
     try:
         driver: str | None = library.text("nvmlSystemGetDriverVersion")
     except _Failure:
         driver = None
     for index in range(count):
-        yield from _device(library, index, driver)
+        yield from _device(library, chip, index, driver)
     yield {"done": True}
 
 
-def _device(library: _Library, index: int, driver: str | None) -> Iterator[dict[str, Any]]:
-    device: dict[str, Any] = {"chip": "nvidia", "index": index, "driver": driver}
+def _device(library: _Library, chip: str, index: int, driver: str | None) -> Iterator[dict[str, Any]]:
+    device: dict[str, Any] = {"chip": chip, "index": index, "driver": driver}
     handle = ctypes.c_void_p()
     try:
         library.call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle))
     except _Failure as failure:
-        yield _problem(f"nvidia {index}", str(failure))
-        yield {"device": device}
+        yield _problem(f"{chip} {index}", str(failure))
+        yield {"device": {**device, "health": "bad", "health_reasons": [str(failure)]}}
         return
     for name, ask in _FIELDS.items():
         try:
@@ -135,10 +142,58 @@ def _device(library: _Library, index: int, driver: str | None) -> Iterator[dict[
         except _Failure as failure:
             device[name] = None
             if failure.code != _NOT_SUPPORTED:
-                yield _problem(f"nvidia {index} {name}", str(failure))
+                yield _problem(f"{chip} {index} {name}", str(failure))
     memory = device.pop("memory")
     device["memory_total_bytes"], device["memory_used_bytes"] = memory or (None, None)
+    if device["is_sliced"]:
+        device["slices"] = list(_slices(library, handle))
     yield {"device": device}
+
+
+def _is_sliced(library: _Library, handle: ctypes.c_void_p) -> bool:
+    now, later = ctypes.c_uint(), ctypes.c_uint()
+    library.call("nvmlDeviceGetMigMode", handle, ctypes.byref(now), ctypes.byref(later))
+    return now.value == 1
+
+
+def _is_ecc_on(library: _Library, handle: ctypes.c_void_p) -> bool:
+    now, later = ctypes.c_uint(), ctypes.c_uint()
+    library.call("nvmlDeviceGetEccMode", handle, ctypes.byref(now), ctypes.byref(later))
+    return now.value == 1
+
+
+def _slices(library: _Library, handle: ctypes.c_void_p) -> Iterator[dict[str, Any]]:
+    """Yield the MIG devices of a card; numbers without one are skipped, as the library leaves gaps."""
+    try:
+        most = min(library.number("nvmlDeviceGetMaxMigDeviceCount", handle), _MAX_SLICES)
+    except _Failure:
+        return
+    for number in range(most):
+        part = ctypes.c_void_p()
+        try:
+            library.call(
+                "nvmlDeviceGetMigDeviceHandleByIndex", handle, ctypes.c_uint(number), ctypes.byref(part)
+            )
+        except _Failure:
+            continue
+        yield _slice(library, part)
+
+
+def _slice(library: _Library, part: ctypes.c_void_p) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for name, ask in _SLICE_FIELDS.items():
+        try:
+            facts[name] = ask(library, part)
+        except _Failure:
+            facts[name] = None
+    memory = facts.pop("memory")
+    facts["memory_total_bytes"], facts["memory_used_bytes"] = memory or (None, None)
+    return facts
+
+
+def _instance(library: _Library, part: ctypes.c_void_p) -> str:
+    graphics = library.number("nvmlDeviceGetGpuInstanceId", part)
+    return f"{graphics}/{library.number('nvmlDeviceGetComputeInstanceId', part)}"
 
 
 def _memory(library: _Library, handle: ctypes.c_void_p) -> tuple[int, int]:
@@ -181,6 +236,16 @@ _FIELDS: dict[str, Callable[[_Library, ctypes.c_void_p], Any]] = {
         library.number("nvmlDeviceGetTemperature", handle, ctypes.c_uint(0))
     ),
     "power_w": lambda library, handle: library.number("nvmlDeviceGetPowerUsage", handle) / 1000,
+    "power_limit_w": lambda library, handle: library.number("nvmlDeviceGetEnforcedPowerLimit", handle) / 1000,
+    "serial": lambda library, handle: library.text("nvmlDeviceGetSerial", handle),
+    "is_ecc_on": _is_ecc_on,
+    "is_sliced": _is_sliced,
+}
+_SLICE_FIELDS: dict[str, Callable[[_Library, ctypes.c_void_p], Any]] = {
+    "uuid": lambda library, part: library.text("nvmlDeviceGetUUID", part),
+    "name": lambda library, part: library.text("nvmlDeviceGetName", part),
+    "instance": _instance,
+    "memory": _memory,
 }
 
 
@@ -188,22 +253,22 @@ def _problem(where: str, text: str) -> dict[str, Any]:
     return {"problem": {"where": where, "text": text}}
 
 
-def main() -> int:
+def main(chip: str, prefix: str, *names: str) -> int:
     """Print everything; exit code 1 when there is no such library."""
     failure = ""
-    for name in _LIBRARIES:
+    for name in names:
         try:
             library = ctypes.CDLL(name)
         except OSError as error:
             failure = failure or str(error)
             continue
-        for message in describe(library):
+        for message in describe(library, chip, prefix, name):
             sys.stdout.write(json.dumps(message) + "\n")
             sys.stdout.flush()
         return 0
-    sys.stdout.write(json.dumps(_problem("nvidia", f"libnvidia-ml.so.1 cannot be loaded: {failure}")) + "\n")
+    sys.stdout.write(json.dumps(_problem(chip, f"{names[0]} cannot be loaded: {failure}")) + "\n")
     return 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(*sys.argv[3:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flagscale_hw import FlagOSProfile, flagos_env, runtime
 from flagscale_serve.engines.adapter import Context, Rendered
 from flagscale_serve.service import Instance
 
@@ -48,6 +49,7 @@ class Vllm:
             # The model is a directory on this machine; nothing may wait for a network at start.
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            **_platform(context.chip),
         }
         defaults: dict[str, Any] = {}
         if context.chip == "cpu":
@@ -72,6 +74,23 @@ class Vllm:
             *instance.extra_args,
         )
         return Rendered(argv=argv, env=env, served_names=instance.served_names)
+
+
+def _platform(chip: str) -> dict[str, str]:
+    """Return the variables that vLLM's platform for a chip needs.
+
+    Vendors' plug-ins are found by their entry points. FlagOS' is told by name, and how it picks operators.
+    """
+    row = runtime(chip)
+    others = ("TE_FL_", "NVTE_")  # Transformer Engine's, for training
+    chosen = {name: value for name, value in row.settings if not name.startswith(others)}
+    if row.vllm.plugins is None:
+        return chosen
+    rendered = flagos_env(FlagOSProfile(), chip)
+    chosen |= {
+        name: value for name, value in rendered.items() if name.startswith(("VLLM_FL_", "USE_FLAGGEMS"))
+    }
+    return {**chosen, "VLLM_PLUGINS": row.vllm.plugins}
 
 
 def _on_cpu(asked: dict[str, Any], context: Context) -> tuple[dict[str, Any], dict[str, str]]:

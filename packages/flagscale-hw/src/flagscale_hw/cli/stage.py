@@ -1,0 +1,80 @@
+"""Verbs that put a recorded or an invented host in the place of this one: `record`, `replay`, `fake`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from flagscale_hw.cli.show import show
+from flagscale_hw.detection import ROOT_VARIABLE
+from flagscale_hw.errors import HwError, InputError
+from flagscale_hw.fake import Faults, write_host
+
+__all__ = ["fake", "record", "replay"]
+
+
+class _NotRecorded(HwError):
+    exit_code = 3
+
+
+def record(options: argparse.Namespace) -> int:
+    """Keep this host's files and the answers of its tools."""
+    from flagscale_hw.recording import record_host
+
+    found = record_host(Path(options.directory), redact=options.redact, timeout_s=options.timeout)
+    print(f"{options.directory}: {len(found.devices)} x {found.chip}")
+    print(f"flagscale-hw replay {options.directory}")
+    return 0
+
+
+def replay(options: argparse.Namespace) -> int:
+    """Run a command as if on a recorded host."""
+    root = Path(options.directory)
+    if not (root / "proc").is_dir():
+        raise _NotRecorded(f"{root}: no recorded host: make one with `flagscale-hw record {root}`")
+    return _run_there(root, options)
+
+
+def fake(options: argparse.Namespace) -> int:
+    """Run a command as if on a host with certain chips."""
+    count = 0 if options.chip == "cpu" and options.count == 8 else options.count
+    faults = Faults(
+        hang=options.hang, garbage=options.garbage, slow_s=max(0.0, options.slow), exit_code=options.rc
+    )
+    if options.out is not None:
+        root = Path(options.out)
+        if root.exists() and any(root.iterdir()):
+            raise InputError(f"{root}: not empty: name a directory that does not exist yet")
+        write_host(root, options.chip, count, faults=faults)
+        return _run_there(root, options)
+    with tempfile.TemporaryDirectory(prefix="flagscale-hw-fake-") as folder:
+        write_host(Path(folder), options.chip, count, faults=faults)
+        return _run_there(Path(folder), options)
+
+
+def _run_there(root: Path, options: argparse.Namespace) -> int:
+    """Run the command with the host below `root`, and return its exit code; without one, print the table."""
+    root = root.resolve()
+    # The tools come first in PATH too, for programs that call them without asking us.
+    tools = os.pathsep.join(str(root / folder) for folder in ("usr/bin", "usr/local/bin"))
+    environ = {
+        **os.environ,
+        ROOT_VARIABLE: str(root),
+        "PATH": os.pathsep.join([tools, os.environ.get("PATH", os.defpath)]),
+    }
+    if not options.command:
+        os.environ[ROOT_VARIABLE] = str(root)
+        try:
+            return show(options)
+        finally:
+            os.environ.pop(ROOT_VARIABLE, None)
+    sys.stdout.flush()
+    try:
+        done = subprocess.run(options.command, env=environ, check=False)
+    except OSError as error:
+        raise InputError(f"{options.command[0]}: {error.strerror}") from error
+    return done.returncode if done.returncode >= 0 else 128 - done.returncode
