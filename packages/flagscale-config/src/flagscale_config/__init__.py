@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flagscale_config.migration import Migrated, migrate
     from flagscale_config.options import Option, OptionTable, option_table
     from flagscale_config.recipe import recipes
-    from flagscale_config.render import render_engine, render_megatron
+    from flagscale_config.rendering import render, render_engine, render_megatron
     from flagscale_config.runner import Cmds, Deploy, Runner, Task
     from flagscale_config.starting import new
 
@@ -55,6 +55,7 @@ __all__ = [
     "new",
     "option_table",
     "recipes",
+    "render",
     "render_engine",
     "render_megatron",
     "show",
@@ -72,7 +73,7 @@ _HOMES = {
     "loader": ("check", "load"),
     "options": ("Option", "OptionTable", "option_table"),
     "recipe": ("recipes",),
-    "render": ("render_engine", "render_megatron"),
+    "rendering": ("render", "render_engine", "render_megatron"),
     "runner": ("Cmds", "Deploy", "Runner", "Task"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -364,9 +364,11 @@ def _add_looking(verbs: Any) -> None:
 
 
 def _add_making(verbs: Any) -> None:
+    from flagscale_config.schema import KINDS
+
     text = "print a JSON Schema, for editors and other programs"
     verb = _verb(verbs, "schema", _schema, text, ("schema experiment > experiment.json",))
-    verb.add_argument("kind", choices=["experiment"], help="what to describe")
+    verb.add_argument("kind", choices=KINDS, help="what to describe")
     verb.add_argument(
         "--check", metavar="PATH", help="compare with this file instead; exit code 2 when it differs"
     )

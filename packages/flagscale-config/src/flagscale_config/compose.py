@@ -46,6 +46,11 @@ class Composed:
     files: tuple[FilePath, ...] = ()
     """Every file read, the experiment file among them."""
 
+    def move(self, old: Path, new: Path) -> None:
+        """Let the values below `old` be found below `new`, where they are read."""
+        for path in [path for path in self.places if path[: len(old)] == old]:
+            self.places[(*new, *path[len(old) :])] = self.places[path]
+
     def origin(self, path: Sequence[str | int]) -> Origin:
         """Return where the value at `path`, or the nearest thing that contains it, comes from."""
         here = tuple(path)

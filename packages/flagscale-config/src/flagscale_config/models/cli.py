@@ -14,7 +14,10 @@ __all__ = ["run"]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what was asked for; exit code 0, also where a file is no published model."""
+    """Print what was asked for; exit code 0, also where a file is no published model.
+
+    `options` has `name` (None, a model, or `match`), `rest` (after `match`: file and overrides) and `json`.
+    """
     if options.name is None:
         return _list(as_json=options.json)
     if options.name == "match":
@@ -43,12 +46,11 @@ def _list(*, as_json: bool) -> int:
 
 def _match(rest: list[str], *, as_json: bool) -> int:
     from flagscale_config.errors import ConfigError, Problem
-    from flagscale_config.loader import load
 
     if not rest:
         message = "models match: a file is needed: flagscale-config models match FILE"
         raise ConfigError([Problem(code="config/usage", message=message)])
-    found = match(load(rest[0], rest[1:], task="train"))
+    found = match(rest[0], rest[1:])
     print(json.dumps(found.to_dict(), indent=2) if as_json else f"{rest[0]}: {found}")
     return 0
 
