@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from flagscale_hw import Plan, Process, Run, RunStatus, launch
+from flagscale_hw import Machine, Plan, Process, Run, RunStatus, detect, launch
+from flagscale_hw.detection import presence, sightings
+from flagscale_hw.host import Host
 
 # Generous on purpose: a busy machine must not turn a test red. What has to be quick has a limit of its own.
 PATIENCE_S = 60.0
@@ -177,3 +179,82 @@ def keeper(tmp_path: Path) -> Iterator[Keeper]:
     keeping = Keeper(tmp_path)
     yield keeping
     keeping.end()
+
+
+NODES = {
+    "nvidia": "nvidia0",
+    "ascend": "davinci0",
+    "cambricon": "cambricon_dev0",
+    "mthreads": "mtgpu.0",
+    "metax": "mxcd",
+    "iluvatar": "iluvatar0",
+    "kunlunxin": "xpuctrl",
+    "hygon": "mkfd",
+    "tsingmicro": "accel_drv_mgr",
+    "enflame": "gcu0",
+    "thead": "alixpu_ppu0",
+    "gaudi": "hl0",
+}
+"""Device nodes that only one driver makes."""
+
+
+class Tree:
+    """A host below a folder: a few files and tools that are shell scripts."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.environ: dict[str, str] = {"PATH": "/usr/bin:/bin"}
+        self.write(
+            "proc/cpuinfo", "processor : 0\nmodel name : Test  CPU 9000\nprocessor : 1\nmodel name : x\n"
+        )
+        self.write("proc/meminfo", "MemTotal:       16384 kB\nMemFree: 1 kB\n")
+        self.write("etc/hostname", "testhost\n")
+
+    def write(self, path: str, text: str) -> None:
+        place = self.root / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+
+    def pci(self, address: str, vendor: str, kind: str, device: str = "", driver: str = "") -> None:
+        folder = f"sys/bus/pci/devices/{address}"
+        self.write(f"{folder}/vendor", vendor + "\n")
+        self.write(f"{folder}/class", kind + "\n")
+        if device:
+            self.write(f"{folder}/device", device + "\n")
+        if driver:
+            (self.root / folder / "driver").symlink_to(f"/nowhere/{driver}")
+
+    def device(self, chip: str) -> None:
+        """Make a device node by which the chip is recognised."""
+        self.write(f"dev/{NODES[chip]}", "")
+
+    def tool(self, script: str, name: str = "nvidia-smi") -> None:
+        self.write(f"usr/bin/{name}", "#!/bin/sh\n" + script)
+        (self.root / f"usr/bin/{name}").chmod(0o755)
+
+    def prints(self, *lines: str, code: int = 0, name: str = "nvidia-smi") -> None:
+        text = "\n".join(lines)
+        self.tool(f"cat <<'END'\n{text}\nEND\nexit {code}\n", name)
+
+    def answers(self, name: str, answers: dict[str, str]) -> None:
+        """Make a tool that prints one text for each beginning of its arguments, and fails for others."""
+        cases = ""
+        for number, (arguments, text) in enumerate(answers.items()):
+            self.write(f"answers/{name}.{number}", text)
+            cases += f"{arguments!r}*) cat {self.root}/answers/{name}.{number};;\n"
+        self.tool(f'case "$*" in\n{cases}*) echo "unknown option: $*" >&2; exit 9;;\nesac\n', name)
+
+    def detect(self, timeout_s: float = 20.0) -> Machine:
+        return detect(Host(root=self.root, environ=self.environ), timeout_s=timeout_s)
+
+    def presence(self) -> list[str]:
+        return presence(Host(root=self.root, environ=self.environ))
+
+    def seen(self) -> dict[str, str]:
+        found = sightings(Host(root=self.root, environ=self.environ))
+        return {sighting.backend.chip: sighting.presence for sighting in found if sighting.presence != "none"}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path / "root")

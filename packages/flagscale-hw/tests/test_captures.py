@@ -1,7 +1,7 @@
 """Every capture of a vendor's tool gives the facts that a person reads in it, and damaged ones invent none.
 
-`captures/` holds our own, written after the layouts of the tools. A checkout with `shared/` beside it also reads
-the captures of others, in place; `captures/golden.json` has the facts of both.
+`captures/` holds our own, written after the layouts of the tools. A checkout with `shared/` beside it also
+reads the captures of others, in place; `captures/golden.json` has the facts of both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -60,6 +60,10 @@ def _reported(text: str) -> list[dict[str, str]]:
     return [{**block.title.groupdict(), **block.values} for block in blocks(text, title)]
 
 
+def _processes(text: str) -> list[dict[str, Any]]:
+    return [asdict(process) for _, process in read_processes(text) or ()]
+
+
 # The first pattern that fits a name decides.
 PARSERS: tuple[tuple[str, Parser], ...] = (
     ("nvidia-query.txt", nvidia.parse_csv),
@@ -95,7 +99,7 @@ PARSERS: tuple[tuple[str, Parser], ...] = (
     ("intel-discovery.txt", intel.parse_discovery),
     ("tsingmicro-table.txt", tsingmicro.parse_table),
     ("apple-sysctl.txt", apple.parse_sysctl),
-    ("ascend/*-process-table-tail*", lambda text: [asdict(one) for _, one in read_processes(text) or ()]),
+    ("ascend/*-process-table-tail*", _processes),
     ("ascend/npu-smi-info-m-*", ascend.parse_mapping),
     ("ascend/npu-smi-info-t-*", pairs),
     ("ascend/npu-smi-info-*", ascend.parse_table),
@@ -127,12 +131,12 @@ PARSERS: tuple[tuple[str, Parser], ...] = (
     ("intel/xpu-smi-*", intel.parse_discovery),
     ("nvidia/*.xml", _of(nvidia_xml.parse_xml, "nvidia")),
     ("nvidia/*-csv-*", nvidia.parse_csv),
-    ("nvidia/nvidia-smi-procs-*", lambda text: read_processes(text)),
+    ("nvidia/nvidia-smi-procs-*", read_processes),
     ("nvidia/*", nvidia.parse_table),
 )
 
-# What another tool made of its own probing, and what belongs to other modules: links between devices are read by
-# `topology`, and nothing asks the last three.
+# What another tool made of its own probing, and what belongs to other modules: links between devices are
+# read by `topology`, and nothing asks for the last three.
 ELSEWHERE = (
     "*/gpustack-runtime-*",
     "*topo*",
@@ -155,7 +159,9 @@ def _text(name: str) -> str:
     path = (SHARED if "/" in name else OWN) / name
     if not path.exists():
         pytest.skip("the captures of others are not beside this checkout")
-    return path.read_text(errors="replace")
+    text = path.read_text(errors="replace")
+    # Long, and read by nobody: damage would hit little else.
+    return re.sub(r"<supported_clocks>.*?</supported_clocks>", "", text, flags=re.DOTALL)
 
 
 def _parser(name: str) -> Parser:
@@ -265,7 +271,9 @@ def _garbage(text: str, chance: random.Random) -> str:
 
 def _colours(text: str, chance: random.Random) -> str:
     return re.sub(
-        r"\S+", lambda found: f"\x1b[3{chance.randrange(8)}m{found[0]}\x1b[0m" if chance.random() < 0.3 else found[0], text
+        r"\S+",
+        lambda found: f"\x1b[3{chance.randrange(8)}m{found[0]}\x1b[0m" if chance.random() < 0.3 else found[0],
+        text,
     )
 
 
@@ -304,7 +312,7 @@ def test_damage_raises_nothing_and_invents_no_number(name):
         if chance.random() < 0.3:
             damaged = chance.choice(DAMAGE)(damaged or " ", chance)
         found = parse(damaged)
-        if isinstance(found, Found):
+        if isinstance(found, Found) and found.devices:
             said = Said(damaged)
             for device in found.devices:
                 assert said.unsaid(device, len(found.devices)) == [], (number, damaged)
@@ -313,7 +321,7 @@ def test_damage_raises_nothing_and_invents_no_number(name):
 class Said:
     """The numbers and the words of a text, read in the most generous way."""
 
-    UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    UNITS: ClassVar = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
     def __init__(self, text: str) -> None:
         plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|[\x00\r]", "", text)
@@ -322,9 +330,13 @@ class Said:
         self.letters = "".join(self.lower.split())
         self.numbers = {float(word) for word in re.findall(r"[0-9]{1,15}(?:\.[0-9]{1,9})?", plain)}
         self.whole = {int(number) for number in self.numbers if number == int(number)}
-        named = {unit[0].upper() for unit in re.findall(r"(?<![A-Za-z])([KMGT]i?B|B|[KMGT])(?![A-Za-z])", plain)}
+        named = {
+            unit[0].upper() for unit in re.findall(r"(?<![A-Za-z])([KMGT]i?B|B|[KMGT])(?![A-Za-z])", plain)
+        }
         # A number without a unit counts in MiB, where a tool's manual says so.
-        self.units = {self.UNITS[unit] for unit in named} | {1, 1 << 20}
+        units = {self.UNITS[unit] for unit in named} | {1, 1 << 20}
+        self.bytes = {int(number * unit) for number in self.numbers for unit in units}
+        self.watts = self.numbers | {number * 0.001 for number in self.numbers}
 
     def unsaid(self, device: Device, count: int) -> list[str]:
         """Return the fields of a device that nobody said."""
@@ -335,12 +347,15 @@ class Said:
         ]
         for name in ("power_w", "power_limit_w"):
             value = getattr(device, name)
-            if value is not None and not any(abs(value - scale * n) < 1e-9 for n in self.numbers for scale in (1, 0.001)):
+            if value is not None and value not in self.watts:
                 wrong.append(name)
-        memory = [("memory_total_bytes", device.memory_total_bytes), ("memory_used_bytes", device.memory_used_bytes)]
+        memory = [
+            ("memory_total_bytes", device.memory_total_bytes),
+            ("memory_used_bytes", device.memory_used_bytes),
+        ]
         memory += [("slice", part.memory_total_bytes) for part in device.slices]
         memory += [("process", process.memory_used_bytes) for process in device.processes or ()]
-        wrong += [name for name, value in memory if not self._has_bytes(value)]
+        wrong += [name for name, value in memory if value is not None and value not in self.bytes]
         for name in ("die", "physical_index"):
             value = getattr(device, name)
             if value is not None and value not in self.whole:
@@ -356,9 +371,6 @@ class Said:
         if device.pci_bus is not None and not self._has_address(device.pci_bus):
             wrong.append("pci_bus")
         return wrong
-
-    def _has_bytes(self, value: int | None) -> bool:
-        return value is None or any(int(number * unit) == value for number in self.numbers for unit in self.units)
 
     def _has_address(self, bus: str) -> bool:
         _, place, rest = bus.split(":")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flagscale_hw import Machine, detect
-from flagscale_hw.detection import presence
+from flagscale_hw import detect
 from flagscale_hw.host import Host
 
 HEADER = (
@@ -17,47 +16,6 @@ HEADER = (
 )
 GOOD = "0, GPU-a1, NVIDIA H20, 97871, 4, 0, 31, 70.52, 00000000:3B:00.0, 570.133.20, 9.0"
 SECOND = "1, GPU-b2, NVIDIA H20, 97871, 90112, 87, 64, 480.10, 00000001:D8:00.0, 570.133.20, 9.0"
-
-
-class Tree:
-    """A host below a folder."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.environ: dict[str, str] = {}
-        self.write(
-            "proc/cpuinfo", "processor : 0\nmodel name : Test  CPU 9000\nprocessor : 1\nmodel name : x\n"
-        )
-        self.write("proc/meminfo", "MemTotal:       16384 kB\nMemFree: 1 kB\n")
-        self.write("etc/hostname", "testhost\n")
-
-    def write(self, path: str, text: str) -> None:
-        place = self.root / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(text)
-
-    def pci(self, address: str, vendor: str, kind: str) -> None:
-        self.write(f"sys/bus/pci/devices/{address}/vendor", vendor + "\n")
-        self.write(f"sys/bus/pci/devices/{address}/class", kind + "\n")
-
-    def tool(self, script: str) -> None:
-        self.write("usr/bin/nvidia-smi", "#!/bin/sh\n" + script)
-        (self.root / "usr/bin/nvidia-smi").chmod(0o755)
-
-    def prints(self, *lines: str, code: int = 0) -> None:
-        text = "\n".join(lines)
-        self.tool(f"cat <<'END'\n{text}\nEND\nexit {code}\n")
-
-    def detect(self, timeout_s: float = 20.0) -> Machine:
-        return detect(Host(root=self.root, environ=self.environ), timeout_s=timeout_s)
-
-    def presence(self) -> list[str]:
-        return presence(Host(root=self.root, environ=self.environ))
-
-
-@pytest.fixture
-def tree(tmp_path):
-    return Tree(tmp_path / "root")
 
 
 @pytest.fixture

@@ -13,10 +13,16 @@ LOST, NOT_SUPPORTED, DENIED = 15, 3, 4
 class FakeLibrary:
     """NVML with two cards, the second of which is broken in parts."""
 
-    def __init__(self, *, init: int = 0, lost: tuple[int, ...] = ()) -> None:
+    def __init__(self, *, init: int = 0, lost: tuple[int, ...] = (), cut: tuple[int, ...] = ()) -> None:
         self._init = init
+        self._cut = cut
         self._lost = lost
-        texts = {LOST: b"GPU is lost", DENIED: b"Insufficient Permissions", 9: b"Driver Not Loaded"}
+        texts = {
+            LOST: b"GPU is lost",
+            DENIED: b"Insufficient Permissions",
+            9: b"Driver Not Loaded",
+            6: b"Not Found",
+        }
         self.nvmlErrorString = lambda code: texts[code]
 
     def nvmlInit_v2(self):
@@ -58,6 +64,38 @@ class FakeLibrary:
         value._obj.value = 75500
         return DENIED if handle.value == 101 else 0
 
+    def nvmlDeviceGetEnforcedPowerLimit(self, _handle, value):
+        value._obj.value = 700000
+        return 0
+
+    def nvmlDeviceGetSerial(self, _handle, buffer, _size):
+        buffer.value = b"165"
+        return 0
+
+    def nvmlDeviceGetEccMode(self, _handle, now, later):
+        now._obj.value, later._obj.value = 1, 0
+        return 0
+
+    def nvmlDeviceGetMigMode(self, handle, now, later):
+        now._obj.value, later._obj.value = int(handle.value in self._cut), 1
+        return 0
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, _handle, count):
+        count._obj.value = 3
+        return 0
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, _handle, number, part):
+        part._obj.value = number.value + 200
+        return 6 if number.value == 1 else 0  # the library leaves gaps
+
+    def nvmlDeviceGetGpuInstanceId(self, part, value):
+        value._obj.value = part.value - 193
+        return 0
+
+    def nvmlDeviceGetComputeInstanceId(self, part, value):
+        value._obj.value = 0
+        return DENIED if part.value == 202 else 0
+
     def nvmlDeviceGetPciInfo_v3(self, _handle, pci):
         pci._obj.domain, pci._obj.bus, pci._obj.device = 1, 0xD8, 0
         return 0
@@ -80,6 +118,10 @@ def test_facts_come_through_and_a_field_that_fails_is_none():
         "utilisation_percent": 42.0,
         "temperature_c": 36.0,
         "power_w": 75.5,
+        "power_limit_w": 700.0,
+        "serial": "165",
+        "is_ecc_on": True,
+        "is_sliced": False,
     }
     assert devices[1]["power_w"] is None
     assert [message["problem"] for message in messages if "problem" in message] == [
@@ -91,6 +133,14 @@ def test_a_lost_card_keeps_its_place():
     messages = list(describe(FakeLibrary(lost=(0,))))
     assert [message["device"]["index"] for message in messages if "device" in message] == [0, 1]
     assert messages[0]["problem"]["text"] == "nvmlDeviceGetHandleByIndex_v2: GPU is lost"
+
+
+def test_a_cut_card_shows_its_parts_and_their_gaps():
+    first, _ = [message["device"] for message in describe(FakeLibrary(cut=(100,))) if "device" in message]
+    assert first["is_sliced"]
+    assert [part["instance"] for part in first["slices"]] == ["7/0", None]
+    assert [part["uuid"] for part in first["slices"]] == ["GPU-200", "GPU-202"]
+    assert first["slices"][0]["memory_total_bytes"] == 141 << 30
 
 
 def test_no_driver_is_one_problem():

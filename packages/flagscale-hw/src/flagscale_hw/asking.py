@@ -18,6 +18,8 @@ from flagscale_hw.machine import Device, Problem
 __all__ = ["Asker", "first_answer", "is_hung", "last_line", "merge"]
 
 _LEAST_S = 0.05
+_LAST_PART = 10_000
+_MOST_PROBLEMS = 20
 _NO_ANSWER = "no answer within"
 
 
@@ -81,7 +83,7 @@ class Asker:
             return Found(problems=(answer,))
         name = Path(argv[0]).name
         found = replace(parse(answer.output), source="tool")
-        problems = found.problems
+        problems = found.problems[:_MOST_PROBLEMS]
         if answer.exit_code is None:
             problems = (*problems, self._hung(name))
         elif not problems and (answer.exit_code != 0 or not found.devices):
@@ -121,8 +123,11 @@ def is_hung(found: Found) -> bool:
 
 
 def last_line(answer: Answer) -> str:
-    """Return the last thing that a command said, cut at 300 characters."""
-    lines = [line.strip() for line in (answer.errors + "\n" + answer.output).splitlines() if line.strip()]
+    """Return the last thing that a command said, as an error if it can, cut at 300 characters."""
+    if not answer.errors.strip() and (answer.exit_code or 0) < 0:
+        return f"ended by signal {-(answer.exit_code or 0)}"
+    text = answer.errors if answer.errors.strip() else answer.output[-_LAST_PART:]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else f"ended with code {answer.exit_code} and no message"
 
 

@@ -6,7 +6,7 @@ One walk for all vendors: on a host without accelerators this is all that detect
 from __future__ import annotations
 
 import os
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from flagscale_hw.host import Host
@@ -42,30 +42,32 @@ class Survey:
     """Names below /dev, such as `nvidia0` and `dri/renderD128`."""
 
 
-def survey(host: Host, vendors: Container[str]) -> Survey:
+def survey(host: Host, wanted: Mapping[str, Container[str]]) -> Survey:
     """Walk over the bus and the device nodes.
 
     Args:
         host: where to look.
-        vendors: PCI vendor ids that somebody may ask for, such as `0x10de`. Of the hundreds of functions
-            that belong to others only one file is read.
+        wanted: PCI vendor id, such as `0x10de`, to the classes that somebody may ask for, such as `0302`. Of
+            the hundreds of functions that belong to others only one file is read.
     """
     nodes = {prefix + name for prefix in _NODE_FOLDERS for name in _names(f"{host.path('/dev')}/{prefix}")}
-    return Survey(host, tuple(_functions(str(host.path(_PCI)), vendors)), frozenset(nodes))
+    return Survey(host, tuple(_functions(str(host.path(_PCI)), wanted)), frozenset(nodes))
 
 
-def _functions(base: str, vendors: Container[str]) -> list[PciFunction]:
+def _functions(base: str, wanted: Mapping[str, Container[str]]) -> list[PciFunction]:
     addresses = sorted(_names(base))
     found = []
     for address in addresses:
         vendor = _small_file(f"{base}/{address}/vendor")
-        if vendor not in vendors:
+        if vendor not in wanted:
+            continue
+        kind = _small_file(f"{base}/{address}/class")[2:6]
+        if kind not in wanted[vendor]:
             continue
         physical = _link(f"{base}/{address}/physfn")
         # A virtual function counts where its card cannot be seen: in the virtual machine that was given it.
         if (physical or "") in addresses or (physical is None and not address.endswith(".0")):
             continue
-        kind = _small_file(f"{base}/{address}/class")[2:6]
         device = _small_file(f"{base}/{address}/device")
         found.append(PciFunction(address, vendor, device, kind, _link(f"{base}/{address}/driver")))
     return found

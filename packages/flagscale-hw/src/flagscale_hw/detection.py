@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +14,10 @@ from pathlib import Path
 
 from flagscale_hw.backend import Backend, Found, backends
 from flagscale_hw.bus import Survey, survey
-from flagscale_hw.completion import complete
 from flagscale_hw.host import Host
 from flagscale_hw.machine import Machine, Presence, Problem, Vendor
 from flagscale_hw.plugins import plugin_problems
 from flagscale_hw.processor import cpu_name, memory_bytes, num_cpus
-from flagscale_hw.visibility import visible
 
 __all__ = ["FORCED_VARIABLE", "ROOT_VARIABLE", "TIMEOUT_S", "Sighting", "detect", "presence", "sightings"]
 
@@ -58,6 +55,8 @@ def detect(host: Host | None = None, *, timeout_s: float = TIMEOUT_S) -> Machine
     primary = looks[0] if looks and looks[0].found.devices else None
     indices = None
     if primary is not None:
+        from flagscale_hw.visibility import visible
+
         indices, doubts = visible(primary.sighting.backend, host, primary.found.devices)
         problems += doubts
     return Machine(
@@ -91,7 +90,10 @@ def _default_host() -> Host:
 
 def _sightings(host: Host) -> tuple[list[Sighting], Survey]:
     known = backends()
-    everything = survey(host, {rule.vendor for backend in known for rule in backend.pci})
+    wanted: dict[str, set[str]] = {}
+    for rule in (rule for backend in known for rule in backend.pci):
+        wanted.setdefault(rule.vendor, set()).update(rule.classes)
+    everything = survey(host, wanted)
     forced = _forced(host)
     if forced:
         seen = [Sighting(one, "usable", is_forced=True) for one in known if one.chip in forced]
@@ -155,6 +157,8 @@ class _Look:
         if self.sighting.presence == "bus_only":
             self.found = Found(problems=(_no_driver(backend, functions),))
             return
+        from flagscale_hw.completion import complete  # nothing of it is needed on a host without chips
+
         started = time.monotonic()
         answer = backend.look(everything.host, timeout_s)
         self.found = complete(backend, everything, answer)
@@ -166,6 +170,10 @@ def _look_at_all(seen: Sequence[Sighting], everything: Survey, timeout_s: float)
     if len(looks) == 1:
         looks[0].run(everything, timeout_s)
         return looks
+    if not looks:
+        return []
+    import threading
+
     # Each of them waits for a process, so they wait at the same time: the slowest vendor is the total.
     threads = [threading.Thread(target=look.run, args=(everything, timeout_s)) for look in looks]
     for thread in threads:

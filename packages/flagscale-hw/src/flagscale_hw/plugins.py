@@ -9,8 +9,8 @@ host without its chip; elsewhere it is imported in a process of its own:
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ class _Plugin(Backend):
     """A backend whose code runs in another process only."""
 
     def look(self, host: Host, timeout_s: float) -> Found:
+        import json
+
         from flagscale_hw.asking import Asker
 
         asker = Asker(host, self.chip, timeout_s)
@@ -57,11 +59,16 @@ def _scan(search_path: tuple[str, ...]) -> tuple[tuple[Backend, ...], tuple[Prob
     # `importlib.metadata` costs a hundred milliseconds to import; this scan costs a fraction of one.
     found: dict[str, Backend] = {}
     problems = []
-    for distribution, chip, module in _entries(search_path):
+    entries = list(_entries(search_path))
+    if not entries:
+        return (), ()
+    import json
+
+    for distribution, chip, module in entries:
         try:
             gate = json.loads(_manifest(module, search_path).read_text(encoding="utf-8"))
             backend = _backend(chip, module, distribution, gate)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, re.error) as error:
             problems.append(Problem(where=chip, text=f"plug-in {distribution}: cannot be used: {error}"))
             continue
         if chip in found:
@@ -79,6 +86,8 @@ def _backend(chip: str, module: str, distribution: str, gate: dict[str, Any]) ->
         PciRule(rule["vendor"], frozenset(rule.get("classes") or ACCELERATORS))
         for rule in gate.get("pci", ())
     ]
+    for pattern in (gate.get("nodes", ""), gate.get("shared_nodes", "")):
+        re.compile(pattern)
     return _Plugin(
         chip=chip,
         module=module,
@@ -139,6 +148,7 @@ def _manifest(module: str, search_path: tuple[str, ...]) -> Path:
 
 def main(argv: list[str]) -> int:
     """Import a plug-in and print what it finds; a program of its own, because it is somebody else's code."""
+    import json
     from dataclasses import asdict
     from importlib import import_module
 

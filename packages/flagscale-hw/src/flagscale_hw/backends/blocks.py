@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from flagscale_hw.backends.values import clean
+from flagscale_hw.backends.values import MOST, clean
 
 __all__ = ["Block", "blocks", "pairs"]
 
@@ -33,6 +33,8 @@ def blocks(text: str, title: str) -> list[Block]:
     headings: list[tuple[int, str]] = []
     for line in _lines(text):
         start = re.fullmatch(title, line.strip())
+        if start is not None and len(found) == MOST:
+            break
         if start is not None:
             found.append(Block(start))
             headings = []

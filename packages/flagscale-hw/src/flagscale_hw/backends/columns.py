@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from flagscale_hw.backends.values import UNKNOWN, clean
+from flagscale_hw.backends.values import MOST, UNKNOWN, clean
 
 __all__ = ["Column", "Row", "Table"]
 
@@ -67,7 +67,7 @@ class Table:
         rows: list[Row] = []
         for block in blocks:
             at = 0
-            while at < len(block):
+            while at < len(block) and len(rows) < MOST:
                 row = lines[0].read(block[at])
                 at += 1
                 if row is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from flagscale_hw.asking import Asker
 from flagscale_hw.backend import Found
 from flagscale_hw.backends.boxes import device_of
 from flagscale_hw.backends.columns import Row
-from flagscale_hw.backends.values import clean, text_of, whole
+from flagscale_hw.backends.values import MOST, clean, text_of, whole
 from flagscale_hw.machine import Device, Problem
 
 __all__ = ["FIELDS", "parse_csv", "query"]
@@ -76,7 +77,7 @@ def parse_csv(
     titles = list(header)
     devices: list[Device] = []
     problems: list[Problem] = []
-    for line in filter(None, map(str.strip, clean(text).splitlines())):
+    for line in islice(filter(None, map(str.strip, clean(text).splitlines())), MOST):
         cells = [cell.strip() for cell in line[:_LONGEST_LINE].split(",")]
         if not titles and "index" in cells:
             titles = cells

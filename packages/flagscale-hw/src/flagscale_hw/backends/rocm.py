@@ -34,34 +34,21 @@ OPTIONS = (
 )
 _HEX = re.compile(r"0x[0-9a-fA-F]{1,8}")
 _CARD = re.compile(r"card([0-9]{1,4})")
-# Field -> keys, the best first; a group is the unit.
+# Field -> keys without their unit, the best first. Case differs from release to release.
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "name": ("card series", "device name", "card model"),
     "uuid": ("unique id",),
     "serial": ("serial number",),
     "bus": ("pci bus",),
-    "memory_total": (r"vram total memory \(([a-z]+)\)",),
-    "memory_used": (r"vram total used memory \(([a-z]+)\)",),
-    "utilisation": (r"(?:gpu|dcu|hcu) use \((%)\)",),
-    "temperature": (r"temperature \(sensor edge\) \((c)\)", r"temperature \(sensor junction\) \((c)\)"),
-    "power": (
-        r"average graphics package power \((w)\)",
-        r"current socket graphics package power \((w)\)",
-    ),
-    "power_limit": (r"max graphics package power \((w)\)",),
+    "memory_total": ("vram total memory",),
+    "memory_used": ("vram total used memory",),
+    "utilisation": ("gpu use", "dcu use", "hcu use"),
+    "temperature": ("temperature (sensor edge)", "temperature (sensor junction)"),
+    "power": ("average graphics package power", "current socket graphics package power"),
+    "power_limit": ("max graphics package power",),
     "device": ("device id",),
 }
-_UNITS = {
-    "b": "B",
-    "kb": "KB",
-    "mb": "MB",
-    "mib": "MiB",
-    "gb": "GB",
-    "gib": "GiB",
-    "%": "%",
-    "c": "C",
-    "w": "W",
-}
+_UNIT = re.compile(r"(.*) \((B|KB|MB|MiB|GB|GiB|%|C|W|mW)\)")
 _CONCISE = Table(
     anchor=r"^\s*(?:Device|GPU|DCU|HCU)\s.*(?:GPU|DCU|HCU)%",
     height=1,
@@ -84,7 +71,7 @@ _CONCISE = Table(
 def parse_json(chip: str, text: str) -> Found:
     """Read `rocm-smi ... --json`, also behind warnings; `card<n>` is device n."""
     document = _first_object(clean(text))
-    driver = next((value for key, value in _lowered(document.get("system")) if "driver version" in key), None)
+    driver = _said(document.get("system")).get("driver version")
     devices = []
     for name, values in document.items():
         number = _CARD.fullmatch(name)
@@ -106,22 +93,21 @@ def _first_object(text: str) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _lowered(values: object) -> list[tuple[str, str]]:
-    if not isinstance(values, dict):
-        return []
-    return [(" ".join(key.lower().split()), value) for key, value in values.items() if isinstance(value, str)]
+def _said(values: object) -> Row:
+    """Return what an object says, by key without its unit, with the unit at the value."""
+    said: Row = {}
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, str) and text_of(value) is not None:
+            title = _UNIT.fullmatch(" ".join(key.split()))
+            name = title[1] if title else " ".join(key.split())
+            said.setdefault(name.lower(), f"{value} {title[2]}" if title else value)
+    return said
 
 
 def _row(values: object) -> Row:
-    row: Row = {}
-    said = _lowered(values)
-    for field, keys in _KEYS.items():
-        found = [(match, value) for key in keys for name, value in said if (match := re.fullmatch(key, name))]
-        known = [(match, value) for match, value in found if text_of(value) is not None]
-        if known:
-            match, value = known[0]
-            row[field] = f"{value} {_UNITS.get(match[1], match[1])}" if match.re.groups else value
-    return row
+    said = _said(values)
+    known = {field: [said[key] for key in keys if key in said] for field, keys in _KEYS.items()}
+    return {field: values[0] for field, values in known.items() if values}
 
 
 def _device(chip: str, index: int, row: Row) -> Device | None:

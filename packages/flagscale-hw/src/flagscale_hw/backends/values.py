@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 __all__ = [
+    "MOST",
     "NUMBER",
     "UNKNOWN",
     "address",
@@ -17,6 +18,9 @@ __all__ = [
     "watts",
     "whole",
 ]
+
+MOST = 1024
+"""Devices that one answer may name; a tool that prints without end names no more."""
 
 # Bounded, so that garbage neither overflows nor costs time; ASCII, so that no other script's digits count.
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,9})?"
