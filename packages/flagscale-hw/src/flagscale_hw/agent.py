@@ -77,7 +77,7 @@ class _Signals:
 def _serve(channel: Channel) -> int:
     for message in _wait_for(channel, {"prepare", "survey"}):
         if message["do"] == "survey":
-            from flagscale_hw.survey import look
+            from flagscale_hw.looking import look
 
             channel.send({"said": "survey", "found": look(message)})
             _drain(channel)
