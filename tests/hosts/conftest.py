@@ -161,7 +161,9 @@ class Network:
         if number in self.daemons:
             self.daemons[number].wait()
         with (self.folder / f"sshd{number}.log").open("ab") as log:
-            self.daemons[number] = subprocess.Popen(words, stderr=log, stdin=subprocess.DEVNULL)
+            self.daemons[number] = subprocess.Popen(
+                words, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
         until(lambda: self.answers(number), f"sshd {number}")
 
     @contextlib.contextmanager
