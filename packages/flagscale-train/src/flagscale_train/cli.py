@@ -215,7 +215,8 @@ def _chip(given: argparse.Namespace) -> str:
     import flagscale_hw as hw
 
     if given.chip is not None:
-        hw.runtime(given.chip)  # refuses a name that is none
+        if given.chip not in hw.CHIPS:
+            raise InvalidInput(f"--chip: {given.chip}: must be one of {', '.join(sorted(hw.CHIPS))}")
         return str(given.chip)
     return hw.detect().chip
 
