@@ -169,10 +169,8 @@ def test_the_same_plan_prints_for_other_launchers(experiment_file, tmp_path, cap
     assert "--nproc-per-node=4" in script
     (tmp_path / "job.sh").write_text(script)
     subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=True)
-    text = printed(
-        capsys, "plan", "--as", "jobset", "--chip", "nvidia", "--image", "i:1", "--claim", "c=/exp", experiment_file,
-        *NODES,
-    )  # fmt: skip
+    pods = ("--chip", "nvidia", "--image", "i:1", "--claim", "c=/exp")
+    text = printed(capsys, "plan", "--as", "jobset", *pods, experiment_file, *NODES)
     assert "nvidia.com/gpu: 4" in text
     assert 'kind: "LeaderWorkerSet"' in printed(
         capsys, "plan", "--as", "lws", "--chip", "nvidia", "--image", "i:1", experiment_file, *NODES
