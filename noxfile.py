@@ -263,7 +263,7 @@ def vllm(session: nox.Session) -> None:
     session.install("--no-deps", str(engines_folder / "vllm-metadata"))
     session.install(*TEST_TOOLS, *sources(closure("serve")))
     session.run(
-        "pytest", "-q", "packages/flagscale-serve/tests", "-m", "vllm", *session.posargs,
+        "pytest", "-q", "packages/flagscale-serve/tests", "packages/flagscale-config/tests/test_engine_parsers.py", "-m", "vllm", *session.posargs,
         env={"FLAGSCALE_TEST_VLLM_PYTHON": str(Path(session.bin) / "python")},
     )  # fmt: skip
 
