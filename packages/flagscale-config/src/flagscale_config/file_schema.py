@@ -218,7 +218,7 @@ def _serve(builder: _Builder) -> Schema:
 def _gone() -> Iterable[str]:
     from flagscale_config import serving
 
-    return sorted(getattr(serving, "_GONE", {}))
+    return sorted(serving._GONE.get("vllm", {}))  # noqa: SLF001
 
 
 def _inference(builder: _Builder) -> Schema:
