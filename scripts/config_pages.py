@@ -150,7 +150,7 @@ def error_pages() -> dict[Path, str]:
         name = code.code.removeprefix("config/")
         rows.append(f"| [`{code.code}`]({name}.md) | {code.title} |\n")
         text = f"# {code.title}\n\n`{code.code}`\n\n{code.meaning}\n\n## What to do\n\n{code.cure}\n"
-        if code.files:
+        if code.words:
             text += "\n## Example\n"
             for file, content in code.files.items():
                 shown = re.sub(r"[^\n\x20-\U0010ffff]", "\N{REPLACEMENT CHARACTER}", content)

@@ -49,8 +49,55 @@ def test_links_in_documents_lead_somewhere(path: Path) -> None:
         assert (path.parent / target).exists(), target
 
 
-def test_the_committed_schema_is_the_one_the_package_prints() -> None:
+@pytest.mark.parametrize("path", sorted(ROOT.glob("schemas/*.json")), ids=lambda path: path.stem)
+def test_the_committed_schema_is_the_one_the_package_prints(path: Path) -> None:
     script = Path(sys.executable).parent / "flagscale-config"
-    argv = [script, "schema", "experiment", "--check", ROOT / "schemas/experiment.json"]
+    argv = [script, "schema", path.stem, "--check", path]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_cn.md"])
+def test_readme_links_every_recipe_and_nothing_that_is_not_there(name: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text(encoding="utf-8"))
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert missing == []
+    folders = [
+        ROOT / f"packages/flagscale-{kind}/src/flagscale_{kind}/recipes" for kind in ("train", "serve")
+    ]
+    recipes = {str(path.relative_to(ROOT)) for folder in folders for path in folder.glob("*/conf/*.yaml")}
+    assert len(recipes) > 60
+    assert recipes == {link for link in links if "/recipes/" in link}
+
+
+def test_the_schema_of_a_machine_is_published_as_the_package_prints_it() -> None:
+    script = Path(sys.executable).parent / "flagscale-hw"
+    done = subprocess.run([script, "schema"], capture_output=True, text=True, check=True)
+    assert done.stdout == (ROOT / "schemas/machine.json").read_text()
+
+
+def test_the_workflow_runs_the_same_matrix_as_nox() -> None:
+    import yaml
+
+    from flagscale_hw import CHIPS
+
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/chips.yml").read_text())["jobs"].values()
+    matrix = job["strategy"]["matrix"]
+    assert set(matrix["package"]) == set(PACKAGES)
+    assert matrix["chip"] == list(CHIPS)
+    for package in PACKAGES:
+        project = tomllib.loads((ROOT / f"packages/flagscale-{package}/pyproject.toml").read_text())[
+            "project"
+        ]
+        least = project["requires-python"].removeprefix(">=")
+        left_out = {one["python"] for one in matrix["exclude"] if one["package"] == package}
+        assert left_out == {python for python in matrix["python"] if python < least}
+    assert len(matrix["package"]) * len(matrix["chip"]) * len(matrix["python"]) <= 256, (
+        "more than one run may have"
+    )
+
+
+def test_every_chip_has_golden_facts_and_no_golden_file_is_left_over() -> None:
+    from flagscale_hw import CHIPS
+
+    assert {path.stem for path in (ROOT / "tests/chips/golden").glob("*.json")} == set(CHIPS)

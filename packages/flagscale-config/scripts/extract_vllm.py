@@ -21,6 +21,7 @@ from typing import Any
 
 import option_file
 
+
 class Sources:
     """Every class and every module-level alias in the part of vLLM that defines options."""
 
@@ -30,6 +31,8 @@ class Sources:
         self.files: dict[str, ast.Module] = {}
         self.sizes: set[str] = set()
         for path in sorted(root.rglob("*.py")):
+            if "models" in path.parts[:-1]:
+                continue  # many, large, and without options
             tree = ast.parse(path.read_text(encoding="utf-8"))
             self.files[str(path.relative_to(root))] = tree
             for node in tree.body:
@@ -61,6 +64,11 @@ class Sources:
         """Whether a class is one of vLLM's configuration classes, which are given as JSON."""
         marks = self.classes[name].decorator_list if name in self.classes else []
         return any(word in ast.unparse(mark) for mark in marks for word in ("config", "dataclass"))
+
+    def kind(self, name: str) -> str:
+        """Return `dict` for a class that is one, any other name as it is."""
+        bases = self.classes[name].bases if name in self.classes else []
+        return "dict" if any(_name(base) in {"dict", "TypedDict"} for base in bases) else name
 
     def parts(self, hint: ast.expr) -> list[ast.expr]:
         """Return the members of a union, aliases and `Annotated` unwrapped."""
@@ -140,7 +148,7 @@ def _element(sources: Sources, node: ast.expr) -> dict[str, Any]:
 
 def _argument(sources: Sources, field: str, hint: ast.expr) -> dict[str, Any]:
     """Turn an annotation into kind, type and choices, by vLLM's own order of rules."""
-    by_name = {_name(part): part for part in sources.parts(hint)}
+    by_name = {sources.kind(_name(part)): part for part in sources.parts(hint)}
     if any(sources.is_dataclass(name) for name in by_name):
         return {"kind": "json"}
     if "bool" in by_name:
@@ -231,9 +239,9 @@ class _Registration:
         self.fields: dict[str, tuple[str, str]] = {}
         self.withheld: dict[tuple[str, str], set[str]] = {}
         for node in ast.walk(function):
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-                if _name(node.value.func) == "get_kwargs":  # parallel_kwargs = get_kwargs(ParallelConfig)
-                    self.owners[_name(node.targets[0])] = _name(node.value.args[0])
+            is_call = isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+            if is_call and _name(node.value.func) == "get_kwargs":
+                self.owners[_name(node.targets[0])] = _name(node.value.args[0])
         for node in ast.walk(function):
             self._note(node)
 
@@ -254,10 +262,12 @@ class _Registration:
         """Return configuration class and field of `x_kwargs["field"]` or of a name for it."""
         if isinstance(node, ast.Name):
             return self.fields.get(node.id)
-        is_field = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
-        if is_field and isinstance(node.value, ast.Name) and node.value.id in self.owners:
-            return self.owners[node.value.id], str(node.slice.value)
-        return None
+        if not (isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)):
+            return None
+        owner = self.owners.get(_name(node.value))
+        if isinstance(node.value, ast.Call) and _name(node.value.func) == "get_kwargs":
+            owner = _name(node.value.args[0])
+        return (owner, str(node.slice.value)) if owner is not None else None
 
     def options(self) -> list[dict[str, Any]]:
         """Return the options registered, in order."""

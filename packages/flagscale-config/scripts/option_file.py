@@ -80,12 +80,11 @@ def join(folder: Path, sources: list[Path]) -> str:
     text = json.dumps(head)[:-1] + f', "options": [\n{body}\n]}}\n'
     (folder / f"{engine}.json").write_text(text, encoding="utf-8")
     helped = {
-        name: option["help"]
-        for options in versions
-        for name, option in options.items()
-        if option.get("help")
+        name: option["help"] for options in versions for name, option in options.items() if option.get("help")
     }
-    entries = [f"{json.dumps(name)}:{json.dumps(helped[name], ensure_ascii=False)}" for name in sorted(helped)]
+    entries = [
+        f"{json.dumps(name)}:{json.dumps(helped[name], ensure_ascii=False)}" for name in sorted(helped)
+    ]
     (folder / f"{engine}.help.json").write_text(f"{{\n{_lines(entries)}\n}}\n", encoding="utf-8")
     return f"{engine}: {len(records)} records of {len(versions)} versions, {len(text) >> 10} KiB"
 

@@ -1,8 +1,10 @@
-"""A corpus of FlagScale-style files that has every key FlagScale's files have; and mutants of each of its leaves.
+"""A corpus of FlagScale-style files with every key that FlagScale's files have, and mutants of its leaves.
 
-`corpus/keys.txt` lists the keys, `corpus/expected.json` what `check` says about each file. After a wanted change
-of a message, write the latter anew: `python test_corpus.py` in this folder.
+`corpus/keys.txt` lists the keys, `corpus/expected.json` what `check` says about each file. After a wanted
+change of a message, write the latter anew: `python test_corpus.py` in this folder.
 """
+
+# ruff: noqa: E501 - patterns are easier to read in one line
 
 import json
 import re
@@ -14,6 +16,7 @@ import yaml
 from omegaconf._utils import get_yaml_loader
 
 from flagscale_config import check
+from flagscale_config.verl import verl_keys
 
 CORPUS = Path(__file__).parent / "corpus"
 ROOTS = sorted(path.name for path in CORPUS.glob("*.yaml"))
@@ -38,16 +41,27 @@ OPEN_KEYS = {
     r"train\.datasets\.(vla|vlm)_data.*": "StarVLA's own settings",
     r"serve\.[0-9]+\.engine_args\.anything": "arguments of the user's own class",
     r"serve\.[0-9]+\.engine_args_specific\.(sglang|llama_cpp)\..*": "no option table in this version",
-    r"serve\.[0-9]+\.engine_args\.(limit_mm_per_prompt|compilation_config).*": "vLLM parses this JSON itself",
+    r"serve\.[0-9]+\.engine_args(_specific\.vllm)?\.(limit.mm.per.prompt|compilation_config)\..*": (
+        "vLLM parses this JSON itself"
+    ),
     r"inference\.engine\.(pipeline|components\.[a-z]+)\.from_pretrained\..*": "arguments of the class's own loader",
     r"inference\.engine\.components\.[a-z]+": "names of a pipeline's parts",
-    r"inference\.generate\.[0-9]+\.extra_args\..*": "the documented way around the contract",
+    r"inference\.generate(\.[0-9]+)?\.extra_args\..*": "the documented way around the contract",
     r"inference\.generate\.images\..*": "names of cameras",
     r"rl\.append_kargs\..*": "keys added to verl's configuration",
     r"experiment\.(node_args|envs\.(node|device_type)_specific)\.[^e].*|(node|device_type)_specific\.[^.]*": "names of hosts",
 }
 # Where the wrong type of value cannot be seen, beside the above, and why.
 ANY_VALUE = {
+    r"serve\.[0-9]+\.engine_args(_specific\.vllm)?\.(limit.mm.per.prompt.*|compilation_config)": (
+        "vLLM parses this JSON itself"
+    ),
+    r"experiment\.(runner\.runtime_env|shell_cmds|runner\.deploy\.request\.[0-9]+\.default)": "anything may stand",
+    r"train\..*\.(use_mcore_models|wandb-log-model.*|use_dist_ckpt|legacy_tokenizer|no_shared_fs)": "has no effect",
+    r"train\.model\.linear_attention_freq": "Megatron evaluates this text itself",
+    "|".join(
+        rf"rl\.{re.escape(key)}" for key, kind in verl_keys().items() if kind == "any"
+    ): "verl's default is null",
     r"rl\.(data\.(train|val)_files|.*\.(path|default_local_dir|project_name|experiment_name|logger).*)": "text or list",
     r".*\.mm_data": "files of any kind",
     r".*\.sparsity_modes": "FlagScale's own, not documented",
@@ -176,7 +190,7 @@ def leaves(file: str) -> list[Leaf]:
     node = yaml.compose((CORPUS / file).read_text(encoding="utf-8"), get_yaml_loader())
     group = file.partition("/")[0]
     prefix = (group,) if group in GROUPS else ()
-    return [leaf for leaf in leaves_of(node, prefix) if leaf.path[:1] != ("defaults",) and "defaults" not in leaf.path]
+    return [leaf for leaf in leaves_of(node, prefix) if "defaults" not in leaf.path]
 
 
 def typo(key: str) -> str:
@@ -213,7 +227,11 @@ def bench(tmp_path_factory):
             path.write_text(original, encoding="utf-8")
         places = {}
         for problem in problems:
-            if problem.severity == "error" and problem.origin is not None and problem.origin.file.endswith(file):
+            if (
+                problem.severity == "error"
+                and problem.origin is not None
+                and problem.origin.file.endswith(file)
+            ):
                 places.setdefault(problem.origin.line, []).append(problem)
         return places
 
@@ -224,6 +242,12 @@ DECISIVE = re.compile(
     r"experiment\.(task\..*|exp_name)|action|.*\.(registry_name|enable_hetero|engine|module|serve_id)|rl\.config-name"
 )
 """Keys on which depends what else is looked at: each of their mutants is checked alone."""
+
+
+MAPPING = "{wrong: type}"
+
+COMMON = re.compile(r"experiment\.(task\.(type|entrypoint)|exp_name)|action")
+"""Keys that mean the same in every file: mutants of them in one file are enough."""
 
 
 def batches(found: list[Leaf]) -> list[list[Leaf]]:
@@ -247,7 +271,7 @@ def unknown_keys(found: list[Leaf]):
 def wrong_types(found: list[Leaf], new: str, wanted):
     """Yield groups of leaves to give a wrong value, with their edits and the paths that errors must name."""
     meant = [leaf for leaf in found if wanted(leaf) and not leaf.is_one_of(OPEN_KEYS | ANY_VALUE)]
-    for group in batches(meant):
+    for group in batches(meant) if new == MAPPING else batches(meant)[:1]:
         yield group, [value_edit(leaf, new) for leaf in group], [leaf.name for leaf in group]
 
 
@@ -261,16 +285,17 @@ def is_list(leaf: Leaf) -> bool:
 
 def mutants():
     """Yield (root, file, kind, leaves, edits, names) of all mutants, those that can go together in one."""
-    seen = set()
+    seen, decided = set(), set()
     for root, file in sources():
-        if file in seen:
+        if file in seen or "placeholders" in file:  # a placeholder is reported, whatever its key
             continue
         seen.add(file)
-        found = leaves(file)
+        found = [leaf for leaf in leaves(file) if leaf.name not in decided]
+        decided |= {leaf.name for leaf in found if COMMON.fullmatch(leaf.name)}
         for item in unknown_keys(found):
             yield (root, file, "unknown key", *item)
         if not any(word in file for word in REFUSED):
-            for item in wrong_types(found, "{wrong: type}", lambda leaf: True):
+            for item in wrong_types(found, MAPPING, lambda leaf: True):
                 yield (root, file, "mapping", *item)
             for item in wrong_types(found, "wrong-type", is_number):
                 yield (root, file, "text", *item)
@@ -278,15 +303,25 @@ def mutants():
                 yield (root, file, "list", *item)
 
 
+def names_outer(problem, name: str) -> bool:
+    """Whether a problem is about the option that a dotted key (`limit_mm_per_prompt.image`) belongs to."""
+    return name.endswith(".image") and problem.key == name.removesuffix(".image")
+
+
 def survivors(run, batch) -> list[str]:
     """Return the mutants of a batch about which no error stands at their line and key."""
     root, file, kind, group, edits, names = batch
     places = run(root, file, edits) if group else {}
     alive = []
-    for leaf, name in zip(group, names, strict=True):
+    for leaf, written in zip(group, names, strict=True):
         here = places.get(leaf.line, [])
-        meant = [problem for problem in here if problem.key == name or problem.key.startswith(f"{name}.")]
-        if kind == "unknown key":
+        name = written.replace("experiment.deploy.", "experiment.runner.deploy.")  # where it is read
+        meant = [
+            problem
+            for problem in here
+            if f"{problem.key}.".startswith(f"{name}.") or names_outer(problem, name)
+        ]
+        if kind == "unknown key" and file != "train/fork.yaml":  # families of options are refused there
             meant = [problem for problem in meant if problem.code == "config/unknown-key"]
         if not meant:
             alive.append(f"{file}:{leaf.line}: {kind}: {name}")

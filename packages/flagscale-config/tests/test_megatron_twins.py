@@ -326,6 +326,9 @@ def test_any_layout_has_megatrons_verdict(data, megatron, refusal_of_ours):
         value = data.draw(st.sampled_from([None, None, None, 1, 2, 3]))
         if value is not None:
             changes[name] = value
+    if data.draw(st.booleans()):
+        changes |= {"num_experts": data.draw(st.sampled_from([2, 3, 4, 8])), "disable_bias_linear": True}
+        changes |= {EP: data.draw(SIZES), ETP: data.draw(SIZES), "moe_ffn_hidden_size": 48}
     # On fewer stages than are given by hand Megatron counts backwards, and now and then the sum is right.
     assume(pp >= (FIRST in changes) + (LAST in changes))
     options = {**BASE, **changes}

@@ -30,6 +30,7 @@ def parser_of(engine: str) -> argparse.ArgumentParser:
     return parser
 
 
+MEGATRON = option_table("megatron").version
 PARSERS = {engine: parser_of(engine) for engine in ("megatron", "vllm", "transformers")}
 
 
@@ -184,10 +185,14 @@ def test_the_order_of_options_does_not_matter(tiny):
 @pytest.mark.parametrize(
     ("engine", "options", "message"),
     [
-        ("megatron", {"num_layer": 2}, "unknown option of megatron 0.19.2; did you mean num_layers?"),
+        ("megatron", {"num_layer": 2}, f"unknown option of megatron {MEGATRON}; did you mean num_layers?"),
         ("vllm", {"tensor_parallel_size": "x"}, "must be an integer ('x' given)"),
         ("vllm", {"served_model_name": ("a", "-b")}, "'-b' starts with a dash"),
-        ("sglang", {}, "no option table for engine 'sglang'; known: megatron, transformers, vllm"),
+        (
+            "tgi",
+            {},
+            "no option table for engine 'tgi'; known: llama_cpp, megatron, sglang, transformers, vllm",
+        ),
     ],
 )
 def test_what_cannot_be_rendered_is_explained(engine, options, message):

@@ -2,10 +2,11 @@
 
 import pytest
 
-from flagscale_config import check, load
+from flagscale_config import check, load, option_table
 
 HEAD = "experiment: {exp_name: s, exp_dir: out, task: {type: serve}}\nserve:\n"
 
+VLLM = option_table("vllm").version
 DTYPES = "auto, bfloat16, float, float16, float32, half"
 
 
@@ -95,12 +96,12 @@ def test_overrides_reach_into_items(serve):
         (
             "serve_id: m, engine_args: {tensor_paralel_size: 2}",
             "3:31: serve.0.engine_args.tensor_paralel_size",
-            "unknown option of vllm 0.25.1; did you mean tensor_parallel_size?",
+            f"unknown option of vllm {VLLM}; did you mean tensor_parallel_size?",
         ),
         (
             "serve_id: m, engine_args: {num_layers: 2}",
             "3:31: serve.0.engine_args.num_layers",
-            "unknown option of vllm 0.25.1; it is an option of megatron and belongs under train.model",
+            f"unknown option of vllm {VLLM}; it is an option of megatron and belongs under train.model",
         ),
         (
             "serve_id: m, engine_args: {tensor_parallel_size: two}",

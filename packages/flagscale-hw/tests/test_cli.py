@@ -53,7 +53,10 @@ def test_env_is_for_the_shell(machine, capsys, words):
     ("words", "said"),
     [
         (["env", "--devices", "7"], "error: device 7: this process has 0 to 1\n"),
-        (["env", "--devices", "x"], "error: device 'x': neither a number nor the UUID of a device of this process\n"),
+        (
+            ["env", "--devices", "x"],
+            "error: device 'x': neither a number nor the UUID of a device of this process\n",
+        ),
         (["env", "--devices", "1,1"], "error: devices 1,1: one is named twice: name each device once\n"),
     ],
 )

@@ -13,7 +13,7 @@ from flagscale_hw.testing import fake_host, write_host
 
 
 def test_devices_are_selected_in_the_order_given():
-    devices = fake_host("nvidia", 4).devices
+    devices = fake_host("nvidia", 8).devices
     assert env((devices[2], devices[0])) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "2,0"}
     assert env(()) == {}
     with pytest.raises(InputError, match="named twice"):
@@ -52,7 +52,9 @@ def test_numbers_count_within_what_is_visible(tmp_path):
     assert env(choose(machine, ["1"]))["CUDA_VISIBLE_DEVICES"] == "5"
     uuid = machine.devices[4].uuid
     assert [device.index for device in choose(machine, [uuid])] == [4]
-    with pytest.raises(InputError, match="device 2: this process has 0 to 1, because the environment shows it 2 of 8"):
+    with pytest.raises(
+        InputError, match="device 2: this process has 0 to 1, because the environment shows it 2 of 8"
+    ):
         choose(machine, ["2"])
     with pytest.raises(InputError, match="neither a number nor the UUID"):
         choose(machine, [machine.devices[0].uuid])
@@ -78,10 +80,10 @@ def test_devices_by_index():
         ("ascend", ["--runtime=ascend", "-e", "ASCEND_VISIBLE_DEVICES=2,3"]),
         ("iluvatar", ["--runtime=iluvatar", "-e", "IX_VISIBLE_DEVICES=2,3"]),
         ("metax", ["--device=/dev/mxcd", "--device=/dev/dri", "-e", "CUDA_VISIBLE_DEVICES=2,3"]),
-        ("cambricon", ["--device=/dev/cambricon_ctl", "--device=/dev/cambricon_dev2", "--device=/dev/cambricon_dev3"]),
-        ("hygon", ["--device=/dev/kfd", "--device=/dev/mkfd", "--device=/dev/dri", "-e", "HIP_VISIBLE_DEVICES=2,3"]),
-        ("gaudi", ["--runtime=habana", "-e", "HABANA_VISIBLE_DEVICES=5,4"]),
-        ("intel", ["--device=/dev/dri", "-e", "ZE_AFFINITY_MASK=2,3"]),
+        ("cambricon", ["--device=/dev/cambricon_ctl", "--device=/dev/cambricon_dev2",
+        "--device=/dev/cambricon_dev3"]), ("hygon", ["--device=/dev/kfd", "--device=/dev/mkfd",
+        "--device=/dev/dri", "-e", "HIP_VISIBLE_DEVICES=2,3"]), ("gaudi", ["--runtime=habana", "-e",
+        "HABANA_VISIBLE_DEVICES=5,4"]), ("intel", ["--device=/dev/dri", "-e", "ZE_AFFINITY_MASK=2,3"]),
     ],
 )  # fmt: skip
 def test_docker(chip, words):
@@ -90,7 +92,7 @@ def test_docker(chip, words):
 
 @pytest.mark.parametrize("chip", [chip for chip in CHIPS if chip not in ("cpu", "mps")])
 def test_every_chip_has_a_container_form(chip):
-    devices = fake_host(chip, 4).devices[:2]
+    devices = fake_host(chip, 8).devices[:2]
     assert docker_options(devices)
     resource = runtime(chip).kubernetes_resource
     if resource is None:

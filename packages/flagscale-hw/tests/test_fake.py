@@ -48,7 +48,9 @@ def test_a_host_without_accelerators():
     assert fake_host("cpu").cpu_name == "Fake CPU"
 
 
-@pytest.mark.parametrize(("chip", "count"), [("cpu", 1), ("nvidia", 0), ("nvidia", -1), ("ascend", 65), ("mps", 2)])
+@pytest.mark.parametrize(
+    ("chip", "count"), [("cpu", 1), ("nvidia", 0), ("nvidia", -1), ("ascend", 65), ("mps", 2)]
+)
 def test_hosts_that_make_no_sense(chip, count):
     with pytest.raises(InputError, match=r"give 0 for `cpu`|a Mac has 1"):
         fake_host(chip, count)

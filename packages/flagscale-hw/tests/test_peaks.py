@@ -27,9 +27,10 @@ def test_a_figure_is_for_exactly_one_name():
 @pytest.mark.parametrize(
     ("name", "dtype", "tera"),
     [
-        ("NVIDIA H800", "bf16", 989), ("NVIDIA H800 PCIe", "bf16", 756), ("AMD Instinct MI300X", "bf16", 1307.4),
-        ("NVIDIA L40S", "bf16", 362.05), ("AMD Instinct MI250X", "bf16", 191.5), ("PPU-ZW810E", "bf16", 123),
-        ("NVIDIA B200", "fp8", 4500), ("K100_AI", "int8", 392), ("HL-225", "fp8", 865), ("MLU590", "bf16", 330),
+        ("NVIDIA H800", "bf16", 989), ("NVIDIA H800 PCIe", "bf16", 756), ("AMD Instinct MI300X", "bf16",
+        1307.4), ("NVIDIA L40S", "bf16", 362.05), ("AMD Instinct MI250X", "bf16", 191.5), ("PPU-ZW810E",
+        "bf16", 123), ("NVIDIA B200", "fp8", 4500), ("K100_AI", "int8", 392), ("HL-225", "fp8", 865),
+        ("MLU590", "bf16", 330),
     ],
 )  # fmt: skip
 def test_known_mistakes_are_not_repeated(name, dtype, tera):
@@ -55,7 +56,9 @@ def test_doubtful_figures_are_not_given(name, dtype):
 
 def test_suffixes_decide_about_memory():
     gib = 1 << 30
-    sizes = {name: specification(name).memory_bytes.value / gib for name in ("910B4", "910B4-1", "NVIDIA H20")}
+    sizes = {
+        name: specification(name).memory_bytes.value / gib for name in ("910B4", "910B4-1", "NVIDIA H20")
+    }
     assert sizes == {"910B4": 32, "910B4-1": 64, "NVIDIA H20": 96}
     assert specification("AMD Instinct MI300X").memory_bytes is None
 

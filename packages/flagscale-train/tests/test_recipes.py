@@ -2,12 +2,16 @@
 
 import functools
 import re
+import warnings
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from flagscale_config import load, models, render_megatron
+from flagscale_hw.testing import fake_host
+from flagscale_train.errors import InvalidInput
+from flagscale_train.plan import plan
 
 FOLDER = Path(str(files("flagscale_train.recipes")))
 NAMES = sorted(f"{path.parent.parent.name}/{path.stem}" for path in FOLDER.glob("*/conf/*.yaml"))
@@ -60,6 +64,8 @@ PARAMETERS = {
     "rwkv/2_9b": ("rwkv7-2.9b", 2_947_735_040),
     "rwkv/7b": ("rwkv7-7.2b", 7_199_141_888),
 }
+SCRIPTED = ("llava", "qwen2_5_vl", "rwkv")
+"""Families that FlagScale's own scripts train: the recipes hold their numbers, the runner refuses them."""
 GIB = 1 << 30
 CARD_GIB = 79.1
 """What a card of 80 GB has for programs."""
@@ -99,6 +105,21 @@ def test_a_recipe_renders(name):
 def test_a_recipe_has_no_mistake_and_nothing_without_effect(name):
     problems = recipe(name).problems()
     assert [str(each) for each in problems if "entrypoint" not in str(each)] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_plans_on_one_host_or_says_why_not(name):
+    experiment = recipe(name)
+    if experiment.runner.nnodes not in (None, 1):
+        return  # the hosts are the user's
+    host = fake_host("nvidia", 8)
+    if name.startswith(SCRIPTED):
+        assert experiment.train.script is not None
+        with pytest.raises(InvalidInput, match="flagscale-train trains GPT models, this script"):
+            plan(experiment, host, python="python")
+    else:
+        assert experiment.train.script is None
+        assert len(plan(experiment, host, python="python").processes) == 1
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -166,7 +187,7 @@ def states(facts, parallel, layers, stage, world):
 
 
 def activations(facts, options, parallel, layers, stage):
-    """Bytes kept for the backward pass, with flash attention and without dropout (arXiv 2205.05198, adapted)."""
+    """Bytes kept for the backward pass: flash attention, no dropout (arXiv 2205.05198, adapted)."""
     tokens = options["seq_length"] * options["micro_batch_size"] / parallel.context_parallel_size
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     per_layer = layer_bytes(facts)
@@ -196,3 +217,41 @@ def layer_bytes(facts):
     # Twice the tokens of each expert going out and coming back; a fifth more where routing is not even.
     routed = experts.experts_per_token * 1.2 * (6 * hidden + 6 * experts.ffn_size)
     return 8 * hidden + core + routed + 6 * experts.shared_size + 4 * experts.num_experts
+
+
+@pytest.fixture(scope="module")
+def arguments():
+    """Import Megatron's arguments once, and pretend to a Hopper device and a current Transformer Engine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        from megatron.core import model_parallel_config
+        from megatron.core.optimizer import optimizer_config
+        from megatron.core.transformer import transformer_config
+        from megatron.training import arguments
+    patch = pytest.MonkeyPatch()
+    patch.setattr(arguments, "get_device_arch_version", lambda: 9)
+    patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for module in (arguments, transformer_config, model_parallel_config, optimizer_config):
+        patch.setattr(module, "is_te_min_version", lambda *_args, **_kwargs: True, raising=False)
+    patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    patch.setenv("RANK", "0")
+    yield arguments
+    patch.undo()
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("name", NAMES)
+def test_megatron_accepts_a_recipe(name, arguments, monkeypatch, capsys):
+    experiment = recipe(name)
+    train, world = experiment.train, experiment.runner.world_size or 8
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setattr("sys.argv", ["train", *render_megatron(train.options)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args = arguments.validate_args(arguments.parse_args())
+        args.apply_rope_fusion = False  # needs Transformer Engine itself
+        config = arguments.core_transformer_config_from_args(args)
+    assert config.num_layers == train.options["num_layers"]
+    assert args.world_size == world
+    assert args.data_parallel_size == world // train.parallelism.model_size

@@ -6,13 +6,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flagscale_config.__about__ import __version__
 from flagscale_config.command import is_override, parse, run
 
 if TYPE_CHECKING:
-    from flagscale_config.errors import Problem
+    from flagscale_config.errors import ConfigError, Problem
+    from flagscale_config.explanation import Explanation
 
 __all__ = ["main"]
 
@@ -34,7 +36,7 @@ def _check(options: argparse.Namespace) -> int:
     files = [word for word in words if not is_override(word)]
     overrides = [word for word in words if is_override(word)]
     if not files:
-        raise SystemExit("no file to check: flagscale-config check FILE... [a.b=c ...]")
+        raise _usage("no file to check: flagscale-config check FILE... [a.b=c ...]")
     found = {file: check(file, overrides) for file in files}
     is_wrong = any(problem.severity == "error" for problems in found.values() for problem in problems)
     if options.json:
@@ -92,56 +94,153 @@ def _summarize(found: Mapping[str, Sequence[Problem]]) -> None:
 
 def _show(options: argparse.Namespace) -> int:
     """Print the resolved experiment, secrets masked."""
+    from flagscale_config.listing import facts_of, show
     from flagscale_config.loader import load
-    from flagscale_config.masking import masked
 
-    experiment = load(options.file, options.overrides)
-    given = masked(experiment.model_dump(mode="json", exclude_defaults=True))
-    facts = masked(experiment.model_dump(mode="json")) if options.all else given
-    origins: dict[str, str] = {}
-    if options.origin:
-        stated = {key for key, _ in _flat(given)}
-        for key, _ in _flat(facts):
-            origin = experiment.origin(key)
-            is_placed = bool(origin.line or origin.override)
-            origins[key] = "default" if key not in stated else str(origin) if is_placed else ""
-    if options.json:
-        _print_json({**facts, "origins": origins} if options.origin else facts)
+    if options.json and not options.origin:
+        _print_json(facts_of(load(options.file, options.overrides), defaults=options.all))
         return 0
-    for key, value in _flat(facts):
-        origin_text = f"    # {origins[key]}" if origins.get(key) else ""
-        print(f"{key}: {json.dumps(value, ensure_ascii=False)}{origin_text}")
+    shown = show(options.file, options.overrides, defaults=options.all)
+    origins = {each.key: "default" if each.is_default else str(each.origin or "") for each in shown}
+    if options.json:
+        facts = facts_of(load(options.file, options.overrides), defaults=options.all)
+        _print_json({**facts, "origins": origins})
+        return 0
+    for each in shown:
+        origin = f"    # {origins[each.key]}" if options.origin and origins[each.key] else ""
+        print(f"{each.key}: {json.dumps(each.value, ensure_ascii=False)}{origin}")
     return 0
 
 
-def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted key and value of every leaf."""
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(tree, list) and any(isinstance(item, (Mapping, list)) for item in tree):
-        for index, value in enumerate(tree):
-            yield from _flat(value, f"{path}.{index}")
-    else:
-        yield path, tree
-
-
 def _explain(options: argparse.Namespace) -> int:
-    """Print what a code means."""
+    """Print what a key of a file, or a code, is about."""
+    words = [*options.words, *options.overrides]
+    names = [word for word in words if not is_override(word)]
+    if len(names) == 1:
+        return _explain_code(names[0], as_json=options.json)
+    if len(names) != 2:
+        message = "explain takes a file and one key, or a code: flagscale-config explain FILE KEY [a.b=c ...]"
+        raise _usage(message)
+    from flagscale_config.explanation import explain
+
+    found = explain(names[0], names[1], [word for word in words if is_override(word)])
+    if options.json:
+        _print_json([each.to_dict() for each in found])
+        return 0
+    print("\n\n".join("\n".join(_explained(each)) for each in found))
+    return 0
+
+
+def _explain_code(name: str, *, as_json: bool) -> int:
     from flagscale_config.codes import code_named
 
-    code = code_named(options.target)
-    if options.json:
+    code = code_named(name)
+    if as_json:
         _print_json({"code": code.code, "title": code.title, "meaning": code.meaning, "cure": code.cure})
         return 0
     print(f"{code.code}: {code.title}\n\n{_wrapped(code.meaning)}\n\n{_wrapped(f'What to do: {code.cure}')}")
     return 0
 
 
-def _wrapped(text: str) -> str:
+def _explained(found: Explanation) -> Iterator[str]:
+    """Yield the lines that explain one key."""
+    value = json.dumps(found.value, ensure_ascii=False, default=str)
+    yield f"{found.key}: {value}" if found.is_set else f"{found.key} is not set (default {value})"
+    default = "" if found.default is None else f", default {json.dumps(found.default, default=str)}"
+    facts = {
+        "from": str(found.origin) if found.is_set else "",
+        "engine": found.engine,
+        "becomes": " ".join(found.words),
+        "type": f"{found.type}{default}" if found.type else "",
+        "choices": ", ".join(map(str, found.choices)),
+        "belongs in": "; ".join(found.sections),
+        "help": found.help,
+    }
+    for name, text in facts.items():
+        if text:
+            yield _wrapped(text, f"  {name:<11}")
+    for index, rule in enumerate(found.checks):
+        yield _wrapped(rule, f"  {'checked by' if index == 0 else '':<11}")
+    for problem in found.problems:
+        yield _wrapped(f"{problem.message} [{problem.code}]", f"  {problem.severity:<11}")
+
+
+def _wrapped(text: str, label: str = "") -> str:
+    """Return text in lines of 100 letters, a label before the first."""
     import textwrap
 
-    return textwrap.fill(text, 100)
+    return textwrap.fill(
+        text, 100, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
+    )
+
+
+def _usage(message: str) -> ConfigError:
+    from flagscale_config.errors import ConfigError, Problem
+
+    return ConfigError([Problem(code="config/usage", message=message)])
+
+
+def _diff(options: argparse.Namespace) -> int:
+    """Print what two experiments ask for differently."""
+    from flagscale_config.difference import diff
+    from flagscale_config.terminal import Style, wants_color
+
+    both = options.overrides
+    found = diff(options.one, options.two, [*both, *options.override_a], [*both, *options.override_b])
+    if options.json:
+        _print_json([each.to_dict() for each in found])
+    style = Style(is_on=wants_color(sys.stdout))
+    for each in () if options.json else found:
+        for sign, value, origin, kind in (
+            ("-", each.before, each.origin_before, "removed"),
+            ("+", each.after, each.origin_after, "added"),
+        ):
+            if each.kind in {kind, "changed"}:
+                place = f"    # {origin if origin is not None else 'default'}"
+                line = f"{sign} {each.name}: {json.dumps(value, ensure_ascii=False, default=str)}"
+                print(f"{style('error' if sign == '-' else 'ok', line)}{place}")
+    if not found and not options.json:
+        print("equal")
+    return 3 if found and options.exit_code else 0
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    """Print how old files would change, or change them."""
+    from flagscale_config.document import shown_path
+    from flagscale_config.migration import migrate
+    from flagscale_config.terminal import count
+
+    changed = migrate(options.file, write=options.write)
+    if options.json:
+        _print_json(
+            [{"file": str(each.path), "changes": each.changes, "diff": each.diff} for each in changed]
+        )
+        return 0
+    for each in changed:
+        done = f"{shown_path(each.path)}: {count(len(each.changes), 'change')} written\n"
+        print(done if options.write else each.diff, end="")
+    if not changed:
+        print(f"{options.file}: nothing to migrate")
+    elif not options.write:
+        print(f"not written; to write: flagscale-config migrate --write {options.file}")
+    return 0
+
+
+def _new(options: argparse.Namespace) -> int:
+    """Copy a recipe and say how to go on."""
+    from flagscale_config.document import shown_path
+    from flagscale_config.recipe import task_of
+    from flagscale_config.starting import new
+
+    copies = [shown_path(path) for path in new(options.recipe, options.folder)]
+    task = task_of(Path(copies[0]))
+    then = [f"flagscale-config check {copies[0]}"]
+    then += [f"flagscale-{task} run {copies[0]}"] if task in {"train", "serve"} else []
+    if options.json:
+        _print_json({"files": copies, "next": then})
+        return 0
+    print("".join(f"wrote {copy}\n" for copy in copies) + "".join(f"next: {line}\n" for line in then), end="")
+    return 0
 
 
 def _schema(options: argparse.Namespace) -> int:
@@ -191,6 +290,13 @@ def _verb(
     return parser
 
 
+def _models(options: argparse.Namespace) -> int:
+    """Print published models, or which of them a file is."""
+    from flagscale_config.models.cli import run as run_models
+
+    return run_models(options)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flagscale-config",
@@ -204,6 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(verbs)
     _add_looking(verbs)
     _add_making(verbs)
+    _add_models(verbs)
     return parser
 
 
@@ -232,19 +339,66 @@ def _add_looking(verbs: Any) -> None:
     verb.add_argument("overrides", nargs="*", metavar="a.b=c", help=_OVERRIDES)
     verb.add_argument("--origin", action="store_true", help="say where each value comes from")
     verb.add_argument("--all", action="store_true", help="print defaults too")
-    text = "say what an error code means"
-    verb = _verb(verbs, "explain", _explain, text, ("explain config/unknown-key",))
-    verb.add_argument("target", metavar="CODE", help="code that check prints, such as config/unknown-key")
+    text = "say where a value comes from and what it becomes, or what an error code means"
+    examples = ("explain conf/tiny.yaml lr", "explain config/unknown-key")
+    verb = _verb(verbs, "explain", _explain, text, examples)
+    verb.add_argument("words", metavar="FILE KEY", nargs="+", help=f"{_FILE}, and a key; or a code")
+    verb.add_argument("overrides", nargs="*", metavar="a.b=c", help=_OVERRIDES)
+    text = "print what two experiments ask for differently, by resolved value"
+    examples = (
+        "diff conf/tiny.yaml conf/small.yaml",
+        "diff conf/tiny.yaml conf/tiny.yaml -b train.model.num_layers=8",
+    )
+    verb = _verb(verbs, "diff", _diff, text, examples)
+    verb.add_argument("one", metavar="A", help=_FILE)
+    verb.add_argument("two", metavar="B", help="the other one")
+    verb.add_argument("overrides", nargs="*", metavar="a.b=c", help=f"{_OVERRIDES}; they hold for both")
+    for name in ("a", "b"):
+        verb.add_argument(
+            f"-{name}", f"--override-{name}", action="append", default=[], metavar="a.b=c",
+            help=f"an override for {name.upper()} only",
+        )  # fmt: skip
+    verb.add_argument(
+        "--exit-code", action="store_true", help="exit with 3 when they differ, as scripts need"
+    )
 
 
 def _add_making(verbs: Any) -> None:
+    from flagscale_config.schema import KINDS
+
     text = "print a JSON Schema, for editors and other programs"
     verb = _verb(verbs, "schema", _schema, text, ("schema experiment > experiment.json",))
-    verb.add_argument("kind", choices=["experiment"], help="what to describe")
+    verb.add_argument("kind", choices=KINDS, help="what to describe")
     verb.add_argument(
         "--check", metavar="PATH", help="compare with this file instead; exit code 2 when it differs"
     )
+    text = "rewrite what older FlagScale versions spelled differently, comments and layout kept"
+    examples = ("migrate conf/tiny.yaml", "migrate --write conf/tiny.yaml")
+    verb = _verb(verbs, "migrate", _migrate, text, examples)
+    verb.add_argument(
+        "file", metavar="FILE", help="experiment file; the files its defaults list names follow"
+    )
+    how = verb.add_mutually_exclusive_group()
+    how.add_argument("--diff", action="store_true", help="print the change and write nothing (default)")
+    how.add_argument("--write", action="store_true", help="write the files")
+    text = "start an experiment of your own from a recipe"
+    verb = _verb(verbs, "new", _new, text, ("new train:qwen3/0_6b my-experiment",))
+    verb.add_argument("recipe", metavar="RECIPE", help="name that `recipes` lists, or an experiment file")
+    verb.add_argument(
+        "folder", metavar="DIR", help="where to; files are written to DIR/conf, none overwritten"
+    )
     _verb(verbs, "recipes", _recipes, "list the ready-made experiments of installed packages", ("recipes",))
+
+
+def _add_models(verbs: Any) -> None:
+    text = "list the published models, show one, or say which one a training file is"
+    verb = _verb(
+        verbs, "models", _models, text, ("models", "models qwen3-0.6b", "models match conf/tiny.yaml")
+    )
+    verb.add_argument("name", nargs="?", metavar="NAME", help="model, Hugging Face repository, or `match`")
+    verb.add_argument(
+        "rest", nargs="*", metavar="FILE a.b=c", help="after `match`: experiment file, overrides"
+    )
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -1,8 +1,8 @@
 """Every error code: what it means, an example that produces it, and the cure.
 
 One registry, `data/codes.toml`, for three readers: `flagscale-config explain CODE`, the pages under
-`docs/config/errors` (made by `scripts/config_pages.py`), and the test that runs each example and refuses a code
-that is not listed. A code never changes its meaning; a new kind of mistake gets a new one.
+`docs/config/errors` (made by `scripts/config_pages.py`), and the test that runs each example and refuses a
+code that is not listed. A code never changes its meaning; a new kind of mistake gets a new one.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class Code:
 
     @property
     def words(self) -> str:
-        """The command line of the example."""
-        return self.command or f"check {next(iter(self.files))}"
+        """The command line of the example; empty when there is none."""
+        return self.command or " ".join(["check", *list(self.files)[:1]] if self.files else [])
 
 
 @functools.cache
 def codes() -> Mapping[str, Code]:
     """Return every code by its name, in alphabetical order."""
     text = files("flagscale_config").joinpath("data", "codes.toml").read_text(encoding="utf-8")
-    found = {}
+    found: dict[str, Code] = {}
     for name, about in sorted(tomllib.loads(text).items()):
-        prose = {key: " ".join(about.pop(key).split()) for key in ("title", "meaning", "cure")}
-        found[f"{_KIND}{name}"] = Code(code=f"{_KIND}{name}", **prose, **about)
+        fields = {key: " ".join(text.split()) for key, text in about.items() if isinstance(text, str)}
+        found[f"{_KIND}{name}"] = Code(code=f"{_KIND}{name}", files=about.get("files", {}), **fields)
     return found
 
 

@@ -43,6 +43,13 @@ class Composed:
     places: Places
     source: FilePath
     problems: list[Problem] = field(default_factory=list)
+    files: tuple[FilePath, ...] = ()
+    """Every file read, the experiment file among them."""
+
+    def move(self, old: Path, new: Path) -> None:
+        """Let the values below `old` be found below `new`, where they are read."""
+        for path in [path for path in self.places if path[: len(old)] == old]:
+            self.places[(*new, *path[len(old) :])] = self.places[path]
 
     def origin(self, path: Sequence[str | int]) -> Origin:
         """Return where the value at `path`, or the nearest thing that contains it, comes from."""
@@ -132,7 +139,8 @@ def _compose(repository: FolderRepository, overrides: list[Override]) -> Compose
     problems = [problem for document in repository.documents.values() for problem in _about(document)]
     OmegaConf.set_struct(config, value=True)  # as Hydra does: a plain override may not add a key
     problems += apply_overrides(config, places, listing.config_overrides)
-    return Composed(config, places, root.path, problems)
+    files = tuple(document.path for document in repository.documents.values())
+    return Composed(config, places, root.path, problems, files)
 
 
 def _packaged(repository: FolderRepository, default: Any) -> tuple[DictConfig, Places]:

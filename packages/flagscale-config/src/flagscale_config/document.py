@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,31 @@ import yaml
 from omegaconf import grammar_parser
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import GrammarParseError
+from omegaconf.grammar_parser import SIMPLE_INTERPOLATION_PATTERN
 
-from flagscale_config.errors import ConfigError, Origin, Problem
+from flagscale_config.errors import ConfigError, Origin, Problem, show
 from flagscale_config.places import Path as KeyPath
 from flagscale_config.places import Places, dotted
 
 __all__ = ["Document", "read_document", "shown_path"]
 
-MAX_BYTES = 4 * 1024 * 1024
+MAX_BYTES = 1024 * 1024
 MAX_DEPTH = 60
 MAX_NODES = 100_000
+MAX_KEY = 200
+# OmegaConf's parser of interpolations takes milliseconds for each, and for each hundred characters.
+MAX_INTERPOLATED = 4096
+MAX_INTERPOLATIONS = 64
 
 _REQUIRED = re.compile(r"\$\{\s*[\w.]+\s*:?\s*\?{2,3}\s*\}")
 _MERGE = "tag:yaml.org,2002:merge"
 _REMOVED_ENV = re.compile(r"\$\{env:")
+_COLLECTIONS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("set", "omap", "pairs"))
+_NUMBERS = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
+_SCALARS = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "binary", "timestamp")
+)
+MAX_DIGITS = 400  # more than any number of use, less than Python takes a second over
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,20 @@ def _fail(code: str, origin: Origin, message: str) -> ConfigError:
     return ConfigError([Problem(code=code, message=message, origin=origin)])
 
 
+def _read_bytes(path: Path) -> bytes:
+    """Return a regular file's first bytes; anything else (a pipe, a device) might never end.
+
+    Raises:
+        OSError: it cannot be read, or is not a file.
+    """
+    # Not to block: opening a pipe waits for someone to write.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "it is not a regular file")
+        return stream.read(MAX_BYTES + 1)
+
+
 def _read_text(path: Path) -> str:
     """Return the file's text.
 
@@ -72,16 +98,15 @@ def _read_text(path: Path) -> str:
     """
     name = Origin(file=shown_path(path))
     try:
-        if path.stat().st_size > MAX_BYTES:
-            limit = MAX_BYTES // 2**20
-            raise _fail(
-                "config/too-big", name, f"the file is larger than {limit} MiB; this is not a configuration"
-            )
-        raw = path.read_bytes()
+        raw = _read_bytes(path)
     except FileNotFoundError:
         raise _fail("config/no-file", name, "no such file; check the path") from None
-    except OSError as error:
-        raise _fail("config/no-file", name, f"cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a NUL in a path is a ValueError
+        raise _fail("config/no-file", name, f"cannot be read: {getattr(error, 'strerror', error)}") from None
+    if len(raw) > MAX_BYTES:
+        limit = MAX_BYTES // 2**20
+        message = f"the file is larger than {limit} MiB; this is not a configuration"
+        raise _fail("config/too-big", name, message)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -123,7 +148,11 @@ class _Walk:
             raise _fail("config/too-big", self.origin(node), message)
         if len(path) > MAX_DEPTH:
             raise _fail("config/too-big", self.origin(node), f"nested more than {MAX_DEPTH} levels deep")
-        if isinstance(node, yaml.MappingNode):
+        if node.tag in _COLLECTIONS:
+            self.add("config/value", node, f"a YAML {node.tag[18:]} is not supported; write a list", path)
+            kind = "map" if isinstance(node, yaml.MappingNode) else "seq"
+            node.tag, node.value = f"tag:yaml.org,2002:{kind}", []
+        elif isinstance(node, yaml.MappingNode):
             self._mapping(node, path)
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
@@ -140,21 +169,32 @@ class _Walk:
         first: dict[str, Any] = {}
         kept = []
         for key_node, value_node in node.value:
-            key = key_node.value
-            if key_node.tag != _MERGE and not isinstance(key, str):
-                self.add("config/key-type", key_node, "a key must be text, not a list or a mapping", path)
-                continue
-            if key_node.tag != _MERGE and key in first:
-                line = first[key].start_mark.line + 1
-                message = f"duplicate key; first given at line {line}; keep one"
-                self.add("config/duplicate-key", key_node, message, (*path, key))
-                continue
-            kept.append((key_node, value_node))
-            if key_node.tag != _MERGE:
-                first[key] = key_node
-                self.places[(*path, key)] = self.origin(key_node)
-                self.visit(value_node, (*path, key))
+            if key_node.tag == _MERGE:
+                kept.append((key_node, value_node))
+            elif self._is_key(key_node, first, path):
+                kept.append((key_node, value_node))
+                first[key_node.value] = key_node
+                self.places[(*path, key_node.value)] = self.origin(key_node)
+                self.visit(value_node, (*path, key_node.value))
         node.value = kept
+
+    def _is_key(self, node: Any, first: dict[str, Any], path: KeyPath) -> bool:
+        """Report a key that cannot be one, or was given before."""
+        key = node.value
+        if not isinstance(key, str):
+            self.add("config/key-type", node, "a key must be text, not a list or a mapping", path)
+        elif len(key) > MAX_KEY:
+            message = f"a key of {len(key)} characters; {MAX_KEY} are allowed"
+            raise _fail("config/too-big", self.origin(node), message)
+        elif node.tag == "tag:yaml.org,2002:null":
+            self.add("config/key-type", node, "a key must not be null; quote it if it is text", path)
+        elif key in first:
+            line = first[key].start_mark.line + 1
+            message = f"duplicate key; first given at line {line}; keep one"
+            self.add("config/duplicate-key", node, message, (*path, key))
+        else:
+            return True
+        return False
 
     def _merge(self, node: Any, path: KeyPath) -> None:
         """Visit what `<<` merges in; of several the first wins."""
@@ -163,22 +203,39 @@ class _Walk:
             self.visit(source, path)
 
     def _scalar(self, node: Any, path: KeyPath) -> None:
+        if node.tag not in _SCALARS:
+            return  # PyYAML says which tags it does not know
+        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+            self._replace(node, path, f"a number of {len(node.value)} characters; quote it if it is text")
+        elif "${" in node.value:
+            self._interpolation(node, path)
+
+    def _replace(self, node: Any, path: KeyPath, message: str, code: str = "config/value") -> None:
+        """Report a scalar that cannot be read, and read null."""
+        self.add(code, node, message, path)
+        node.tag, node.value = "tag:yaml.org,2002:null", "null"
+
+    def _interpolation(self, node: Any, path: KeyPath) -> None:
         text = node.value
-        if "${" not in text:
-            return
         if _REQUIRED.fullmatch(text.strip()):
             node.value = "???"  # FlagScale's spelling of OmegaConf's "required from the user"
-        elif _REMOVED_ENV.search(text):
+            return
+        if len(text) > MAX_INTERPOLATED or text.count("${") > MAX_INTERPOLATIONS:
+            limits = f"{MAX_INTERPOLATED} characters and {MAX_INTERPOLATIONS} interpolations"
+            self._replace(node, path, f"text with interpolations may have {limits}", "config/too-big")
+            return
+        if _REMOVED_ENV.search(text):
             node.value = _REMOVED_ENV.sub("${oc.env:", text)
             message = "`${env:X}` is no longer known to OmegaConf and is read as `${oc.env:X}`; write that"
             self.add("config/removed-resolver", node, message, path, severity="note")
+        if SIMPLE_INTERPOLATION_PATTERN.match(node.value):
+            return
         try:
             grammar_parser.parse(node.value)
         except GrammarParseError as error:
             detail = str(error).split("\n", maxsplit=1)[0]
-            message = f"{text!r} is not an interpolation: {detail}; write ${{key}}, or \\${{ for the text"
-            self.add("config/interpolation", node, message, path)
-            node.tag, node.value = "tag:yaml.org,2002:null", "null"
+            message = f"{show(text)} is not an interpolation: {detail}; write ${{key}}, or \\${{ for the text"
+            self._replace(node, path, message, "config/interpolation")
 
 
 def _syntax_error(file: str, error: Any) -> ConfigError:
@@ -220,9 +277,11 @@ def read_document(path: Path) -> Document:
         data = loader.construct_document(node) if node is not None else None
     except yaml.YAMLError as error:
         raise _syntax_error(file, error) from None
-    except (RecursionError, ValueError, OverflowError) as error:
-        # PyYAML recurses per level, and builds numbers by int() of thousands of digits.
-        message = f"cannot be read as YAML: {error}"
+    except RecursionError:  # PyYAML recurses per level
+        raise _fail("config/too-big", Origin(file), f"nested more than {MAX_DEPTH} levels deep") from None
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
+        # A value that does not fit its tag: `!!bool maybe`, `!!map text`, a date with a thirteenth month.
+        message = f"cannot be read as YAML: a value does not fit its !!tag ({error})"
         raise _fail("config/syntax", Origin(file), message) from None
     finally:
         loader.dispose()

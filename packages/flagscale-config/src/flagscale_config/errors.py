@@ -69,7 +69,7 @@ class Problem:
         """Keep secrets out, whoever made the problem."""
         message, given = masked_text(self.message), self.given
         if any(is_secret(part) for part in self.key.split(".")):
-            message = _GIVEN.sub(f"({MASK} given)", _QUOTED.sub(MASK, self.message))
+            message = _GIVEN.sub(f"({MASK} given)", _QUOTED.sub(MASK, message))
             message = message if given is None else message.replace(f"{given!r} ", f"{MASK} ")
             given = given if given is None or given == "???" else MASK
         object.__setattr__(self, "message", message)

@@ -160,7 +160,7 @@ _SECTIONS = ("train", "serve", "inference", "compress", "rl")
 _OF_NO_FILE = ("cwd", "source", "schema_version", "notes")
 
 
-def _path_in_file(key: str) -> str:
+def path_in_file(key: str) -> str:
     """Return where a field of an experiment stands in the file; a path in the file is returned as it is."""
     head = key.partition(".")[0]
     if head in _OF_NO_FILE:
@@ -246,7 +246,7 @@ class Experiment(Model):
         (`runner.nnodes`, `train.options.lr`). A key inside a value has the origin of the nearest key around
         it; what no file says (`cwd`, a whole section left out) has the origin of the file as a whole.
         """
-        key = _path_in_file(key)
+        key = path_in_file(key)
         while key and key not in self._origins:
             key = key.rpartition(".")[0]
         return self._origins.get(key, Origin(self.source))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flagscale_config.compose import Composed
@@ -17,11 +17,13 @@ class Findings:
     """Problems and notes of one experiment, each with key and place.
 
     `option_paths` says where each Megatron option was set, `origins` where each dotted path comes from,
+    `versions` holds the versions of engines asked for.
     `excused` holds options that a reported key probably meant, so that they are not called missing as well.
     """
 
-    def __init__(self, composed: Composed) -> None:
+    def __init__(self, composed: Composed, versions: Mapping[str, str] | None = None) -> None:
         self.composed = composed
+        self.versions: Mapping[str, str] = versions or {}
         self.problems = [problem for problem in composed.problems if problem.severity == "error"]
         self.notes = [problem for problem in composed.problems if problem.severity == "note"]
         self.option_paths: dict[str, Path] = {}
@@ -45,9 +47,17 @@ class Findings:
         """
         self.problems.append(self._problem(code, path, message, given, hint))
 
-    def note(self, code: str, path: Sequence[str | int], message: str, given: Any = None) -> None:
-        """Add a note about the value at `path`."""
-        self.notes.append(self._problem(code, path, message, given, None, severity="note"))
+    def note(
+        self,
+        code: str,
+        path: Sequence[str | int],
+        message: str,
+        given: Any = None,
+        *,
+        hint: Hint | None = None,
+    ) -> None:
+        """Add a note about the value at `path`; what `hint` suggests is what `migrate` writes."""
+        self.notes.append(self._problem(code, path, message, given, hint, severity="note"))
 
     def _problem(
         self,

@@ -7,17 +7,22 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path as FilePath
+from pathlib import PurePath
 from typing import Any
 
+from flagscale_config.base import Model
 from flagscale_config.compose import compose
 from flagscale_config.errors import ConfigError, Origin, Problem, show, sort_problems
 from flagscale_config.experiment import Experiment
 from flagscale_config.experiment_section import SHORTCUTS, ExperimentSection
 from flagscale_config.findings import Findings
+from flagscale_config.launch import check_launch
+from flagscale_config.model_scripts import model_script
 from flagscale_config.overlays import read_overlays
 from flagscale_config.placeholders import without_placeholders
 from flagscale_config.recipe import recipes
 from flagscale_config.resolve import MISSING, resolve
+from flagscale_config.runner import Runner
 from flagscale_config.sections import read_model
 from flagscale_config.serving import typed_options
 from flagscale_config.suggest import suggestion
@@ -35,7 +40,11 @@ _ENV_SECTIONS = {
 
 
 def load(
-    source: str | PathLike[str], overrides: Sequence[str] = (), *, task: str | None = None
+    source: str | PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    task: str | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> Experiment:
     """Load a FlagScale experiment file, or a recipe by name such as `qwen3/0_6b`.
 
@@ -43,29 +52,38 @@ def load(
         source: path of the experiment file; the files its defaults list names lie next to it.
         overrides: in Hydra's grammar: `a.b=c`, `+a.b=c`, `++a.b=c`, `~a.b`, `group=name`.
         task: which recipe is meant where a name is offered for several tasks, such as `train` and `serve`.
+        versions: versions of engines, such as `{"vllm": "0.33"}`, where other ones are meant than those
+            installed here, or the newest known.
 
     Raises:
         ConfigError: everything that is wrong with the files and overrides, each with its place.
     """
-    experiment, problems = _load(find(source, task), overrides)
+    experiment, problems = _load(find(source, task), overrides, versions)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors or experiment is None:
         raise ConfigError(errors)
     return experiment
 
 
-def check(source: str | PathLike[str], overrides: Sequence[str] = ()) -> tuple[Problem, ...]:
-    """Return all errors and notes about an experiment file; an empty tuple when there is nothing to say."""
+def check(
+    source: str | PathLike[str], overrides: Sequence[str] = (), *, versions: Mapping[str, str] | None = None
+) -> tuple[Problem, ...]:
+    """Return all errors and notes about an experiment file; an empty tuple when there is nothing to say.
+
+    `versions` are versions of engines, as for `load`.
+    """
     try:
-        return sort_problems(_load(find(source), overrides)[1])
+        return sort_problems(_load(find(source), overrides, versions)[1])
     except ConfigError as error:
         return error.problems
 
 
-def _load(path: FilePath, overrides: Sequence[str]) -> tuple[Experiment | None, list[Problem]]:
+def _load(
+    path: FilePath, overrides: Sequence[str], versions: Mapping[str, str] | None
+) -> tuple[Experiment | None, list[Problem]]:
     composed = compose(path, overrides)
     data, unresolved = resolve(composed)
-    findings = Findings(composed)
+    findings = Findings(composed, versions)
     findings.problems += unresolved
     experiment = _read(without_placeholders(data, findings), findings, path)
     return experiment, findings.problems + findings.notes
@@ -83,10 +101,10 @@ def find(source: str | PathLike[str], task: str | None = None) -> FilePath:
         )
         raise ConfigError([nameless])
     path = FilePath(source)
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113  Path raises on names too long to be
         return path
     beside = FilePath(f"{path}.yaml")
-    if beside.is_file():
+    if os.path.isfile(beside):  # noqa: PTH113
         return beside
     known = recipes(task)
     name = os.fspath(source)
@@ -96,7 +114,7 @@ def find(source: str | PathLike[str], task: str | None = None) -> FilePath:
     qualified = [known_name for known_name in known if known_name.endswith(f":{name}")]
     if qualified:
         message = f"offered for several tasks; say {' or '.join(qualified)}"
-    elif path.is_dir():
+    elif os.path.isdir(path):  # noqa: PTH112
         message = "is a directory; name an experiment file in it"
     elif path.suffix or not known:
         message = "no such file; check the path"
@@ -112,6 +130,7 @@ def _read(data: Mapping[str, Any], findings: Findings, source: FilePath) -> Expe
         if key not in _TOP:
             hint = suggestion(key, None, (key,), sections=_TOP)
             findings.error("config/unknown-key", (key,), f"unknown key{hint}", data[key], hint=hint)
+    check_launch(data.get("action"), findings)
     section = _section(data.get("experiment"), findings)
     kind = _task_type(data, section)
     task, runner = (section.task, section.runner) if section is not None else (None, None)
@@ -136,11 +155,17 @@ def _section(tree: Any, findings: Findings) -> ExperimentSection | None:
             message = "experiment is required: a mapping with exp_name, exp_dir and task"
             findings.error("config/required", ("experiment",) if tree is not None else (), message)
         return None
-    content = {key: value for key, value in tree.items() if value is not None or key == "exp_name"}
+    content = _without_nulls(tree, ExperimentSection)
     if isinstance(content.get("runner"), Mapping):
         content["runner"] = _runner(content["runner"], findings)
     _move_deploy(content, findings)
     return read_model(ExperimentSection, content, ("experiment",), findings)
+
+
+def _without_nulls(tree: Mapping[str, Any], model: type[Model]) -> dict[str, Any]:
+    """Leave out known keys that are null, so that defaults apply; unknown ones stay to be reported."""
+    known = {name for name, field in model.model_fields.items() if not field.is_required()}
+    return {key: value for key, value in tree.items() if value is not None or key not in known}
 
 
 def _move_deploy(content: dict[str, Any], findings: Findings) -> None:
@@ -150,13 +175,14 @@ def _move_deploy(content: dict[str, Any], findings: Findings) -> None:
     if isinstance(deploy, Mapping) and isinstance(inner, Mapping):
         message = "moved to experiment.runner.deploy; write it there"
         findings.note("config/moved", ("experiment", "deploy"), message)
+        findings.composed.move(("experiment", "deploy"), ("experiment", "runner", "deploy"))
         del content["deploy"]
         content["runner"] = {**runner, "deploy": {**inner, **deploy}}
 
 
 def _runner(tree: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
-    """Leave out what is null, so that defaults apply, and explain a misplaced `type`."""
-    content = {key: value for key, value in tree.items() if value is not None}
+    """Explain a misplaced `type`, leave out what is null."""
+    content = _without_nulls(tree, Runner)
     if content.get("type") == "torchrun":
         message = "torchrun is a backend, not a type: write backend: torchrun (read so)"
         findings.note("config/moved", ("experiment", "runner", "type"), message, "torchrun")
@@ -181,7 +207,7 @@ def _fields(section: ExperimentSection, source: FilePath, findings: Findings) ->
     """Return the fields of an `Experiment` that come from the `experiment` section."""
     cwd = FilePath.cwd()
     exp_dir = section.exp_dir if "exp_dir" in section.model_fields_set else f"outputs/{section.exp_name}"
-    if section.task.entrypoint is not None:
+    if section.task.type in {"train", "serve"} and _is_unused(section.task.entrypoint):
         message = "is not used: the engine is started by the runner itself"
         findings.note(
             "config/no-effect", ("experiment", "task", "entrypoint"), message, section.task.entrypoint
@@ -201,6 +227,12 @@ def _fields(section: ExperimentSection, source: FilePath, findings: Findings) ->
         "notes": tuple(str(note) for note in sort_problems(findings.notes)),
         **_environments(section.envs or {}, findings),
     }
+
+
+def _is_unused(entrypoint: str | None) -> bool:
+    """Whether an entrypoint names a script that our runners stand in for."""
+    name = PurePath(entrypoint or "").name
+    return entrypoint is not None and model_script(entrypoint) is None and not name.startswith("run_serve_")
 
 
 def _node_args(section: ExperimentSection, findings: Findings) -> dict[str, dict[str, Any]]:

@@ -111,14 +111,21 @@ def masked_text(text: str) -> str:
     """Return text with what looks like a secret replaced: `key=value`, `--key value`, URLs, known tokens."""
     text = _URL.sub(rf"\1:{MASK}@", text)
     text = _URL_TOKEN.sub(f"{MASK}@", text)
-    text = _PAIR.sub(_pair, text)
-    text = _FLAG.sub(_pair, text)
+    text = _masked_pairs(_FLAG, _masked_pairs(_PAIR, text))
     text = _BEARER.sub(rf"\1\2{MASK}", text)
     return _KNOWN.sub(MASK, text)
 
 
-def _pair(match: re.Match[str]) -> str:
-    return f"{match['key']}{match['sign']}{MASK}" if is_secret(match["key"]) else match[0]
+def _masked_pairs(pattern: re.Pattern[str], text: str) -> str:
+    """Mask the values of secret keys; the value of another key may hold pairs of its own (`url: x?token=y`)."""
+    parts, at = [], 0
+    while match := pattern.search(text, at):
+        parts.append(text[at : match.end("sign")])
+        at = match.end("sign")
+        if is_secret(match["key"]):
+            parts.append(MASK)
+            at = match.end()
+    return "".join([*parts, text[at:]])
 
 
 def masked_override(text: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
 
@@ -26,7 +27,7 @@ from flagscale_config.resolve import MISSING, is_incomplete
 from flagscale_config.runner import Runner, Task
 from flagscale_config.suggest import Hint, home_of_train_option, suggestion
 
-__all__ = ["read_train"]
+__all__ = ["is_dropped", "read_train", "renamed_option", "renamed_value"]
 
 _SECTIONS = ("system", "model", "data")
 _ESCAPE = "; Megatron has no such option, but train.extra_args takes words as they are"
@@ -40,10 +41,27 @@ def _own() -> dict[str, dict[str, str]]:
     return loaded
 
 
+def renamed_option(key: str) -> str:
+    """Return the name that Megatron has today for an option of FlagScale's fork; any other key as it is."""
+    name = spelled(key)
+    return _own()["renamed"].get(name, name)
+
+
+def renamed_value(option: str, value: Any) -> Any:
+    """Return Megatron's choice for a tokenizer type of FlagScale's fork; any other value as it is."""
+    is_type = option == "tokenizer_type" and isinstance(value, str)
+    return _own()["tokenizer_types"].get(value, value) if is_type else value
+
+
+def is_dropped(key: str) -> bool:
+    """Whether an option of older files has no effect any more."""
+    return spelled(key) in _own()["dropped"]
+
+
 class _Reader:
     def __init__(self, findings: Findings, script: str | None = None) -> None:
         self.findings = findings
-        self.table: OptionTable = option_table("megatron")
+        self.table: OptionTable = option_table("megatron", findings.versions.get("megatron"))
         self.script = script_table(script) if script is not None else None
         self.script_options: dict[str, Any] = {}
         self.hetero: dict[str, tuple[Any, Path]] = {}
@@ -69,7 +87,8 @@ class _Reader:
             return
         renamed = _own()["renamed"].get(name)
         if renamed is not None:
-            self.findings.note("config/renamed", path, f"read as {renamed}", value)
+            hint = Hint(suggestion=renamed)
+            self.findings.note("config/renamed", path, f"read as {renamed}", value, hint=hint)
         found = self.table.find(renamed or name)
         if found is None:
             self._unknown(name, path)
@@ -80,15 +99,18 @@ class _Reader:
         """Report FlagScale options without effect or support; return whether the key goes on to the table."""
         own = _own()
         if name in own["dropped"]:
-            self.findings.note("config/no-effect", path, f"has no effect: {own['dropped'][name]}")
+            self.findings.note("config/dropped", path, f"has no effect: {own['dropped'][name]}")
             return False
-        if homes(name):
+        reason = own["refused"].get(name)
+        if reason is None and homes(name):
             scripts = " or ".join(f"{script}.py" for script in homes(name))
             message = f"holds only with experiment.task.entrypoint {scripts}, which trains such models"
             self.findings.error("config/unsupported", path, message)
             return False
-        reason = own["refused"].get(name)
-        if reason is None and name not in self.table:
+        if name in self.table and reason is None:
+            return True
+        reason = reason or self.table.elsewhere(name) or None
+        if reason is None and not self._near(name):
             reason = next(
                 (text for start, text in own["refused_prefixes"].items() if name.startswith(start)), None
             )
@@ -97,8 +119,13 @@ class _Reader:
             self.findings.error("config/unsupported", path, message)
         return reason is None
 
+    def _near(self, name: str) -> list[str]:
+        """Return the option of the model script or of meshes that a key may have meant."""
+        known = [*HETERO_OPTIONS, *(self.script.options if self.script is not None else ())]
+        return get_close_matches(name, known, 1, 0.8)
+
     def _unknown(self, name: str, path: Path) -> None:
-        hint = suggestion(name, self.table, path)
+        hint = suggestion(name, self.table, path, sections=self._near(name))
         self.findings.excused.add(self.table.nearest(name) or "")
         self.findings.error("config/unknown-key", path, f"unknown key{hint or _ESCAPE}", hint=hint)
 
@@ -108,10 +135,8 @@ class _Reader:
         if value == "None" and option.type != "bool":
             self.findings.note("config/none-text", path, 'the text "None" is read as null; write null', value)
             return
-        if option.name == "tokenizer_type" and value in _own()["tokenizer_types"]:
-            known = _own()["tokenizer_types"][value]
-            self.findings.note("config/renamed", path, f"{value} is read as {known}", value)
-            value = known
+        if option.name == "tokenizer_type" and (value := self._tokenizer(value, path)) is None:
+            return
         try:
             typed = option.coerce(value)
         except OptionError as error:
@@ -120,6 +145,21 @@ class _Reader:
             self.is_incomplete = True
             return
         self._store(option, not typed if is_opposite else typed, path)
+
+    def _tokenizer(self, value: Any, path: Path) -> Any:
+        """Return Megatron's name for one of FlagScale's tokenizers; None, and an error, where it has none."""
+        own = _own()
+        reason = own["tokenizer_types_refused"].get(str(value))
+        if reason is not None:
+            self.findings.error(
+                "config/unsupported", path, f"is not a tokenizer of Megatron: {reason}", value
+            )
+            return None
+        known = own["tokenizer_types"].get(str(value))
+        if known is not None:
+            hint = Hint(suggestion=known)
+            self.findings.note("config/renamed-value", path, f"{value} is read as {known}", value, hint=hint)
+        return known or value
 
     def _set_script(self, option: Option, is_opposite: bool, value: Any, path: Path) -> None:  # noqa: FBT001
         """Set an option of the model script."""

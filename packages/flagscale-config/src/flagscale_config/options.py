@@ -1,9 +1,9 @@
 """The options of each engine, as its own parser knows them.
 
-The tables under `data/` are written by `scripts/extract_*.py` from the engines' parsers. This module reads
-them, finds an option by any of its spellings, and turns a YAML value into the value the engine would parse.
-What does not live here: FlagScale's own additions to Megatron (`megatron.py`) and command lines
-(`render.py`).
+The tables under `data/` are written by `scripts/extract_*.py` from the engines' parsers, several versions of
+an engine in one file. This module finds an option by any of its spellings, and turns a YAML value into the
+value the engine would parse. What does not live here: which version of an engine is meant (`versions.py`),
+FlagScale's own additions to Megatron (`megatron.py`) and command lines (`render.py`).
 """
 
 from __future__ import annotations
@@ -12,20 +12,32 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
 
 from flagscale_config.errors import show
+from flagscale_config.versions import choose, installed, precedes
 
-__all__ = ["Option", "OptionError", "OptionTable", "OptionValue", "option_table", "spelled"]
+__all__ = [
+    "ENGINES",
+    "Option",
+    "OptionError",
+    "OptionTable",
+    "OptionValue",
+    "known_versions",
+    "option_table",
+    "spelled",
+]
 
 OptionValue = bool | int | float | str | tuple[Any, ...] | Mapping[str, Any]
 """What an option can hold: scalars, sequences of scalars, or (for JSON options) mappings."""
 
-_FILES = {"megatron": "megatron-0.19.json", "vllm": "vllm-0.25.json", "transformers": "transformers-5.json"}
+ENGINES = ("llama_cpp", "megatron", "sglang", "transformers", "vllm")
+"""Engines whose options are known."""
+
 _SIZE = re.compile(r"\d+(\.\d+)?[kKmMgGtT]?|auto|-1")
 
 
@@ -55,8 +67,8 @@ class Option:
     and `--no-x`; `value`; `list`: several values; `append`: the flag repeated; `json`: one JSON text;
     `optional`: a flag with or without value."""
     type: str = "str"
-    """`int`, `float`, `str`, `bool` (text the engine calls `bool` on), `size` (1k, 2M, ...), `expr` (text the
-    engine parses itself)."""
+    """`int`, `float`, `str`, `bool` (text the engine calls `bool` on), `size` (1k, 2M, ...), `toggle`
+    (`on`, `off`, perhaps `auto`), `expr` (text the engine parses itself)."""
     nargs: str | int | None = None
     choices: tuple[Any, ...] = ()
     default: Any = None
@@ -65,6 +77,12 @@ class Option:
     """The `--no-x` flag of a `pair`."""
     dest: str | None = None
     """The attribute in the engine's parsed arguments, where it is not the name."""
+    since: str | None = None
+    """The first version that has the option as it is here; None for the oldest version known."""
+    removed: str | None = None
+    """The first version that has it no more, or otherwise; None when the newest version known has it."""
+    renamed_to: str | None = None
+    """What replaces it where it was removed."""
 
     @property
     def attribute(self) -> str:
@@ -183,6 +201,13 @@ def _size(value: Any) -> int | str:
     return _integer(value)
 
 
+def _toggle(value: Any) -> str:
+    """Return `on` or `off`, which YAML reads as true and false, or another word as it is."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return {"true": "on", "false": "off"}.get(str(value).lower(), str(value))
+
+
 _CONVERTERS: dict[str, Any] = {
     "int": _integer,
     "float": _number,
@@ -190,6 +215,7 @@ _CONVERTERS: dict[str, Any] = {
     "expr": _text,
     "bool": _text,
     "size": _size,
+    "toggle": _toggle,
 }
 _WORDS = {
     "int": "integer",
@@ -198,23 +224,60 @@ _WORDS = {
     "expr": "value",
     "bool": "text",
     "size": "size",
+    "toggle": "word",
 }
+
+
+class _Records(Mapping[str, Option]):
+    """Options by name, each built from its record when it is first asked for: a file names few of them."""
+
+    def __init__(self, engine: str, records: Mapping[str, Mapping[str, Any]]) -> None:
+        self.records = records
+        self._engine = engine
+        self._built: dict[str, Option] = {}
+
+    def __getitem__(self, name: str) -> Option:
+        if name not in self._built:
+            self._built[name] = _option(self._engine, self.records[name])
+        return self._built[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.records
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
 
 
 class OptionTable:
     """All options of one engine version."""
 
-    def __init__(self, engine: str, version: str, options: Mapping[str, Option]) -> None:
+    def __init__(
+        self,
+        engine: str,
+        version: str,
+        options: Mapping[str, Option],
+        others: Mapping[str, Option] | None = None,
+    ) -> None:
         self.engine = engine
         self.version = version
+        """The version whose options these are: the nearest one known to the version asked for."""
         self.options = options
+        self.others = {} if others is None else others
+        """Options that only other versions have."""
         self._aliases: dict[str, tuple[str, bool]] = {}
-        for option in options.values():
-            for flag in option.flags:
-                self._aliases.setdefault(spelled(flag[2:]), (option.name, False))
-        for option in options.values():
-            for opposite in _opposites(option):
-                self._aliases.setdefault(opposite, (option.name, True))
+        self._twins: dict[tuple[str, str], str] = {}
+        opposites = []
+        for name, flags, kind, dest, negative in _spellings(options):
+            for flag in flags:
+                self._aliases.setdefault(spelled(flag[2:]), (name, False))
+            if kind in _OPPOSITE:
+                self._twins.setdefault((dest or name, kind), name)
+            opposites += [(word, name) for word in _opposites(kind, flags, dest, negative)]
+        for word, name in opposites:
+            self._aliases.setdefault(word, (name, True))
 
     def find(self, key: str) -> tuple[Option, bool] | None:
         """Return the option a key means, and whether the key says its opposite.
@@ -225,11 +288,36 @@ class OptionTable:
         found = self._aliases.get(spelled(key))
         return (self.options[found[0]], found[1]) if found else None
 
+    def elsewhere(self, key: str) -> str:
+        """Say which other version has an option that this one lacks, and what replaces it; "" for none.
+
+        For example `removed in vllm 0.28.0`, `new in vllm 0.31.0 (this is 0.25.1)`,
+        `only megatron 0.17.1+fl has it`.
+        """
+        option = self.others.get(spelled(key))
+        if option is None:
+            return ""
+        cure = f"; use {option.renamed_to}" if option.renamed_to else ""
+        if option.since is not None and "+" in option.since:
+            return f"only {self.engine} {option.since} has it{cure}"
+        if option.removed is not None and not precedes(self.version, option.removed):
+            return f"removed in {self.engine} {option.removed}{cure}"
+        return f"new in {self.engine} {option.since} (this is {self.version}){cure}"
+
+    def renamed(self, key: str) -> str | None:
+        """Return the option of this table that another name of it means, None when there is none."""
+        name = _renamed().get(self.engine, {}).get(spelled(key))
+        return name if name in self.options else None
+
+    def spellings(self) -> Iterator[tuple[str, str, bool]]:
+        """Yield every spelling with underscores, the option it means, and whether it says its opposite."""
+        for alias, (name, is_opposite) in self._aliases.items():
+            yield alias, name, is_opposite
+
     def twin(self, option: Option) -> Option | None:
         """Return the switch that sets the same attribute the other way, as `--no-x` does beside `--x`."""
-        other = {"true": "false", "false": "true"}.get(option.kind)
-        same = (item for item in self.options.values() if item.attribute == option.attribute)
-        return next((item for item in same if item.kind == other), None)
+        name = self._twins.get((option.attribute, _OPPOSITE.get(option.kind, "")))
+        return self.options[name] if name is not None else None
 
     def nearest(self, key: str) -> str | None:
         """Return the option whose spelling is nearest to an unknown key, None when nothing is near."""
@@ -241,29 +329,136 @@ class OptionTable:
         return isinstance(key, str) and spelled(key) in self._aliases
 
 
-def _opposites(option: Option) -> list[str]:
+_OPPOSITE = {"true": "false", "false": "true"}
+
+_Spelling = tuple[str, Sequence[str], str, str | None, str | None]
+
+
+def _spellings(options: Mapping[str, Option]) -> Iterator[_Spelling]:
+    """Yield name, flags, kind, attribute and negative flag of each option, without building any."""
+    if not isinstance(options, _Records):
+        for option in options.values():
+            yield option.name, option.flags, option.kind, option.dest, option.negative
+        return
+    for name, record in options.records.items():
+        kind = record.get("kind", "value")
+        yield name, _flags(record), kind, record.get("dest"), _negative(record, kind)
+
+
+def _flags(record: Mapping[str, Any]) -> Sequence[str]:
+    """Return the flags of a record; the usual one, which follows from the name, is not written there."""
+    found: Sequence[str] | None = record.get("flags")
+    return found if found is not None else ("--" + record["name"].replace("_", "-"),)
+
+
+def _negative(record: Mapping[str, Any], kind: str) -> str | None:
+    if kind != "pair":
+        return None
+    return str(record.get("negative") or f"--no-{_flags(record)[0][2:]}")
+
+
+def _opposites(kind: str, flags: Sequence[str], dest: str | None, negative: str | None) -> list[str]:
     """Return the names by which users switch an option the other way."""
-    if option.kind == "pair" and option.negative:
-        return [spelled(option.negative[2:])]
-    if option.kind != "false":
+    if kind == "pair" and negative:
+        return [spelled(negative[2:])]
+    if kind != "false":
         return []
-    names = [option.dest] if option.dest else []
-    return names + [spelled(flag[5:]) for flag in option.flags if flag.startswith("--no-")]
+    names = [dest] if dest else []
+    return names + [spelled(flag[5:]) for flag in flags if flag.startswith("--no-")]
 
 
-@functools.cache
-def option_table(engine: str) -> OptionTable:
-    """Return the option table of `megatron`, `vllm` or `transformers`.
+def option_table(engine: str, version: str | None = None) -> OptionTable:
+    """Return the options of an engine: `megatron`, `sglang`, `vllm`, `llama_cpp` or `transformers`.
+
+    Args:
+        engine: the engine.
+        version: its version, such as `0.33` or `0.17.1+fl` (FlagOS's Megatron-LM-FL); by default the one
+            installed beside this package, else the newest known. The nearest version known not newer than it
+            is taken: `OptionTable.version`.
 
     Raises:
         KeyError: no table is shipped for this engine.
     """
-    text = files("flagscale_config").joinpath("data", _FILES[engine]).read_text(encoding="utf-8")
-    raw = json.loads(text)
-    options: dict[str, Option] = {}
-    for item in raw["options"]:
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in item.items()
-        }
-        options[item["name"]] = Option(**fields)
-    return OptionTable(raw["engine"], raw["version"], options)
+    if engine not in ENGINES:
+        raise KeyError(engine)
+    return _table(engine, choose(_data(engine)["versions"], version or installed(engine)))
+
+
+def known_versions(engine: str) -> tuple[str, ...]:
+    """Return the versions of an engine whose options are known, oldest first, forks last.
+
+    Raises:
+        KeyError: no table is shipped for this engine.
+    """
+    if engine not in ENGINES:
+        raise KeyError(engine)
+    return tuple(_data(engine)["versions"])
+
+
+def _read(name: str) -> Any:
+    return json.loads(files("flagscale_config").joinpath("data", name).read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _data(engine: str) -> Any:
+    return _read(f"{engine}.json")
+
+
+@functools.cache
+def _help(engine: str) -> Any:
+    return _read(f"{engine}.help.json")
+
+
+@functools.cache
+def _renamed() -> Any:
+    return _read("renamed.json")
+
+
+@functools.cache
+def _table(engine: str, version: str) -> OptionTable:
+    """Return the table of one known version."""
+    data = _data(engine)
+    position = data["versions"].index(version)
+    options: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    for record in data["options"]:
+        held = record.get("in")
+        if held is None or position in held:
+            options[record["name"]] = record
+        else:
+            others[record["name"]] = record
+    elsewhere = {name: record for name, record in others.items() if name not in options}
+    return OptionTable(engine, version, _Records(engine, options), _Records(engine, elsewhere))
+
+
+def _option(engine: str, record: Mapping[str, Any]) -> Option:
+    name, kind = record["name"], record.get("kind", "value")
+    since, removed = _span(record.get("in"), _data(engine)["versions"])
+    default = record.get("default")
+    return Option(
+        name=name,
+        flags=tuple(_flags(record)),
+        kind=kind,
+        type=record.get("type", "str"),
+        nargs=record.get("nargs"),
+        choices=tuple(record.get("choices", ())),
+        default=tuple(default) if isinstance(default, list) else default,
+        help=_help(engine).get(name, ""),
+        negative=_negative(record, kind),
+        dest=record.get("dest"),
+        since=since,
+        removed=removed,
+        renamed_to=_renamed().get(engine, {}).get(name),
+    )
+
+
+def _span(held: list[int] | None, versions: list[str]) -> tuple[str | None, str | None]:
+    """Return the first version that has a record, and the first that has it no more, None for the ends."""
+    if held is None:
+        return None, None
+    plain = [position for position in held if "+" not in versions[position]]
+    if not plain:
+        return versions[held[0]], None
+    last = plain[-1] + 1
+    is_gone = last < len(versions) and "+" not in versions[last]
+    return (versions[plain[0]] if plain[0] else None), (versions[last] if is_gone else None)

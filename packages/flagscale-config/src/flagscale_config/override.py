@@ -18,6 +18,8 @@ from flagscale_config.places import Path, Places, dotted, forget, place_value
 
 __all__ = ["apply_overrides", "parse_overrides"]
 
+MAX_CHARACTERS = 2000
+
 
 def parse_overrides(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     """Return the overrides, without those of Hydra's own settings, and what cannot be parsed."""
@@ -27,6 +29,10 @@ def parse_overrides(texts: Sequence[str]) -> tuple[list[Override], list[Problem]
     parsed: list[Override] = []
     problems: list[Problem] = []
     for text in texts:
+        if len(text) > MAX_CHARACTERS:  # the parser takes seconds for thousands of brackets
+            shown, limit = f"{text[:60]}...", f"{MAX_CHARACTERS} are allowed"
+            problems.append(_faulty(shown, f"an override of {len(text)} characters; {limit}"))
+            continue
         if text.lstrip("+~").startswith("="):  # Hydra takes it for a choice in the root folder
             problems.append(_faulty(text, "the key is missing; an override is `key=value`"))
             continue

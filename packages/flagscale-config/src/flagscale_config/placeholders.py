@@ -49,7 +49,7 @@ def _cleaned(value: Any, path: Path, findings: Findings) -> Any:
         return MISSING
     if _PATH.fullmatch(value):
         findings.note(
-            "config/placeholder", path, "looks like a placeholder; set it to a path of yours", value
+            "config/required", path, "looks like a placeholder; set it to a path of yours", value
         )
     return value
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["recipes"]
+__all__ = ["recipes", "task_of"]
 
 _GROUP = "flagscale.recipes"
 
@@ -39,7 +39,7 @@ def _offers() -> Mapping[str, list[Path]]:
     return offers
 
 
-def _task(path: Path) -> str:
+def task_of(path: Path) -> str:
     """Return the task type that an experiment file states; empty where it cannot be read."""
     import yaml
 
@@ -64,7 +64,7 @@ def recipes(task: str | None = None) -> Mapping[str, Path]:
             found[name] = paths[0]
             continue
         for path in paths:
-            kind = _task(path)
+            kind = task_of(path)
             found.setdefault(f"{kind}:{name}", path)
             if kind == task:
                 found.setdefault(name, path)

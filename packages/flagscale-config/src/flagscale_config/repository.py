@@ -5,6 +5,7 @@ Hydra's defaults-list code asks it which files exist, what they hold and what th
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,11 @@ class FolderRepository(ConfigRepository):  # type: ignore[misc]
 
     def config_exists(self, config_path: str) -> bool:
         """Whether there is such a file."""
-        return self.file_of(config_path).is_file()
+        return os.path.isfile(self.file_of(config_path))  # noqa: PTH113  Path raises on names too long to be
 
     def group_exists(self, config_path: str) -> bool:
         """Whether there is such a folder."""
-        return Path(self.folder, config_path).is_dir()
+        return os.path.isdir(Path(self.folder, config_path))  # noqa: PTH112  Path raises on names too long to be
 
     def get_group_options(self, group_name: str, results_filter: Any = ObjectType.CONFIG) -> list[str]:
         """Return the names of the files of a group."""

@@ -9,9 +9,21 @@ from pathlib import Path
 
 from flagscale_config.errors import ConfigError, Origin, Problem
 
+_INDENT = {"experiment": 2}
+"""Schemas of files are one line: editors read them, and the option tables in them are reviewed as tables."""
+
 __all__ = ["KINDS", "check_schema", "schema_text"]
 
-KINDS = ("experiment",)
+KINDS = (
+    "experiment",
+    "experiment-file",
+    "train-file",
+    "serve-file",
+    "inference-file",
+    "compress-file",
+    "rl-file",
+)
+"""The resolved contract, and the files that users write."""
 
 
 def schema_text(kind: str) -> str:
@@ -23,11 +35,17 @@ def schema_text(kind: str) -> str:
     if kind not in KINDS:
         message = f"no schema named {kind!r}; known: {', '.join(KINDS)}"
         raise ConfigError([Problem(code="config/value", message=message, given=kind)])
-    from flagscale_config.experiment import Experiment
+    from flagscale_config.experiment import SCHEMA_VERSION, Experiment
 
-    schema = Experiment.model_json_schema(mode="serialization")
+    if kind == "experiment":
+        schema = Experiment.model_json_schema(mode="serialization")
+    else:
+        from flagscale_config.file_schema import file_schema
+
+        schema = file_schema(kind)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return json.dumps(schema, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    schema["$id"] = f"urn:flagscale:{kind}:{SCHEMA_VERSION}"
+    return json.dumps(schema, indent=_INDENT.get(kind), sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def check_schema(kind: str, path: str | PathLike[str]) -> None:
@@ -48,5 +66,5 @@ def check_schema(kind: str, path: str | PathLike[str]) -> None:
         lines = unified_diff(found.splitlines(), wanted.splitlines(), lineterm="", n=0)
         first = next((line for line in lines if line[:1] in "+-" and line[:3] not in {"+++", "---"}), "")
         cure = f"write it anew: flagscale-config schema {kind} > {path}"
-        message = f"differs from the contract ({first.strip()}); {cure}"
+        message = f"differs from the contract ({first.strip()[:100]}); {cure}"
         raise ConfigError([Problem(code="config/schema", message=message, origin=place)])

@@ -75,6 +75,8 @@ def _location(loc: Sequence[str | int], tree: Any) -> Path:
     """Return the part of pydantic's location that is in the file: unions add words of their own."""
     found: list[str | int] = []
     for index, part in enumerate(loc):
+        if isinstance(part, int) and isinstance(tree, Mapping):
+            continue  # one mapping that stands for a list of one
         if not _holds(tree, part):
             # The last part may name a key that is missing; anything else is pydantic's.
             is_missing = isinstance(tree, Mapping) and index + 1 == len(loc)

@@ -8,7 +8,7 @@ from typing import Any
 from flagscale_config.errors import show
 from flagscale_config.experiment import ServeInstance
 from flagscale_config.findings import Findings
-from flagscale_config.options import OptionError, option_table, spelled
+from flagscale_config.options import ENGINES, Option, OptionError, OptionTable, option_table, spelled
 from flagscale_config.places import Path
 from flagscale_config.policy_server import PolicyArguments
 from flagscale_config.resolve import is_incomplete
@@ -18,15 +18,16 @@ from flagscale_config.suggest import Hint, suggestion
 
 __all__ = ["read_serve", "typed_options"]
 
-_TABLES = ("vllm", "transformers")
+_ENGINES = tuple(engine for engine in ENGINES if engine != "megatron")
 _GONE = {
-    "disable_log_requests": "vLLM no longer logs requests unless enable_log_requests is set",
-    "swap_space": "vLLM 0.25 has no CPU swap space",
-    "num_scheduler_steps": "vLLM 0.25 has no multi-step scheduling",
-    "use_v2_block_manager": "vLLM 0.25 has one block manager",
-    "max_seq_len_to_capture": "vLLM 0.25 reads compilation_config instead",
+    "vllm": {
+        "disable_log_requests": "vLLM no longer logs requests unless enable_log_requests is set",
+        "swap_space": "vLLM 0.25 and later have no CPU swap space",
+        "num_scheduler_steps": "vLLM 0.25 and later have no multi-step scheduling",
+        "use_v2_block_manager": "vLLM 0.25 and later have one block manager",
+        "max_seq_len_to_capture": "vLLM 0.25 and later read compilation_config instead",
+    }
 }
-_NO_TABLE = frozenset({"sglang", "llama_cpp", "native"})
 
 
 def read_serve(tree: Any, findings: Findings, task: Task | None = None) -> tuple[ServeInstance, ...]:
@@ -73,17 +74,17 @@ def _read_item(item: Any, path: Path, findings: Findings, *, is_script: bool) ->
 
 
 def _specific(tree: Mapping[str, Any], path: Path, findings: Findings) -> dict[str, Any]:
-    """Type the options of each engine that has a table; the rest pass as they are."""
+    """Type the options that are said for one engine only."""
     typed: dict[str, Any] = {}
     for engine, options in tree.items():
-        if engine not in _TABLES and engine not in _NO_TABLE:
-            allowed = ", ".join(sorted({*_TABLES, *_NO_TABLE}))
+        if engine not in _ENGINES and engine != "native":
+            allowed = ", ".join(sorted((*_ENGINES, "native")))
             findings.error("config/unknown-key", (*path, engine), f"unknown engine; allowed: {allowed}")
         elif options is None:
             typed[engine] = {}
         elif not isinstance(options, Mapping):
             findings.error("config/value", (*path, engine), f"must be a mapping ({show(options)} given)")
-        elif engine in _TABLES:
+        elif engine in _ENGINES:
             typed[engine] = typed_options(options, engine, (*path, engine), findings)
         else:
             typed[engine] = {spelled(key): value for key, value in options.items()}
@@ -94,21 +95,12 @@ def typed_options(
     tree: Mapping[str, Any], engine: str, path: Path, findings: Findings, own: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Return engine options by canonical name, typed by the engine's table; `own` are other names near."""
-    table = option_table(engine)
+    table = option_table(engine, findings.versions.get(engine))
     typed: dict[str, Any] = {}
     for key, value in _joined(tree).items():
-        here = (*path, key)
-        name = spelled(key)
-        found = table.find(key)
-        if value is None or is_incomplete(value):
-            continue
-        if found is None and name in _GONE:
-            findings.note("config/no-effect", here, f"has no effect: {_GONE[name]}")
-            continue
+        here = (*path, key if key in tree else next(word for word in tree if word.startswith(f"{key}.")))
+        found = None if value is None or is_incomplete(value) else _option(key, table, here, findings, own)
         if found is None:
-            hint = suggestion(key, table, path, sections=own)
-            message = f"unknown option of {engine} {table.version}{hint}"
-            findings.error("config/unknown-key", here, message, hint=hint)
             continue
         try:
             coerced = found[0].coerce(value)
@@ -125,6 +117,27 @@ def typed_options(
             findings.error("config/conflict", here, message, value)
         typed[option.name] = coerced
     return typed
+
+
+def _option(
+    key: str, table: OptionTable, here: Path, findings: Findings, own: Sequence[str]
+) -> tuple[Option, bool] | None:
+    """Return the option a key means, and whether it says the opposite; report a key that means none."""
+    name = spelled(key)
+    found = table.find(name)
+    if found is None and (renamed := table.renamed(name)) is not None:
+        findings.note("config/renamed", here, f"read as {renamed}")
+        found = table.find(renamed)
+    if found is not None:
+        return found
+    if (reason := _GONE.get(table.engine, {}).get(name)) is not None:
+        findings.note("config/dropped", here, f"has no effect: {reason}")
+        return None
+    gone = table.elsewhere(name)
+    hint = Hint(f": {gone}") if gone else suggestion(key, table, here[:-1], sections=own)
+    message = f"unknown option of {table.engine} {table.version}{hint}"
+    findings.error("config/unknown-key", here, message, hint=hint)
+    return None
 
 
 def _joined(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from flagscale_config.places import Path
 from flagscale_config.reinforcement import ReinforcementLearning
 from flagscale_config.resolve import is_incomplete
 
-__all__ = ["read_rl", "verl_keys"]
+__all__ = ["read_rl", "verl_keys", "verl_tree"]
 
 _CONFIG = "ppo_trainer"
 _OWN = ("config-path", "config-name", "append_kargs")
@@ -54,6 +54,20 @@ def verl_keys(config_name: str = _CONFIG) -> Mapping[str, str]:
         KeyError: verl has no such configuration.
     """
     return {**dict(_flat(_table()["configs"][config_name])), **_FORK}
+
+
+def verl_tree() -> dict[str, Any]:
+    """Return the keys of all of verl's configurations as one tree; the leaves are kinds."""
+    tree: dict[str, Any] = {}
+    for name in _table()["configs"]:
+        for key, kind in verl_keys(name).items():
+            *sections, last = key.split(".")
+            here = tree
+            for section in sections:
+                below = here.setdefault(section, {})
+                here = below if isinstance(below, dict) else here
+            here[last] = kind
+    return tree
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from flagscale_hw.flagos import FlagOSProfile, flagos_env
     from flagscale_hw.hostfile import HostEntry, read_hostfile
+    from flagscale_hw.kubernetes import Pods, render_kubernetes
     from flagscale_hw.logs import LogLine
     from flagscale_hw.machine import Device, Machine
     from flagscale_hw.peaks import peak
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from flagscale_hw.plan import File, Plan, Probe, Process, StopPolicy
     from flagscale_hw.preflight import HostReport, Obstacle, SurveyRequest, judge, survey
     from flagscale_hw.runs import Run, launch, list_runs, open_run
+    from flagscale_hw.scripts import render_scripts
+    from flagscale_hw.slurm import render_slurm, submit
     from flagscale_hw.status import ProcessStatus, RunStatus
     from flagscale_hw.target import Target
 
@@ -53,6 +56,7 @@ __all__ = [
     "Machine",
     "Obstacle",
     "Plan",
+    "Pods",
     "Probe",
     "Process",
     "ProcessStatus",
@@ -74,7 +78,11 @@ __all__ = [
     "open_run",
     "peak",
     "read_hostfile",
+    "render_kubernetes",
+    "render_scripts",
+    "render_slurm",
     "runtime",
+    "submit",
     "survey",
 ]
 
@@ -102,7 +110,10 @@ _HOMES = {
     "status": ("ProcessStatus", "RunStatus"),
     "preflight": ("HostReport", "Obstacle", "SurveyRequest", "judge", "survey"),
     "hostfile": ("HostEntry", "read_hostfile"),
+    "kubernetes": ("Pods", "render_kubernetes"),
     "placeholders": ("literal",),
+    "scripts": ("render_scripts",),
+    "slurm": ("render_slurm", "submit"),
     "target": ("Target",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

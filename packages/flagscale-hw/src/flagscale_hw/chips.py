@@ -1,7 +1,7 @@
 """What software runs on a chip: one row per chip.
 
-What does not live here: finding chips (`detection.py`), selecting devices (`environment.py`), the variables of
-the FlagOS plug-ins (`flagos.py`).
+What does not live here: finding chips (`detection.py`), selecting devices (`environment.py`), the variables
+of the FlagOS plug-ins (`flagos.py`).
 
 Where the rows come from: gpustack-runtime `envs.py` and its container recipes (variables and nodes), the
 platform classes of flagos-ai/Megatron-LM-FL, TransformerEngine-FL, vllm-plugin-FL and sglang-plugin-FL (their
@@ -25,7 +25,9 @@ class Vllm:
     """How vLLM comes to run on a chip."""
 
     comes_from: Literal["vllm", "plug-in", "vendor build"]
-    """`vllm`: its own platform; `plug-in`: an installed entry point; `vendor build`: a vLLM patched by the vendor."""
+    """`vllm`: its own platform; `plug-in`: an installed entry point; `vendor build`: a vLLM patched by the
+    vendor.
+    """
     entry_point: str | None = None
     """Name in the entry-point group `vllm.platform_plugins`."""
     distribution: str | None = None
@@ -46,7 +48,9 @@ class Container:
     """What gives a container its devices."""
 
     variable: str | None = None
-    """Variable that the vendor's container runtime reads. None: there is none, or sources contradict each other."""
+    """Variable that the vendor's container runtime reads. None: there is none, or sources contradict each
+    other.
+    """
     runtime: str | None = None
     """Name of that runtime, for `docker run --runtime`."""
     uses_gpus_option: bool = False
@@ -213,7 +217,10 @@ _ROWS = (
         visible_devices_variable="MUSA_VISIBLE_DEVICES",
         settings=(("TE_FL_SKIP_CUDA", "1"),),
         container=Container(
-            variable="MTHREADS_VISIBLE_DEVICES", runtime="mthreads", nodes=(_DRI,), node_of_each="/dev/mtgpu.{}"
+            variable="MTHREADS_VISIBLE_DEVICES",
+            runtime="mthreads",
+            nodes=(_DRI,),
+            node_of_each="/dev/mtgpu.{}",
         ),
     ),
     Runtime(
@@ -232,7 +239,8 @@ _ROWS = (
         kubernetes_resource="metax-tech.com/gpu",
         visible_devices_variable="CUDA_VISIBLE_DEVICES",
         settings=(("TE_FL_SKIP_CUDA", "1"),),
-        # METAX_VISIBLE_DEVICES is set by one public project and banned by another: nodes are what both accept.
+        # METAX_VISIBLE_DEVICES is set by one public project and banned by another: nodes are what both
+        # accept.
         container=Container(nodes=("/dev/mxcd", _DRI)),
     ),
     Runtime(
@@ -272,8 +280,8 @@ _ROWS = (
         megatron_vendor="kunlunxin",
         te_vendor="kunlunxin",
         kubernetes_resource="kunlunxin.com/xpu",
-        # The stack that torch runs on imitates CUDA and reads its variable (FlagScale, Megatron-LM-FL); what the
-        # driver itself reads selects before it.
+        # The stack that torch runs on imitates CUDA and reads its variable (FlagScale, Megatron-LM-FL);
+        # what the driver itself reads selects before it.
         visible_devices_variable="CUDA_VISIBLE_DEVICES",
         outer_devices_variable="XPU_VISIBLE_DEVICES",
         settings=(("TE_FL_SKIP_CUDA", "1"),),

@@ -105,7 +105,9 @@ def _nodes(host: Host, machine: Machine) -> Iterator[Finding]:
     closed = [
         device.node
         for device in (*machine.devices, *machine.others)
-        if device.node and host.path(device.node).exists() and not os.access(host.path(device.node), os.R_OK | os.W_OK)
+        if device.node
+        and host.path(device.node).exists()
+        and not os.access(host.path(device.node), os.R_OK | os.W_OK)
     ]
     if closed:
         yield Finding(
@@ -170,7 +172,7 @@ def _layers(environ: Mapping[str, str], row: Runtime) -> Iterator[Finding]:
             code="HW201",
             is_good=False,
             subject=row.chip,
-            text=f"{inner}={environ[inner]} counts within {outer}={environ[outer]}, which has {count} devices",
+            text=f"{inner}={environ[inner]} counts within {outer}={environ[outer]}, which has {count}",
             hint=f"unset {outer}, or use numbers below {count} in {inner}",
         )
 
@@ -187,7 +189,7 @@ def _strangers(environ: Mapping[str, str], row: Runtime) -> Iterator[Finding]:
                 code="HW203",
                 is_good=False,
                 subject=row.chip,
-                text=f"{name}={environ[name]} is set, but programs on this chip read {row.visible_devices_variable}",
+                text=f"{name}={environ[name]} is set, but this chip reads {row.visible_devices_variable}",
                 hint="run `flagscale-hw env` and set what it prints",
             )
 

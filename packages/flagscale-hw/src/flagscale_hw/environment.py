@@ -30,9 +30,9 @@ def this_host() -> Host:
 def env(devices: Sequence[Device], *, environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the variables that let a process use exactly these devices, in this order.
 
-    The numbers are the driver's, so they replace a restriction that is in force already and do not count within
-    it. One exception: on chips with two layers (`ROCR_VISIBLE_DEVICES` under `HIP_VISIBLE_DEVICES`) the outer
-    variable stays in force, and the numbers count within it.
+    The numbers are the driver's, so they replace a restriction that is in force already and do not count
+    within it. One exception: on chips with two layers (`ROCR_VISIBLE_DEVICES` under `HIP_VISIBLE_DEVICES`)
+    the outer variable stays in force, and the numbers count within it.
 
     Args:
         devices: what to use, all of one chip.
@@ -68,8 +68,8 @@ def _number(device: Device) -> str:
         return str(device.index)
     if device.physical_index is None:
         raise InputError(
-            f"gaudi {device.index}: its module id is not known, and HABANA_VISIBLE_MODULES takes no other number: "
-            "install hl-smi, or set the variable by hand"
+            f"gaudi {device.index}: its module id is not known, and HABANA_VISIBLE_MODULES takes no other "
+            "number: install hl-smi, or set the variable by hand"
         )
     return str(device.physical_index)
 
@@ -85,8 +85,8 @@ def _within(row: Runtime, devices: Sequence[Device], environ: Mapping[str, str])
     missing = [number for number, place in zip(numbers, places, strict=True) if place is None]
     if missing:
         raise InputError(
-            f"devices {', '.join(missing)}: {row.outer_devices_variable}={text} hides them, and it is applied "
-            "first: name devices that it has, or unset it"
+            f"devices {', '.join(missing)}: {row.outer_devices_variable}={text} hides them, and it is "
+            "applied first: name devices that it has, or unset it"
         )
     return [str(place) for place in places]
 
@@ -160,7 +160,9 @@ def docker_options(devices: Sequence[Device]) -> list[str]:
         return [f"--runtime={box.runtime}", "-e", f"{box.variable}={numbers}"]
     options = [f"--device={node}" for node in box.nodes]
     if box.node_of_each:
-        options += [f"--device={device.node or box.node_of_each.format(_physical(device))}" for device in devices]
+        options += [
+            f"--device={device.node or box.node_of_each.format(_physical(device))}" for device in devices
+        ]
     elif row.visible_devices_variable:
         for name, value in env(devices).items():
             options += ["-e", f"{name}={value}"]
@@ -182,7 +184,7 @@ def kubernetes_limits(devices: Sequence[Device]) -> dict[str, Any]:
     row = _only_chip(devices)
     if row.kubernetes_resource is None:
         raise InputError(
-            f"{row.chip}: no Kubernetes device plug-in is known: ask your cluster's administrator for the resource"
+            f"{row.chip}: no Kubernetes device plug-in is known: ask your cluster's administrator for the "
+            "name of the resource"
         )
     return {"limits": {row.kubernetes_resource: len(devices)}}
-

@@ -3,8 +3,8 @@
     <root>/sys/bus/pci/devices, <root>/dev, <root>/proc     what the kernel would show
     <root>/usr/bin/<tool>                                   a shell script that prints what the tool would
 
-`FLAGSCALE_HW_ROOT=<root>` makes every program that asks `flagscale_hw` see that machine. What the tools print is
-in `stubs.py`.
+`FLAGSCALE_HW_ROOT=<root>` makes every program that asks `flagscale_hw` see that machine. What the tools
+print is in `stubs.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Model:
 
 def _drm(cards: Sequence[Card]) -> dict[str, str]:
     """Return what the kernel's graphics subsystem tells of each card."""
-    files = {}
+    files: dict[str, str] = {}
     for card in cards:
         folder = f"/sys/bus/pci/devices/{card.address}"
         files |= {
@@ -168,7 +168,9 @@ _MODELS: Mapping[str, _Model] = {
         node_of_each="dri/renderD{128}",
         uuid="{:016x}",
     ),
-    "tsingmicro": _Model(name="TX81", memory_mib=64 << 10, nodes=("accel_drv_mgr",), node_of_each="accel/dev-{}"),
+    "tsingmicro": _Model(
+        name="TX81", memory_mib=64 << 10, nodes=("accel_drv_mgr",), node_of_each="accel/dev-{}"
+    ),
     "enflame": _Model(
         name="S60",
         memory_mib=42976,
@@ -231,32 +233,50 @@ def write_host(root: Path, chip: str, count: int = 0, *, faults: Faults | None =
             f"fake host {chip!r} with {count} devices: give 0 for `cpu` and 1 to {_MOST} for other chips"
         )
     _write_computer(root)
-    if chip == "cpu":
-        return
-    model = _MODELS[chip]
-    cards = [_card(model, index, count) for index in range(count)]
-    for card in cards:
-        if model.vendor is not None:
-            _write_function(root, card.address, model.vendor, model.device, model.kind, card.numa_node, model.driver)
+    if chip != "cpu":
+        model = _MODELS[chip]
+        cards = [_card(model, index, count) for index in range(count)]
+        _write_devices(root, model, cards)
+        if chip in TOOLS:
+            tool = TOOLS[chip]
+            write_tool(root, tool.path, tool.answers(cards), faults or Faults())
+
+
+@dataclass(frozen=True)
+class _Function:
+    """One PCI function, as sysfs writes it."""
+
+    address: str
+    vendor: str
+    device: str
+    kind: str
+    driver: str
+    numa_node: int
+
+
+def _write_devices(root: Path, model: _Model, cards: Sequence[Card]) -> None:
+    for card in cards if model.vendor else ():
+        ids = (model.vendor or "", model.device, model.kind)
+        _write_function(root, _Function(card.address, *ids, model.driver, card.numa_node))
     for node in model.nodes:
         _write(root, f"/dev/{node}", "")
     for card in cards if model.node_of_each else ():
         _write(root, f"/dev/{_node(model.node_of_each, card.index)}", "")
     for path, text in model.more(cards).items():
         _write(root, path, text)
-    if chip in TOOLS:
-        tool = TOOLS[chip]
-        write_tool(root, tool.path, tool.answers(cards), faults or Faults())
 
 
 def _card(model: _Model, index: int, count: int) -> Card:
+    """Return one of `count` cards: the first half sits on one NUMA node, the rest on another."""
+    half = (count + 1) // 2
+    bus = index + 1 if index < half else index - half + 0x81
     return Card(
         index=index,
         model=model.name,
         memory_mib=model.memory_mib,
-        address=f"0000:{index + 1:02x}:00.0" if index < count / 2 else f"0000:{index + 129 - (count + 1) // 2:02x}:00.0",
+        address=f"0000:{bus:02x}:00.0",
         uuid=model.uuid.format(index),
-        numa_node=0 if index < count / 2 else 1,
+        numa_node=0 if index < half else 1,
     )
 
 
@@ -286,28 +306,30 @@ def _write_computer(root: Path) -> None:
     for path, text in files.items():
         _write(root, path, text)
     for node, address in enumerate(("0000:20:00.0", "0000:a0:00.0")):
-        _write_function(root, address, "0x15b3", "0x101b", "0x020700", node, "mlx5_core")
+        _write_function(root, _Function(address, "0x15b3", "0x101b", "0x020700", "mlx5_core", node))
         _link(root, f"/sys/class/infiniband/mlx5_{node}/device", f"../../../bus/pci/devices/{address}")
 
 
-def _write_function(  # noqa: PLR0913 - a function has as many properties
-    root: Path, address: str, vendor: str, device: str, kind: str, numa_node: int, driver: str
-) -> None:
-    """Write one PCI function, with the bridge that it sits behind."""
-    bus = 0 if numa_node == 0 else 0x80
-    bridge = f"/sys/devices/pci0000:{bus:02x}/0000:{bus:02x}:{int(address[5:7], 16) % 32:02x}.0"
-    folder = f"{bridge}/{address}"
+def _write_function(root: Path, function: _Function) -> None:
+    """Write one PCI function, behind a bridge of its own."""
+    bus, cpus = (0, "0-31") if function.numa_node == 0 else (0x80, "32-63")
+    slot = int(function.address[5:7], 16) % 32
+    folder = f"/sys/devices/pci0000:{bus:02x}/0000:{bus:02x}:{slot:02x}.0/{function.address}"
     texts = {
-        "vendor": vendor,
-        "device": device,
-        "class": kind,
-        "numa_node": str(numa_node),
-        "local_cpulist": "0-31" if numa_node == 0 else "32-63",
+        "vendor": function.vendor,
+        "device": function.device,
+        "class": function.kind,
+        "numa_node": str(function.numa_node),
+        "local_cpulist": cpus,
     }
     for name, text in texts.items():
         _write(root, f"{folder}/{name}", f"{text}\n")
-    _link(root, f"{folder}/driver", f"../../../../bus/pci/drivers/{driver}")
-    _link(root, f"/sys/bus/pci/devices/{address}", f"../../../devices{folder.removeprefix('/sys/devices')}")
+    _link(root, f"{folder}/driver", f"../../../../bus/pci/drivers/{function.driver}")
+    _link(
+        root,
+        f"/sys/bus/pci/devices/{function.address}",
+        f"../../../devices{folder.removeprefix('/sys/devices')}",
+    )
 
 
 def _link(root: Path, absolute: str, target: str) -> None:
@@ -338,7 +360,12 @@ def write_tool(root: Path, absolute: str, answers: Answers, faults: Faults) -> N
         lines.append(f"sleep {faults.slow_s:g}")
     if faults.garbage:
         lines += [f"printf {shlex.quote(_GARBAGE)}", f"exit {faults.exit_code}"]
-    lines += ['case "$*" in', *_cases(root, kept, answers), '*) echo "unknown words: $*" >&2; exit 2 ;;', "esac"]
+    lines += [
+        'case "$*" in',
+        *_cases(root, kept, answers),
+        '*) echo "unknown words: $*" >&2; exit 2 ;;',
+        "esac",
+    ]
     _write(root, absolute, "\n".join([*lines, f"exit {faults.exit_code}"]) + "\n")
     (root / absolute.lstrip("/")).chmod(0o755)
 
@@ -375,5 +402,6 @@ def _query_case(root: Path, kept: str, answers: Answers) -> str:
   done
   table=$(paste -d '#' $files | sed 's/#/, /g')
   case "$*" in *noheader*) table=$(printf '%s\\n' "$table" | sed 1d) ;; esac
-  case "$*" in *nounits*) table=$(printf '%s\\n' "$table" | sed 's/ \\(MiB\\|W\\|%\\)\\(,\\|$\\)/\\2/g') ;; esac
+  case "$*" in *nounits*) table=$(printf '%s\\n' "$table" | sed 's/ \\(MiB\\|W\\|%\\)\\(,\\|$\\)/\\2/g') ;;
+  esac
   printf '%s\\n' "$table" ;;"""

@@ -1,14 +1,14 @@
 """One wish for FlagOS, rendered into the variables of all its plug-ins, so that they cannot disagree.
 
 Six programs ask the same questions under different names: TransformerEngine-FL (`TE_FL_*`), Megatron-LM-FL
-(`MG_FL_*`), vllm-plugin-FL (`VLLM_FL_*`), sglang-plugin-FL (`SGLANG_FL_*`), FlagGems (`USE_FLAGGEMS`) and FlagCX
-(`FLAGCX_*`). A profile says each thing once, with our names of chips; every plug-in gets its own name of the
-vendor.
+(`MG_FL_*`), vllm-plugin-FL (`VLLM_FL_*`), sglang-plugin-FL (`SGLANG_FL_*`), FlagGems (`USE_FLAGGEMS`) and
+FlagCX (`FLAGCX_*`). A profile says each thing once, with our names of chips; every plug-in gets its own
+name of the vendor.
 
-Value grammars, from the plug-ins' documents and policy parsers: `*_PREFER` is `flagos`, `vendor` or `reference`;
-`*_STRICT` is 1 (an error where the wanted operator is missing) or 0 (another one is taken); vendors are separated
-by commas; `*_PER_OP` is `op=a|b;op2=c` with the words `flagos`, `vendor`, `vendor:<name>`, `reference`;
-`MG_FL_PREFER` is the name of one vendor.
+Value grammars, from the plug-ins' documents and policy parsers: `*_PREFER` is `flagos`, `vendor` or
+`reference`; `*_STRICT` is 1 (an error where the wanted operator is missing) or 0 (another one is taken);
+vendors are separated by commas; `*_PER_OP` is `op=a|b;op2=c` with the words `flagos`, `vendor`,
+`vendor:<name>`, `reference`; `MG_FL_PREFER` is the name of one vendor.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def flagos_env(
     Args:
         profile: what is wanted.
         chip: where it will run.
-        environ: what is set already, for instance `experiment.envs`; a different value there is a contradiction.
+        environ: what is set already, for instance `experiment.envs`; another value there is refused.
 
     Raises:
         DetectError: the chip is not known.
@@ -91,9 +91,12 @@ def _unknown(profile: FlagOSProfile) -> Iterator[str]:
     if profile.prefer is not None and profile.prefer not in KINDS:
         yield f"prefer: {profile.prefer!r}: not a kind: use one of {', '.join(KINDS)}"
     for where, chips in (("allow", profile.allow), ("deny", profile.deny)):
-        for name in chips:
-            if name not in CHIPS:
-                yield f"{where}: {name!r}: not a chip: known are {', '.join(CHIPS)}"
+        for name in sorted(set(chips) - set(CHIPS)):
+            yield f"{where}: {name!r}: not a chip: known are {', '.join(CHIPS)}"
+    yield from _unknown_operators(profile)
+
+
+def _unknown_operators(profile: FlagOSProfile) -> Iterator[str]:
     for op, order in profile.per_op.items():
         if not _OP.fullmatch(op):
             yield f"per_op: {op!r}: not the name of an operator: letters, digits and _ only"
@@ -111,11 +114,12 @@ def _contradictions(profile: FlagOSProfile) -> Iterator[str]:
         yield f"only_ops: {name}, except_ops: {name}: both cannot be: remove one"
     if profile.only_ops and profile.except_ops:
         yield (
-            f"only_ops: {','.join(profile.only_ops)}, except_ops: {','.join(profile.except_ops)}: the plug-ins "
-            "take one list or the other: keep one"
+            f"only_ops: {','.join(profile.only_ops)}, except_ops: {','.join(profile.except_ops)}: the "
+            "plug-ins take one list or the other: keep one"
         )
     if profile.flaggems is False and profile.only_ops:
-        yield f"flaggems: false, only_ops: {','.join(profile.only_ops)}: without FlagGems nothing is replaced: remove one"
+        named = ",".join(profile.only_ops)
+        yield f"flaggems: false, only_ops: {named}: without FlagGems nothing is replaced: remove one"
     for op, order in profile.per_op.items():
         for word in order:
             yield from _vendor_word(profile, op, word)
@@ -136,7 +140,8 @@ def _impossible(profile: FlagOSProfile, row: Runtime) -> Iterator[str]:
     if profile.prefer == "vendor" and row.chip in profile.deny:
         yield f"prefer: vendor, deny: {row.chip}: {row.chip} is the chip itself: remove one"
     if profile.prefer == "vendor" and profile.allow and row.chip not in profile.allow:
-        yield f"prefer: vendor, allow: {','.join(profile.allow)}: {row.chip}, the chip itself, is not allowed: add it"
+        allowed = ",".join(profile.allow)
+        yield f"prefer: vendor, allow: {allowed}: {row.chip}, the chip itself, is not allowed: add it"
     if profile.strict and profile.prefer == "flagos" and profile.flaggems is False:
         yield "prefer: flagos with strict: true, flaggems: false: FlagGems has those operators: switch it on"
     if profile.flagcx is not None and row.flagcx_adaptor is None:
@@ -169,7 +174,7 @@ def _render(profile: FlagOSProfile, row: Runtime) -> dict[str, str]:
 
 
 def _lists(profile: FlagOSProfile, prefix: str, attribute: str) -> dict[str, str]:
-    """Render vendors and operators in one plug-in's own names; a chip it has no name for cannot concern it."""
+    """Render vendors and operators in one plug-in's own names; a chip unknown to it keeps ours."""
 
     def name(chip: str) -> str:
         return getattr(runtime(chip), attribute) or chip
@@ -203,6 +208,6 @@ def _disagreements(rendered: Mapping[str, str], environ: Mapping[str, str]) -> I
     prefers_vendor = rendered["TE_FL_PREFER"] == "vendor"
     if legacy in ("0", "1") and (legacy == "1") != prefers_vendor:
         yield (
-            f"TE_FL_PREFER_VENDOR: {legacy} in the environment, TE_FL_PREFER={rendered['TE_FL_PREFER']} by the "
-            "FlagOS profile: remove the old variable"
+            f"TE_FL_PREFER_VENDOR: {legacy} in the environment, TE_FL_PREFER={rendered['TE_FL_PREFER']} by "
+            "the FlagOS profile: remove the old variable"
         )

@@ -1,7 +1,7 @@
 """Published figures of accelerators: dense rates, memory and bandwidth, each with its source and grade.
 
-A figure is given for exactly the name that the vendor's tool reports. No number is better than a wrong one: what
-no source gives, or sources contradict each other about, is None. The table is `specifications.json`.
+A figure is given for exactly the name that the vendor's tool reports. No number is better than a wrong one:
+what no source gives, or sources contradict each other about, is None. The table is `specifications.json`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Figure:
     sources: tuple[str, ...]
     """Where it was published, in words."""
     grade: Literal["measured", "secondary", "weak"]
-    """The best of its sources: the vendor's own tool; somebody who cites or collects; a table without sources."""
+    """The best of its sources: the vendor's own tool; somebody who cites; a table without sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def _row(row: Mapping[str, Any], sources: Mapping[str, Mapping[str, str]]) -> Sp
         return Figure(
             value=value * factor,
             sources=tuple(sources[code]["name"] for code in codes),
-            grade=next(grade for grade in ("measured", "secondary", "weak") if grade in grades),  # type: ignore[arg-type]
+            grade=next(grade for grade in ("measured", "secondary", "weak") if grade in grades),
         )
 
     rates = {dtype: figure(dtype) for dtype in DTYPES}

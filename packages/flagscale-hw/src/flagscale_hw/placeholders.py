@@ -1,9 +1,9 @@
 """Placeholders: what a plan leaves open because only the host, or the launch, can know it.
 
 `{port:NAME}` is a leased port, `{run_dir}` the run directory on the host, `{node_rank}` the number of the
-host in the plan and `{address:TARGET}` how other hosts reach it. They are replaced in argv, env values, cwd,
-texts of files and probe URLs. Every other brace is left alone, so JSON may stand in an argument; doubled
-braces, `{{run_dir}}`, mean the text `{run_dir}` itself.
+host in the plan, `{own_address}` how other hosts reach it and `{address:TARGET}` how they reach another. They
+are replaced in argv, env values, cwd, texts of files and probe URLs. Every other brace is left alone, so JSON
+may stand in an argument; doubled braces, `{{run_dir}}`, mean the text `{run_dir}` itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 
 __all__ = ["literal", "pieces", "placeholders", "substitute"]
 
-_NAMES = r"port:[a-z0-9_-]+|run_dir|node_rank|address:[A-Za-z0-9_.:\[\]-]+"
+_NAMES = r"port:[a-z0-9_-]+|run_dir|node_rank|own_address|address:[A-Za-z0-9_.:\[\]-]+"
+_ANY = re.compile(rf"\{{({_NAMES})\}}")
 _FOUND = re.compile(rf"\{{\{{(?P<literal>{_NAMES})\}}\}}|\{{(?P<open>{_NAMES})\}}")
 
 
@@ -59,7 +60,7 @@ def substitute(text: str, value_of: Callable[[str, str], str | None], *, is_last
 
 def literal(text: str) -> str:
     """Escape a text of the user, so that nothing in it is taken for a placeholder."""
-    return _FOUND.sub(lambda found: f"{{{found[0]}}}" if found["open"] else found[0], text)
+    return _ANY.sub(r"{{\1}}", text)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -13,8 +13,9 @@ import json
 import math
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from flagscale_hw.errors import InvalidPlan
@@ -176,8 +177,12 @@ class Plan:
             yield f"port {number} is wanted twice ({', '.join(same)}): ports must differ"
 
     def _problems_of_placeholders(self) -> Iterator[str]:
+        seen: set[str] = set()
         names = {target.name for target in self.targets}
         for place, text in self._texts():
+            if "{" not in text or text in seen:
+                continue
+            seen.add(text)
             for kind, name in placeholders(text):
                 if kind == "port" and name not in self.ports:
                     yield f"{place}: port {name!r} is not among {sorted(self.ports)}"
@@ -186,7 +191,7 @@ class Plan:
 
     def _problems_of_hosts(self) -> Iterator[str]:
         names = [target.name for target in self.targets]
-        for name in sorted({name for name in names if names.count(name) > 1}):
+        for name in sorted(name for name, count in Counter(names).items() if count > 1):
             yield f"two targets are called {name!r}: names must differ"
         yield from (problem for target in self.targets for problem in problems_of_target(target))
         for name in sorted(set(names) - {process.host for process in self.processes}):
@@ -221,9 +226,9 @@ class Plan:
             masked: show the values of `secrets` as `***`, also where such a value stands in an argument, a
                 file or a header. Without it the text is what `from_json` reads.
         """
-        data = asdict(self)
+        data = {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
         for name, silent in _LATER.items():
-            if data[name] == silent:
+            if getattr(self, name) == silent:
                 del data[name]
         if masked:
             values = [
@@ -232,7 +237,8 @@ class Plan:
                 for name in self.secrets
                 if name in process.env
             ]
-            data = _mask(data, sorted(values, key=len, reverse=True))
+            if values:
+                data = _mask(data, sorted(set(values), key=len, reverse=True))
             for process in data["processes"]:
                 process["env"] = {k: "***" if k in self.secrets else v for k, v in process["env"].items()}
         return render_json(data)
@@ -278,7 +284,7 @@ def _problems_of_process(process: Process) -> Iterator[str]:
         yield f"process name {process.name!r}: use a-z, 0-9, `_`, `.`, `-`, at most {_NAME_LIMIT} characters"
     if not process.argv or not process.argv[0]:
         yield f"{process.name}: argv is empty: its first word names the program"
-    if any("\0" in text for text in (*process.argv, *process.env, *process.env.values(), process.cwd)):
+    if "\0" in "".join((*process.argv, *process.env, *process.env.values(), process.cwd)):
         yield f"{process.name}: a NUL character stands in argv, env or cwd: programs cannot be given one"
     for variable in process.env:
         if not variable or "=" in variable:
@@ -305,6 +311,16 @@ def _problems_of_probe(probe: Probe) -> Iterator[str]:
     ):
         if not least <= value < math.inf:
             yield f"probe {probe.url!r}: {name} {value}: give seconds, {least:g} or more"
+
+
+def _plain(value: Any) -> Any:
+    """Turn our dataclasses into maps; what is in them is plain already, and copying it would take time."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return dict(vars(value)) if isinstance(value, _PARTS) else value
+
+
+_PARTS = (Process, File, Probe, StopPolicy, Target)
 
 
 def _mask(data: Any, values: list[str]) -> Any:

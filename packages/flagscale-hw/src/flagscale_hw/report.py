@@ -1,7 +1,7 @@
 """A machine as the JSON document `flagscale-hw/1`: what other programs read.
 
-Its schema is `machine.schema.json`, printed by `flagscale-hw schema`. Within this version members are only added.
-Every number has its unit in its name; null means "not known" and never 0.
+Its schema is `machine.schema.json`, printed by `flagscale-hw schema`. Within this version members are only
+added. Every number has its unit in its name; null means "not known" and never 0.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def _vendor(vendor: Vendor, machine: Machine) -> dict[str, Any]:
     return {
         "name": vendor.chip,
         "presence": _presence(vendor),
-        "source": f"plugin:{vendor.origin}" if vendor.origin != "built-in" else _SOURCE.get(vendor.source or ""),
+        "source": f"plugin:{vendor.origin}"
+        if vendor.origin != "built-in"
+        else _SOURCE.get(vendor.source or ""),
         "driver": vendor.driver,
         "toolkit": vendor.toolkit,
         "firmware": None,

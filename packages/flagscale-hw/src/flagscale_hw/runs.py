@@ -30,7 +30,7 @@ from flagscale_hw.starting import Start, reap_guardians
 from flagscale_hw.status import RunStatus
 from flagscale_hw.target import LOCAL
 
-__all__ = ["Launch", "Run", "launch", "list_runs", "open_run"]
+__all__ = ["Launch", "Run", "launch", "list_runs", "open_run", "take"]
 
 _END_LIMIT_S = 15.0
 _POLL_S = 0.05
@@ -39,10 +39,13 @@ _POLL_S = 0.05
 class Run:
     """One run, by its directory. Holds no handle on it: any process may have any number of these."""
 
+    _poll_s = _POLL_S
+
     def __init__(self, run_dir: Path) -> None:
         self.dir = run_dir
         """Absolute."""
-        self._directory = RunDirectory(run_dir)
+        self.directory = RunDirectory(run_dir)
+        """Its files, by their names."""
 
     def __repr__(self) -> str:
         return f"Run({str(self.dir)!r})"
@@ -56,7 +59,7 @@ class Run:
     @property
     def name(self) -> str:
         """The name of the experiment, from the manifest; empty when there is none."""
-        return str((self._directory.read(self._directory.manifest) or {}).get("name", ""))
+        return str((self.directory.read(self.directory.manifest) or {}).get("name", ""))
 
     def status(self) -> RunStatus:
         """Say how the run stands.
@@ -64,7 +67,7 @@ class Run:
         A recorded state is believed only while somebody who could change it is alive, or when it is final.
         """
         reap_guardians()
-        status = self._directory.read_status()
+        status = self.directory.read_status()
         if status is not None and (status.is_over or not self._is_of_here()):
             return status
         if status is not None and self._is_alive("supervisor"):
@@ -81,18 +84,18 @@ class Run:
         return self._final_or(replace(current, state="lost", reason=lost, processes=processes))
 
     def _how_lost(self) -> str:
-        who = self._directory.read_identity("supervisor")
+        who = self.directory.read_identity("supervisor")
         if who is not None and who.boot_id != here()["boot_id"]:
             return "the machine was restarted"
         return "killed"
 
     def _final_or(self, otherwise: RunStatus) -> RunStatus:
-        status = self._directory.read_status()
+        status = self.directory.read_status()
         return status if status is not None and status.is_over else otherwise
 
     def _is_of_here(self) -> bool:
         """Tell whether the processes of the run are, or were, of this host and container."""
-        recorded = self._directory.read(self._directory.supervisor)
+        recorded = self.directory.read(self.directory.supervisor)
         if recorded is None:
             return True
         now = here()
@@ -100,7 +103,7 @@ class Run:
         return all(recorded.get(key) == now[key] for key in ("hostname", "pid_namespace"))
 
     def _is_alive(self, role: str) -> bool:
-        who = self._directory.read_identity(role)
+        who = self.directory.read_identity(role)
         return who is not None and who.is_alive()
 
     def wait(self, timeout_s: float | None = None) -> RunStatus:
@@ -129,7 +132,7 @@ class Run:
             status = self.status()
             if is_enough(status) or time.monotonic() >= deadline:
                 return status
-            time.sleep(_POLL_S)
+            time.sleep(self._poll_s)
 
     def _wait_for_guardian(self) -> None:
         deadline = time.monotonic() + _END_LIMIT_S
@@ -149,7 +152,7 @@ class Run:
         if not self._is_of_here():
             if self.status().is_over:
                 return self.status()
-            where = (self._directory.read(self._directory.supervisor) or {}).get("hostname")
+            where = (self.directory.read(self.directory.supervisor) or {}).get("hostname")
             raise LaunchError(f"{self.dir}: runs on host {where!r} or in another container: stop it there")
         if self.status().is_over:
             return self._sweep()
@@ -166,17 +169,17 @@ class Run:
         with contextlib.suppress(
             OSError
         ):  # a full disk must not keep a run alive: then the plan's own grace counts
-            self._directory.write(self._directory.stop_request, {"grace_s": grace_s})
+            self.directory.write(self.directory.stop_request, {"grace_s": grace_s})
         self._send("supervisor", signal.SIGTERM)
 
     def _patience_s(self, grace_s: float | None) -> float:
         if grace_s is None:
-            plan = self._directory.read(self._directory.plan) or {}
+            plan = self.directory.read(self.directory.plan) or {}
             grace_s = float(plan.get("stop", {}).get("grace_s", 30.0))
         return grace_s + _END_LIMIT_S
 
     def _send(self, role: str, signum: int) -> None:
-        who = self._directory.read_identity(role)
+        who = self.directory.read_identity(role)
         if who is None:
             return
         try:
@@ -188,7 +191,7 @@ class Run:
 
     def _sweep(self) -> RunStatus:
         """End what carries the mark of this run although its supervisor and its guardian are both gone."""
-        run_id = (self._directory.read(self._directory.supervisor) or {}).get("run_id")
+        run_id = (self.directory.read(self.directory.supervisor) or {}).get("run_id")
         deadline = time.monotonic() + _END_LIMIT_S
         while run_id and (left := marked(run_id)) and time.monotonic() < deadline:
             for process in left:
@@ -203,20 +206,20 @@ class Run:
         Args:
             follow: go on as lines are written, until the run is over.
         """
-        plan = self._directory.read(self._directory.plan) or {}
+        plan = self.directory.read(self.directory.plan) or {}
         files = {entry["name"]: self._log_of(entry) for entry in plan.get("processes", ())}
         return follow_logs(files, lambda: self.status().is_over) if follow else read_logs(files)
 
     def _log_of(self, process: dict[str, str]) -> Path:
         host = process.get("host", LOCAL)
-        directory = self._directory if host == LOCAL else self._directory.of_host(host)
+        directory = self.directory if host == LOCAL else self.directory.of_host(host)
         return directory.log(process["name"])
 
     def folders(self) -> tuple[Path, ...]:
         """Return where the files of the run are: its directory, or that of each host."""
-        plan = self._directory.read(self._directory.plan) or {}
+        plan = self.directory.read(self.directory.plan) or {}
         targets = [entry["name"] for entry in plan.get("targets", ())]
-        return tuple(self._directory.of_host(name).path for name in targets) or (self.dir,)
+        return tuple(self.directory.of_host(name).path for name in targets) or (self.dir,)
 
 
 def launch(plan: Plan, run_dir: str | os.PathLike[str], *, detach: bool = True) -> Run:
@@ -260,7 +263,7 @@ class Launch:
             LaunchRefused: as for `launch`.
             LaunchError: as for `launch`.
         """
-        _take(self._claim, self.run, self._plan)
+        take(self._claim, self.run, self._plan)
         self._start.begin(self._plan, run_id)
 
     def complete(self, *, detach: bool) -> None:
@@ -279,7 +282,13 @@ class Launch:
         self._claim.give_up(self.run.dir / "logs" / f"{p.name}.log" for p in self._plan.processes)
 
 
-def _take(claim: Claim, run: Run, plan: Plan) -> None:
+def take(claim: Claim, run: Run, plan: Plan) -> None:
+    """Take a directory for a run.
+
+    Raises:
+        LaunchRefused: it holds a run, or cannot be written.
+        LaunchError: the disk is full.
+    """
     try:
         is_taken = not claim.take(plan.to_json())
     except OSError as error:
@@ -302,12 +311,20 @@ def open_run(run_dir: str | os.PathLike[str]) -> Run:
         raise RunNotFound(
             f"{directory.path}: holds no run: give the directory of a run, or list the known ones"
         )
-    return Run(directory.path)
+    return _at(directory.path)
+
+
+def _at(path: Path) -> Run:
+    if not (path / "slurm.json").exists():
+        return Run(path)
+    from flagscale_hw.slurm import SlurmRun
+
+    return SlurmRun(path)
 
 
 def list_runs() -> tuple[Run, ...]:
     """Return every known run of this user on this machine, the newest last."""
-    return tuple(Run(path) for path in sorted(remembered(), key=_launched_at))
+    return tuple(_at(path) for path in sorted(remembered(), key=_launched_at))
 
 
 def _launched_at(path: Path) -> float:

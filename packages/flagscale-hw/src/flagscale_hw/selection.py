@@ -78,15 +78,28 @@ def _read(text: str) -> dict[str, dict[str, Any]]:
 
 
 def _silent(question: str, answer: Answer, interpreter: str, timeout_s: float) -> Finding:
-    code = {"torch": "HW401", "collectives": "HW402", "megatron": "HW403", "transformer_engine": "HW404", "vllm": "HW405"}
+    code = {
+        "torch": "HW401",
+        "collectives": "HW402",
+        "megatron": "HW403",
+        "transformer_engine": "HW404",
+        "vllm": "HW405",
+    }
     if answer.exit_code is None:
         text = f"{interpreter}: no answer within {timeout_s:g} s; it was killed"
         hint = "a driver may hang: import it by hand, or give --ask-timeout more"
     else:
-        last = [line for line in (answer.errors + "\n" + answer.output).splitlines() if line.strip()][-1:]
-        text = f"{interpreter}: ended with code {answer.exit_code}: {''.join(last).strip()[:300]}"
+        text = f"{interpreter}: ended with code {answer.exit_code}: {_last_words(answer)}"
         hint = "import it by hand in that interpreter"
     return Finding(code=code.get(question, "HW406"), is_good=False, subject=question, text=text, hint=hint)
+
+
+def _last_words(answer: Answer) -> str:
+    for text in (answer.errors, answer.output):
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if lines:
+            return lines[-1][:300]
+    return "no message"
 
 
 def _python(said: Mapping[str, Any], _row: Runtime) -> Iterator[Finding]:
@@ -97,13 +110,9 @@ def _python(said: Mapping[str, Any], _row: Runtime) -> Iterator[Finding]:
 def _torch(said: Mapping[str, Any], row: Runtime) -> Iterator[Finding]:
     code, subject = "HW401", "torch"
     if said.get("error"):
-        yield Finding(
-            code=code,
-            is_good=False,
-            subject=subject,
-            text=said["error"],
-            hint=f"install torch{f' and {row.torch_module}' if row.torch_module else ''} for {row.title} there",
-        )
+        packages = " and ".join(filter(None, ["torch", row.torch_module]))
+        hint = f"install {packages} for {row.title} there"
+        yield Finding(code=code, is_good=False, subject=subject, text=said["error"], hint=hint)
         return
     chosen = said["device"]
     text = f"{said['version']} would select {chosen} ({said['count']} devices)"
@@ -179,7 +188,8 @@ def _vllm(said: Mapping[str, Any], row: Runtime) -> Iterator[Finding]:
         yield Finding(code=code, is_good=False, subject=subject, text=text, hint=f"for {row.title}: {wanted}")
         return
     plugins = ", ".join(said["plugins"]) or "none"
-    text = f"{said['version']} would select {said['device'] or 'nothing'} ({said['platform']}; plug-ins: {plugins})"
+    chosen = said["device"] or "nothing"
+    text = f"{said['version']} would select {chosen} ({said['platform']}; plug-ins: {plugins})"
     is_good = said["device"] == row.torch_device
     hint = "" if is_good else f"{row.title} is here, which is {row.torch_device}: {wanted}"
     yield Finding(code=code, is_good=is_good, subject=subject, text=text, hint=hint)

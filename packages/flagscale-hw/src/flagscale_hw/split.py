@@ -9,7 +9,7 @@ from flagscale_hw.placeholders import placeholders, substitute
 from flagscale_hw.plan import Plan, Probe, Process
 from flagscale_hw.target import LOCAL
 
-__all__ = ["localised", "split"]
+__all__ = ["split"]
 
 _Fill = Callable[[str], str]
 
@@ -25,22 +25,14 @@ def split(plan: Plan) -> Iterator[Plan]:
     for process in plan.processes:
         by_host[process.host].append(process)
     for rank, target in enumerate(plan.targets):
-        yield _part(plan, target.name, by_host[target.name], _filler(rank, addresses))
+        yield _part(plan, target.name, by_host[target.name], _filler(rank, target.reached_as, addresses))
 
 
-def localised(plan: Plan) -> Plan:
-    """Return a plan without targets with the node rank filled in, which is 0."""
-    if not any("{node_rank}" in text for process in plan.processes for text in _texts(process)):
-        return plan
-    fill = _filler(0, {})
-    return replace(plan, processes=tuple(_filled(process, fill) for process in plan.processes))
-
-
-def _filler(rank: int, addresses: dict[str, str]) -> _Fill:
+def _filler(rank: int, own_address: str, addresses: dict[str, str]) -> _Fill:
     def value_of(kind: str, name: str) -> str | None:
-        if kind == "node_rank":
-            return str(rank)
-        return addresses.get(name) if kind == "address" else None
+        if kind == "address":
+            return addresses.get(name)
+        return {"node_rank": str(rank), "own_address": own_address}.get(kind)
 
     return lambda text: substitute(text, value_of, is_last=False)
 

@@ -46,7 +46,7 @@ class ProcessStatus:
     @property
     def is_running(self) -> bool:
         """Tell whether it was started and has not been seen to end."""
-        return self.pid is not None and self.ended_at is None and not self.is_lost
+        return self.started_at is not None and self.ended_at is None and not self.is_lost
 
     @property
     def duration_s(self) -> float | None:
@@ -58,7 +58,7 @@ class ProcessStatus:
     @property
     def fate(self) -> str:
         """How it stands, in a few words."""
-        if self.pid is None:
+        if self.started_at is None:
             return "not started"
         if self.is_lost:
             return "lost: nobody saw how it ended"

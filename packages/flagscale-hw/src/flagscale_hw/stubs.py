@@ -1,7 +1,7 @@
 """What the tools of each vendor print on a faked host: written here in the form of the real ones.
 
-Each function gets the cards and returns the answers of one tool. What does not live here: where a faked host's
-files lie (`fake.py`).
+Each function gets the cards and returns the answers of one tool. What does not live here: where a faked
+host's files lie (`fake.py`).
 """
 
 from __future__ import annotations
@@ -165,9 +165,7 @@ def _gaudi(cards: Sequence[Card]) -> Answers:
     drawn = _like_nvidia("AIP", "HL-SMI Version: hl-1.20")(cards)
     asked = "-Q index,module_id,bus_id,memory.used,temperature.aip -f csv,noheader"
     # Modules are not numbered as devices are: here the other way round.
-    rows = [
-        f"{card.index}, {len(cards) - 1 - card.index}, {card.address}, 0 MiB, 30 C\n" for card in cards
-    ]
+    rows = [f"{card.index}, {len(cards) - 1 - card.index}, {card.address}, 0 MiB, 30 C\n" for card in cards]
     return Answers(fixed={"": drawn, asked: "".join(rows)})
 
 
@@ -178,12 +176,18 @@ def _ascend(cards: Sequence[Card]) -> Answers:
     ]
     records = [
         (
-            f" {card.index:<5} {card.model:<19} | OK            | 90.0        40                0    / 0             ",
-            f" 0                         | {card.address.upper()}  | 0           0    / 0          0    / {card.memory_mib}         ",
+            (
+                f" {card.index:<5} {card.model:<19} | OK            "
+                "| 90.0        40                0    / 0             "
+            ),
+            (
+                f" 0                         | {card.address.upper()}  "
+                f"| 0           0    / 0          0    / {card.memory_mib}         "
+            ),
         )
         for card in cards
     ]
-    mapping = ["NPU ID                         Chip ID                        Chip Logic ID                  Chip Name"]
+    mapping = [f"{'NPU ID':<30} {'Chip ID':<30} {'Chip Logic ID':<30} Chip Name"]
     for card in cards:
         mapping += [
             f"{card.index:<30} 0                              {card.index:<30} Ascend {card.model}",
@@ -206,7 +210,10 @@ def _cambricon(cards: Sequence[Card]) -> Answers:
     ]
     records = [
         (
-            f" {card.index}     /   {card.model}    v1.1.6 |         {card.address.upper()} | 0%                  0 ",
+            (
+                f" {card.index}     /   {card.model}    v1.1.6 |         {card.address.upper()} "
+                "| 0%                  0 "
+            ),
             f"  0%   30C         70 W/ 250 W |     0 MiB/ {card.memory_mib} MiB | N/A           Default ",
         )
         for card in cards
@@ -258,7 +265,10 @@ def _metax(cards: Sequence[Card]) -> Answers:
     ]
     records = [
         (
-            f" {card.index}     {card.model} | {card.index}           Off | {card.address}        | 0%          Disabled ",
+            (
+                f" {card.index}     {card.model} | {card.index}           Off | {card.address}        "
+                "| 0%          Disabled "
+            ),
             f" 70W / 350W       | 30C          P0 | 0/{card.memory_mib} MiB         | Available            ",
         )
         for card in cards

@@ -184,7 +184,7 @@ class Supervisor:
             if kind == "port":
                 number = self._numbers.get(name)
                 return None if number is None else str(number)
-            return str(self._directory.path) if kind == "run_dir" else "0"
+            return {"run_dir": str(self._directory.path), "own_address": "127.0.0.1"}.get(kind, "0")
 
         return substitute(text, value_of)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 from flagscale_hw.chips import runtime
 from flagscale_hw.machine import Device, Machine
@@ -139,7 +139,7 @@ def _width(rows: list[dict[str, _Cell]], column: str) -> int:
     return max(len(column), *(len(row[column].text) for row in rows))
 
 
-def _total(widths: Any) -> int:
+def _total(widths: Iterable[int]) -> int:
     numbers = list(widths)
     return sum(numbers) + 2 * (len(numbers) - 1)
 

@@ -1,16 +1,17 @@
 """How the devices of a machine are linked: the matrix, fast islands, network cards, and groups that fit them.
 
-The links come from the vendor's tool where it prints them, and else from where the devices sit on the bus. The
-words are those of `nvidia-smi topo`: PIX one PCIe bridge, PXB several, PHB a host bridge, NODE the same NUMA
-node, SYS across nodes; every other word is a link of the vendor's own, such as `NV12`, `HCCS` or `XGMI`.
+The links come from the vendor's tool where it prints them, and else from where the devices sit on the bus.
+The words are those of `nvidia-smi topo`: PIX one PCIe bridge, PXB several, PHB a host bridge, NODE the same
+NUMA node, SYS across nodes; every other word is a link of the vendor's own, such as `NV12`, `HCCS` or
+`XGMI`.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 from flagscale_hw.detection import TIMEOUT_S
@@ -21,7 +22,9 @@ from flagscale_hw.machine import Device, Machine
 __all__ = ["Nic", "Topology", "parse_matrix", "topology"]
 
 SELF = "X"
-_BUS_WORDS = frozenset({"PIX", "PXB", "PHB", "NODE", "SYS", "PCIE", "ETH", "NA", "N/A", "DIS", "UNKNOWN", SELF})
+_BUS_WORDS = frozenset(
+    {"PIX", "PXB", "PHB", "NODE", "SYS", "PCIE", "ETH", "NA", "N/A", "DIS", "UNKNOWN", SELF}
+)
 _PCI = "/sys/bus/pci/devices"
 _TOOLS: Mapping[str, tuple[str, ...]] = {
     "nvidia": ("nvidia-smi", "topo", "-m"),
@@ -66,7 +69,8 @@ class Topology:
     def islands(self) -> tuple[tuple[int, ...], ...]:
         """The groups of devices that are all linked to each other by the vendor's own links.
 
-        Where there are no such links, the devices of one NUMA node; where that is not known either, one group.
+        Where there are no such links, the devices of one NUMA node; where that is not known either, one
+        group.
         """
         if not self.indices:
             return ()
@@ -203,7 +207,9 @@ def parse_matrix(text: str) -> tuple[tuple[tuple[str | None, ...], ...], dict[st
         if any(len(rows.get(name, ())) < len(header) for name in devices):
             continue
         cells = {name: dict(zip(header, rows[name], strict=False)) for name in devices}
-        links = tuple(tuple(_link(cells[one][other], is_self=one == other) for other in devices) for one in devices)
+        links = tuple(
+            tuple(_link(cells[one][other], is_self=one == other) for other in devices) for one in devices
+        )
         if all(link in (None, SELF) for row in links for link in row) and len(devices) > 1:
             continue
         nics = {
@@ -264,7 +270,9 @@ def _nic_links_by_tool(
     return tuple(tuple(column[row] for column in columns) for row in range(num_devices))
 
 
-def _nic_links(host: Host, devices: Sequence[Device], nics: Sequence[Nic]) -> tuple[tuple[str | None, ...], ...]:
+def _nic_links(
+    host: Host, devices: Sequence[Device], nics: Sequence[Nic]
+) -> tuple[tuple[str | None, ...], ...]:
     return tuple(tuple(_on_bus(host, device.pci_bus, nic.pci_bus) for nic in nics) for device in devices)
 
 
@@ -284,7 +292,7 @@ def _nics(host: Host) -> Iterator[Nic]:
 def _target(host: Host, link: str) -> str | None:
     """Return the PCI address that a link leads to."""
     try:
-        name = os.readlink(host.path(link)).rpartition("/")[2]
+        name = host.path(link).readlink().name
     except OSError:
         return None
     return name if re.fullmatch(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", name) else None
@@ -303,29 +311,28 @@ def _numa_of(host: Host, address: str) -> int | None:
 
 def _on_bus(host: Host, one: str | None, other: str | None) -> str | None:
     """Return how two PCI functions are linked by the bridges above them."""
-    if one is None or other is None:
-        return None
-    if one == other:
+    if one is not None and one == other:
         return SELF
     above, above_other = _bridges(host, one), _bridges(host, other)
-    if above is None or above_other is None:
+    if one is None or other is None or above is None or above_other is None:
         return None
-    common = os.path.commonprefix([above, above_other])
-    if len(common) > 1:
-        return "PIX" if len(common) == len(above) == len(above_other) else "PXB"
-    if common:
-        return "PHB"
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(above, above_other, strict=False)))
+    if shared > 1:
+        return "PIX" if shared == len(above) == len(above_other) else "PXB"
+    return "PHB" if shared else _across_host_bridges(host, one, other)
+
+
+def _across_host_bridges(host: Host, one: str, other: str) -> str | None:
     nodes = _numa_of(host, one), _numa_of(host, other)
     if None in nodes:
         return None
     return "NODE" if nodes[0] == nodes[1] else "SYS"
 
 
-def _bridges(host: Host, address: str) -> list[str] | None:
+def _bridges(host: Host, address: str | None) -> list[str] | None:
     """Return the way from the host bridge down to a function, without the function itself."""
     try:
-        steps = os.readlink(host.path(f"{_PCI}/{address}")).split("/")
+        steps = host.path(f"{_PCI}/{address}").readlink().parts
     except OSError:
         return None
-    steps = [step for step in steps if step not in ("", "..", ".", "devices", "sys")]
-    return steps[:-1] if steps else None
+    return [step for step in steps if step not in ("..", "devices", "sys")][:-1]

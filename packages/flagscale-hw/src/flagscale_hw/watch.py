@@ -60,7 +60,9 @@ def watch(
 def _picture(machine: Machine, out: TextIO, *, as_json: bool, is_live: bool) -> str:
     if as_json:
         return json.dumps(report(machine), ensure_ascii=False) + "\n"
-    text = "\n".join([time.strftime("%Y-%m-%d %H:%M:%S"), render(machine, style_for(out)), *_warnings(machine)])
+    text = "\n".join(
+        [time.strftime("%Y-%m-%d %H:%M:%S"), render(machine, style_for(out)), *_warnings(machine)]
+    )
     if not is_live:
         return text + "\n\n"
     # Every line is cleared as it is written: clearing the screen first would flicker.

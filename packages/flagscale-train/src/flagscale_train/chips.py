@@ -69,8 +69,8 @@ def conflicts(chip: str, options: Mapping[str, Any], findings: Findings) -> list
     row = runtime(chip)
     if row.trains_with is None:
         problems.append(
-            f"chip: {chip}: neither megatron-core nor Megatron-LM-FL has a platform for {row.title} (torch device "
-            f"{row.torch_device}): train on another chip"
+            f"chip: {chip}: neither megatron-core nor Megatron-LM-FL has a platform for {row.title} (torch "
+            f"device {row.torch_device}): train on another chip"
         )
     forced = _CPU if chip == "cpu" else {} if "transformer_engine" in findings.installed else PLAIN_LAYERS
     place = "on a CPU" if chip == "cpu" else "without transformer_engine, which is not installed,"
@@ -96,8 +96,8 @@ def conflicts(chip: str, options: Mapping[str, Any], findings: Findings) -> list
 def environment(chip: str) -> dict[str, str]:
     """Return the variables that the training processes need on a chip, beside the selection of devices.
 
-    On chips other than NVIDIA's these tell Megatron-LM-FL and TransformerEngine-FL which vendor's operators to
-    take, because a chip whose torch imitates CUDA cannot be told from it inside torch.
+    On chips other than NVIDIA's these tell Megatron-LM-FL and TransformerEngine-FL which vendor's operators
+    to take, because a chip whose torch imitates CUDA cannot be told from it inside torch.
     """
     row = runtime(chip)
     if chip in ("cpu", "nvidia") or row.trains_with is None:

@@ -16,6 +16,7 @@ from flagscale_train.__about__ import __version__
 from flagscale_train.errors import InvalidInput
 
 if TYPE_CHECKING:
+    import flagscale_hw as hw
     from flagscale_train.runs import TrainStatus
 
 __all__ = ["main", "parser"]
@@ -79,6 +80,22 @@ def _add_run_verbs(verbs: Any) -> None:
     verb = _verb(verbs, "plan", _plan, "Show what a run would start, and start nothing.")
     _experiment(verb, _EXPERIMENT)
     verb.add_argument("--json", action="store_true", help="print the plan as JSON")
+    verb.add_argument(
+        "--as",
+        dest="form",
+        choices=("text", "scripts", "slurm", "jobset", "lws"),
+        default="text",
+        help="print it as shell scripts, a Slurm batch script, or Kubernetes YAML",
+    )
+    _add_scheduler_options(verb)
+    verb.add_argument("--image", help="container image, for Kubernetes")
+    verb.add_argument(
+        "--claim",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="volume claim and where it is mounted",
+    )
     verb = _verb(
         verbs, "run", _run, "Train, and follow the training; the next run resumes from its checkpoints."
     )
@@ -86,6 +103,13 @@ def _add_run_verbs(verbs: Any) -> None:
     verb.add_argument(
         "--detach", action="store_true", help="return at once; the run goes on without this terminal"
     )
+    verb.add_argument(
+        "--on",
+        choices=("hosts", "slurm"),
+        default="hosts",
+        help="submit it to Slurm (default: this host, or ssh)",
+    )
+    _add_scheduler_options(verb)
     verb = _verb(verbs, "stop", _stop, "End a run; it saves a checkpoint first if it can.")
     _experiment(verb, _TARGET)
     verb.add_argument(
@@ -96,6 +120,17 @@ def _add_run_verbs(verbs: Any) -> None:
     verb.add_argument("--tokens", type=Path, required=True, help="JSON: equally long lists of token ids")
     verb.add_argument("--output", type=Path, required=True, help="safetensors file to write")
     verb.add_argument("--load", type=Path, metavar="DIR", help="other checkpoints than the experiment's own")
+
+
+def _add_scheduler_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--chip", metavar="NAME", help="chip of a scheduler's hosts (default: as this host's)")
+    verb.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="OPTION[=VALUE]",
+        help="option of sbatch, such as partition=long; may be repeated",
+    )
 
 
 def _add_look_verbs(verbs: Any) -> None:
@@ -152,9 +187,13 @@ def _print_json(value: Any) -> None:
 def _plan(given: argparse.Namespace) -> int:
     from flagscale_train.runs import make_plan
 
-    planned = make_plan(given.source, given.overrides)
+    chip = None if given.form in {"text", "scripts"} and given.chip is None else _chip(given)
+    planned = make_plan(given.source, given.overrides, chip=chip)
     if given.json:
         print(planned.to_json(), end="")
+        return 0
+    if given.form != "text":
+        print(_rendered(planned, given), end="")
         return 0
     layout = planned.facts["layout"]
     hosts = f" on {len(planned.targets)} hosts" if planned.targets else ""
@@ -172,6 +211,38 @@ def _plan(given: argparse.Namespace) -> int:
     return 0
 
 
+def _chip(given: argparse.Namespace) -> str:
+    import flagscale_hw as hw
+
+    if given.chip is not None:
+        hw.runtime(given.chip)  # refuses a name that is none
+        return str(given.chip)
+    return hw.detect().chip
+
+
+def _slurm_options(given: argparse.Namespace) -> dict[str, str | None]:
+    split = (word.lstrip("-").partition("=") for word in given.slurm)
+    return {name: value if equals else None for name, equals, value in split}
+
+
+def _rendered(planned: hw.Plan, given: argparse.Namespace) -> str:
+    import flagscale_hw as hw
+
+    if given.form == "scripts":
+        return "\n".join(hw.render_scripts(planned).values())
+    if given.form == "slurm":
+        return hw.render_slurm(
+            planned, f"{planned.facts['experiment']['exp_dir']}/runs/NEW", _slurm_options(given)
+        )
+    if given.image is None:
+        raise InvalidInput("--image: not given: name the container image of the pods")
+    claims = dict(word.partition("=")[::2] for word in given.claim)
+    resource = hw.runtime(planned.facts["chip"]).kubernetes_resource
+    per_pod = planned.facts["layout"]["processes"] // len(planned.targets)
+    pods = hw.Pods(image=given.image, claims=claims, resources={resource: per_pod} if resource else {})
+    return hw.render_kubernetes(planned, given.form, pods)
+
+
 def _wrapped(words: Sequence[str]) -> str:
     """Lay a command out with one option per line; it can be pasted into a shell as it is."""
     lines: list[str] = []
@@ -184,7 +255,7 @@ def _wrapped(words: Sequence[str]) -> str:
 
 
 def _run(given: argparse.Namespace) -> int:
-    from flagscale_train.runs import finished, run, status
+    from flagscale_train.runs import Slurm, finished, run, status
     from flagscale_train.watch import watch
 
     whole = finished(given.source, given.overrides)
@@ -193,8 +264,9 @@ def _run(given: argparse.Namespace) -> int:
         _next("go on", "the same command with a larger train.model.train_iters")
         _next_after(whole)
         return 0
-    started = run(given.source, given.overrides, detach=given.detach)
-    if given.detach:
+    slurm = Slurm(chip=_chip(given), options=_slurm_options(given)) if given.on == "slurm" else None
+    started = run(given.source, given.overrides, detach=given.detach, slurm=slurm)
+    if given.detach or slurm is not None:
         print(started.dir)
         where = shlex.quote(str(started.dir))
         _next("follow it", f"flagscale-train logs -f {where}", f"flagscale-train status {where}")

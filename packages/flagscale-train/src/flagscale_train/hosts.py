@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,13 +150,12 @@ def _paths(experiment: Experiment) -> tuple[str, ...]:
     return tuple(str(file) for prefix in prefixes(options) for file in files_of(base / prefix))
 
 
-def promised_nodes(experiment: Experiment, *, chip: str, names: Sequence[str]) -> tuple[Node, ...]:
+def promised_nodes(experiment: Experiment, *, chip: str) -> tuple[Node, ...]:
     """Return hosts that a scheduler will choose: their kind is promised by the user and not looked at.
 
     Args:
         experiment: its `runner.nproc_per_node` is the number of devices of each host.
         chip: of every host, by its name in `flagscale_hw`.
-        names: stand-ins for their names, the first for node 0.
 
     Raises:
         InvalidInput: the number of processes per host is not given.
@@ -168,5 +167,6 @@ def promised_nodes(experiment: Experiment, *, chip: str, names: Sequence[str]) -
             "beforehand: set the number of devices of each"
         )
     devices = () if chip == "cpu" else tuple(hw.Device(index=number, chip=chip) for number in range(count))
+    names = [f"node-{rank}" for rank in range(_bounds(experiment.runner.nnodes)[0])]
     machine = hw.Machine(hostname="promised", num_cpus=count, memory_bytes=0, chip=chip, devices=devices)
     return tuple(Node(target=hw.Target(name=name), machine=machine, slots=count) for name in names)

@@ -77,6 +77,12 @@ def plan(
     """
     findings = findings or Findings()
     train = _train_of(experiment)
+    runner = experiment.runner
+    if not nodes and (runner.hostfile is not None or (runner.num_nodes or 1) > 1):
+        raise InvalidInput(
+            f"experiment.runner: hostfile {runner.hostfile}, nnodes {runner.nnodes}: no hostfile was "
+            "followed: give `nodes`, as find_nodes() does, or remove both"
+        )
     if len(nodes) == 1 and nodes[0].target.transport == "local":
         machine, nodes = nodes[0].machine, ()
     machine = nodes[0].machine if nodes else machine
@@ -112,7 +118,7 @@ def _process_of_node(
     python: str,
 ) -> Process:
     node = nodes[rank]
-    launcher = _STANDALONE if len(nodes) == 1 else _rendezvous(experiment, nodes, node)
+    launcher = _STANDALONE if len(nodes) == 1 else _rendezvous(experiment, nodes)
     extra_args = _train_of(experiment).extra_args
     process = process_for(
         experiment,
@@ -123,7 +129,7 @@ def _process_of_node(
     return replace(process, host=node.target.name, rank=rank)
 
 
-def _rendezvous(experiment: Experiment, nodes: Sequence[Node], node: Node) -> tuple[str, ...]:
+def _rendezvous(experiment: Experiment, nodes: Sequence[Node]) -> tuple[str, ...]:
     """Say where all hosts meet. Every rank and address is known, so nothing is looked up or elected.
 
     torchrun's elected rendezvous compares host names and waits for ever where they cannot be resolved.
@@ -136,7 +142,7 @@ def _rendezvous(experiment: Experiment, nodes: Sequence[Node], node: Node) -> tu
         "--rdzv-backend=static",
         f"--master-addr={address}",
         "--master-port={port:rendezvous}",
-        f"--local-addr={{address:{node.target.name}}}",
+        "--local-addr={own_address}",
     )
 
 

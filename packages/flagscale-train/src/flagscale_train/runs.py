@@ -12,8 +12,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,24 @@ from flagscale_train.checkpoints import choose
 from flagscale_train.errors import InvalidInput, NotFound
 from flagscale_train.events import FILE_NAME, Progress, read
 from flagscale_train.findings import examine
-from flagscale_train.hosts import find_nodes
+from flagscale_train.hosts import find_nodes, promised_nodes
 from flagscale_train.plan import checkpoint_dir, plan
 
 if TYPE_CHECKING:
     from flagscale_config import Experiment
 
-__all__ = ["TrainStatus", "find", "finished", "list_runs", "logs", "make_plan", "run", "status", "stop"]
+__all__ = [
+    "Slurm",
+    "TrainStatus",
+    "find",
+    "finished",
+    "list_runs",
+    "logs",
+    "make_plan",
+    "run",
+    "status",
+    "stop",
+]
 
 _RUNS, _LATEST = "runs", "latest"
 _OWN_FAILURE = re.compile(r"(?:(?P<host>\S+): )?train(?:-\d+)?: ")
@@ -73,18 +84,22 @@ class TrainStatus:
         }
 
 
-def make_plan(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> hw.Plan:
-    """Load an experiment, look at this machine and plan the training.
+def make_plan(
+    source: str | os.PathLike[str], overrides: Sequence[str] = (), *, chip: str | None = None
+) -> hw.Plan:
+    """Load an experiment, look at its machines and plan the training.
 
     Args:
         source: FlagScale experiment file, or the name of a recipe such as `qwen3/tiny`.
         overrides: Hydra overrides such as `train.model.train_iters=10`.
+        chip: of hosts that a scheduler will choose, so that nothing is looked at: `runner.nnodes` of them
+            with `runner.nproc_per_node` devices each. By default the hosts of the experiment are looked at.
     """
-    return _plan(load(source, list(overrides), task="train"))
+    return _plan(load(source, list(overrides), task="train"), chip)
 
 
-def _plan(experiment: Experiment) -> hw.Plan:
-    nodes = find_nodes(experiment)
+def _plan(experiment: Experiment, chip: str | None = None) -> hw.Plan:
+    nodes = find_nodes(experiment) if chip is None else promised_nodes(experiment, chip=chip)
     machine = nodes[0].machine if nodes else hw.detect()
     return plan(experiment, machine, nodes=nodes, findings=examine(experiment))
 
@@ -111,14 +126,31 @@ def finished(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> P
     return newest.path if newest.iteration >= train.train_iters else None
 
 
-def run(source: str | os.PathLike[str], overrides: Sequence[str] = (), *, detach: bool = True) -> hw.Run:
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """A training that Slurm is to start."""
+
+    chip: str
+    """Of its nodes, by the name in `flagscale_hw`."""
+    options: Mapping[str, str | None] = field(default_factory=dict)
+    """Of `sbatch`, by their long names; None for one without a value."""
+
+
+def run(
+    source: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    detach: bool = True,
+    slurm: Slurm | None = None,
+) -> hw.Run:
     """Start training.
 
     Args:
         source: experiment file or recipe name.
         overrides: Hydra overrides.
         detach: let the run outlive this process; otherwise it ends when this process does, however that
-            happens.
+            happens. Slurm's jobs outlive it always.
+        slurm: submit it as a job instead of starting it here or over ssh.
 
     Returns:
         The run, which has just been started.
@@ -127,12 +159,15 @@ def run(source: str | os.PathLike[str], overrides: Sequence[str] = (), *, detach
         InvalidInput: the experiment cannot be trained here, or it is being trained already.
     """
     experiment = load(source, list(overrides), task="train")
-    planned = _plan(experiment)
+    planned = _plan(experiment, slurm.chip if slurm else None)
     root = Path(experiment.exp_dir) / _RUNS
     with _alone(root):
         _refuse_second(root)
         run_dir = _new_directory(root)
-        started = hw.launch(planned, run_dir, detach=detach)
+        if slurm is None:
+            started = hw.launch(planned, run_dir, detach=detach)
+        else:
+            started = hw.submit(planned, run_dir, slurm.options)
         _point_latest(root, run_dir)
     return started
 

@@ -10,27 +10,14 @@ from typing import Any
 from flagscale_config.models.catalogue import names, published
 from flagscale_config.models.matching import match
 
-__all__ = ["add_verb", "run"]
-
-_TEXT = "list the published models; with NAME show one; with `match FILE` say which one a training file is"
-
-
-def add_verb(verbs: Any) -> argparse.ArgumentParser:
-    """Add the verb to the subparsers of `flagscale-config` and return its parser."""
-    verb: argparse.ArgumentParser = verbs.add_parser(
-        "models", help=_TEXT.partition(";")[0], description=_TEXT
-    )
-    verb.add_argument("name", nargs="?", metavar="NAME", help="model, Hugging Face repository, or `match`")
-    verb.add_argument(
-        "rest", nargs="*", metavar="FILE a.b=c", help="after `match`: experiment file, overrides"
-    )
-    verb.add_argument("--json", action="store_true", help="print JSON")
-    verb.set_defaults(function=run)
-    return verb
+__all__ = ["run"]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what was asked for; exit code 0, also where a file is no published model."""
+    """Print what was asked for; exit code 0, also where a file is no published model.
+
+    `options` has `name` (None, a model, or `match`), `rest` (after `match`: file and overrides) and `json`.
+    """
     if options.name is None:
         return _list(as_json=options.json)
     if options.name == "match":
@@ -59,12 +46,11 @@ def _list(*, as_json: bool) -> int:
 
 def _match(rest: list[str], *, as_json: bool) -> int:
     from flagscale_config.errors import ConfigError, Problem
-    from flagscale_config.loader import load
 
     if not rest:
         message = "models match: a file is needed: flagscale-config models match FILE"
         raise ConfigError([Problem(code="config/usage", message=message)])
-    found = match(load(rest[0], rest[1:], task="train"))
+    found = match(rest[0], rest[1:])
     print(json.dumps(found.to_dict(), indent=2) if as_json else f"{rest[0]}: {found}")
     return 0
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import PurePath
+from os import PathLike
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,11 @@ from flagscale_config.models.parts import Rwkv7
 if TYPE_CHECKING:
     from flagscale_config.experiment import Experiment
 
+    Subject = Experiment | Mapping[str, Any] | str | PathLike[str]
+
 __all__ = ["Difference", "Match", "facts_of", "match"]
 
+_RWKV = "train_rwkv"
 _WEIGHTS = {
     "num_layers": 4,
     "hidden_size": 6,
@@ -76,33 +79,36 @@ class Match:
         )
 
 
-def facts_of(subject: Experiment | Mapping[str, Any], vocab_size: int | None = None) -> ModelFacts:
+def facts_of(subject: Subject, vocab_size: int | None = None) -> ModelFacts:
     """Return the facts of the model that an experiment trains; of the language model where it also sees.
 
     Args:
-        subject: An experiment of type train, or Megatron options by canonical name.
+        subject: An experiment of type train, Megatron options by canonical name, or the path of a file.
         vocab_size: Rows of the embedding, where the options do not say it.
 
     Raises:
         ConfigError: it trains nothing, or a model of a kind not described here.
     """
-    options, kind = _options(subject)
-    return kind.read(options, vocab_size)
+    options, kind = _options(subject, ())
+    facts: ModelFacts = kind.read(options, vocab_size)
+    return facts
 
 
-def match(subject: Experiment | Mapping[str, Any]) -> Match:
+def match(subject: Subject, overrides: Sequence[str] = ()) -> Match:
     """Compare a training configuration with the published models, option by option.
 
     Compared is what decides the tensors and their meaning, language models only; a vocabulary that is only
     padded is equal, and one that is not known is left out.
 
     Args:
-        subject: An experiment of type train, or Megatron options by canonical name.
+        subject: An experiment of type train; Megatron options by canonical name; or the path of a training
+            file or the name of a recipe, which need be neither finished nor free of mistakes.
+        overrides: For a file, in Hydra's grammar.
 
     Raises:
         ConfigError: it trains nothing, or a model of a kind not described here.
     """
-    options, kind = _options(subject)
+    options, kind = _options(subject, overrides)
     given = kind.read(options)
     wanted = kind.write(given)
     candidates = [
@@ -119,15 +125,19 @@ def match(subject: Experiment | Mapping[str, Any]) -> Match:
     return Match(models=models, differences=differences, num_parameters=count)
 
 
-def _options(subject: Experiment | Mapping[str, Any]) -> tuple[Mapping[str, Any], ModuleType]:
+def _options(subject: Subject, overrides: Sequence[str]) -> tuple[Mapping[str, Any], ModuleType]:
     """Return the options of a training task, and the module that knows what model they mean."""
     if isinstance(subject, Mapping):
         return subject, megatron
+    if isinstance(subject, (str, PathLike)):
+        from flagscale_config.models.file import read
+
+        options, script = read(subject, overrides)
+        return options, rwkv if script == _RWKV else megatron
     if subject.train is None:
         message = f"{subject.source}: trains nothing, so there is no model to compare"
         raise ConfigError([Problem(code="config/model", message=message)])
-    script = PurePath(subject.task.entrypoint or "").stem
-    return subject.train.options, rwkv if script == "train_rwkv" else megatron
+    return subject.train.options, rwkv if subject.train.script == _RWKV else megatron
 
 
 def _is_of(facts: ModelFacts, kind: ModuleType) -> bool:

@@ -53,7 +53,9 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 def _action(name: str) -> Callable[[argparse.Namespace], int]:
     """Return a verb's function; its module is imported now, so that each verb costs only what it needs."""
     module, _, function = name.partition(":")
-    action: Callable[[argparse.Namespace], int] = getattr(import_module(f"flagscale_hw.cli.{module}"), function)
+    action: Callable[[argparse.Namespace], int] = getattr(
+        import_module(f"flagscale_hw.cli.{module}"), function
+    )
     return action
 
 
@@ -168,13 +170,15 @@ def _record(verbs: _Verbs[argparse.ArgumentParser]) -> argparse.ArgumentParser:
 def _replay(verbs: _Verbs[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     verb = verbs.add_parser("replay", help="run a command as if on a recorded host; none: print its table")
     verb.add_argument("directory", metavar="DIR", help="what `record` or `fake --out` made")
-    verb.add_argument("command", metavar="CMD", nargs="*", help="command and its words")
+    verb.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER, help="command and its words")
     verb.set_defaults(action="stage:replay")
     return verb
 
 
 def _fake(verbs: _Verbs[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    verb = verbs.add_parser("fake", help="run a command as if on a host with other chips; none: print its table")
+    verb = verbs.add_parser(
+        "fake", help="run a command as if on a host with other chips; none: print its table"
+    )
     verb.add_argument("chip", help="such as ascend")
     verb.add_argument("--count", type=int, default=8, metavar="N", help="number of devices (8)")
     verb.add_argument("--out", metavar="DIR", help="keep the host's files there")

@@ -8,9 +8,10 @@ import os
 import shlex
 from collections.abc import Sequence
 
-from flagscale_hw.cli.show import print_problems
 from flagscale_hw import detection
-from flagscale_hw.environment import choose, docker_options, env as variables_for, kubernetes_limits
+from flagscale_hw.cli.show import print_problems
+from flagscale_hw.environment import choose, docker_options, kubernetes_limits
+from flagscale_hw.environment import env as variables_for
 from flagscale_hw.errors import HwError
 from flagscale_hw.machine import Device
 from flagscale_hw.peaks import DTYPES, Figure, Specification, specification, specifications
@@ -64,7 +65,8 @@ def specs(options: argparse.Namespace) -> int:
         found = specification(options.model)
         if found is None:
             raise _NoFigures(
-                f"model {options.model!r}: no figures are known for exactly this name: `flagscale-hw specs` lists all"
+                f"model {options.model!r}: no figures are known for exactly this name: `flagscale-hw specs` "
+                "lists all"
             )
         rows = (found,)
     if options.json:

@@ -87,7 +87,9 @@ def _platform(chip: str) -> dict[str, str]:
     if row.vllm.plugins is None:
         return chosen
     rendered = flagos_env(FlagOSProfile(), chip)
-    chosen |= {name: value for name, value in rendered.items() if name.startswith(("VLLM_FL_", "USE_FLAGGEMS"))}
+    chosen |= {
+        name: value for name, value in rendered.items() if name.startswith(("VLLM_FL_", "USE_FLAGGEMS"))
+    }
     return {**chosen, "VLLM_PLUGINS": row.vllm.plugins}
 
 

@@ -1,0 +1,222 @@
+"""The shipped tables: several versions of an engine in one file, and which of them is meant."""
+
+import json
+from importlib.resources import files
+
+import pytest
+
+from flagscale_config import ConfigError, check, load, option_table, render, render_engine
+from flagscale_config.options import ENGINES, known_versions
+from flagscale_config.translation import effective_options, translate
+from flagscale_config.versions import choose
+
+SERVE = "experiment: {{exp_name: s, exp_dir: out, task: {{type: serve}}}}\nserve: [{{serve_id: m, {item}}}]\n"
+
+
+def errors(source: str, **versions: str) -> list[str]:
+    return [str(p) for p in check(source, versions=versions) if p.severity == "error"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_version_of_every_table_is_whole(engine):
+    for version in known_versions(engine):
+        table = option_table(engine, version)
+        assert table.version == version
+        for name, option in table.options.items():
+            assert name == option.name
+            assert table.find(name) == (option, False)
+            assert option.kind in {"true", "false", "pair", "value", "list", "json", "append", "optional"}
+            assert option.type in {"str", "int", "float", "bool", "expr", "size", "toggle"}
+            assert all(flag.startswith("-") for flag in option.flags)
+            assert (option.negative is not None) == (option.kind == "pair")
+            if option.default is not None and option.choices and option.kind == "value":
+                assert option.default in option.choices
+    helped = [option for option in option_table(engine).options.values() if option.help]
+    assert len(helped) > 0.9 * len(option_table(engine).options)
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        (None, "0.19.2"),
+        ("0.19.2", "0.19.2"),
+        ("0.19", "0.19.2"),
+        ("0.18.0", "0.18.2"),
+        ("0.18", "0.18.2"),
+        ("v0.18.2rc1", "0.18.2"),
+        ("0.25.1+cpu", "0.19.2"),
+        ("0.17.1+fl", "0.17.1+fl"),
+        ("0.30+fl", "0.17.1+fl"),
+        ("0.1", "0.17.1"),
+        ("nonsense", "0.19.2"),
+    ],
+)
+def test_the_nearest_version_not_newer_is_chosen(asked, chosen):
+    assert choose(("0.17.1", "0.18.2", "0.19.2", "0.17.1+fl"), asked) == chosen
+
+
+def test_an_option_of_another_version_says_so(project):
+    project({"s.yaml": SERVE.format(item="engine_args: {calculate_kv_scales: true}").encode()})
+    assert errors("s.yaml", vllm="0.27.1") == []
+    (line,) = errors("s.yaml", vllm="0.33")
+    assert line.endswith("unknown option of vllm 0.33.0: removed in vllm 0.28.0")
+    project({"s.yaml": SERVE.format(item="engine_args: {cohere_format: cmd4}").encode()})
+    (line,) = errors("s.yaml", vllm="0.25")
+    assert "unknown option of vllm 0.25.1: new in vllm 0.27.1 (this is 0.25.1)" in line
+    assert errors("s.yaml", vllm="0.33.0") == []
+    project({"s.yaml": SERVE.format(item="engine_args: {max_long_partial_prefills: 3}").encode()})
+    assert load("s.yaml", versions={"vllm": "0.25"}).serve[0].engine_args == {"max_long_partial_prefills": 3}
+
+
+def test_a_value_of_another_version_is_refused():
+    with pytest.raises(ConfigError, match="must be one of"):
+        render_engine("megatron", {"optimizer": "soap"}, version="0.17.1")
+    assert render_engine("megatron", {"optimizer": "soap"}, version="0.19.2") == ("--optimizer", "soap")
+
+
+def test_options_of_megatron_lm_fl_hold_with_that_version(edited):
+    source = edited(
+        "conf/train/tiny.yaml", "num_layers: 2", "num_layers: 2\n  peft_type: lora\n  lora_dim: 8"
+    )
+    (first, second) = errors(source, megatron="0.19.2")
+    assert "only megatron 0.17.1+fl has it" in first
+    assert "only megatron 0.17.1+fl has it" in second
+    assert errors(source, megatron="0.17.1+fl") == []
+    assert load(source, versions={"megatron": "0.17.1+fl"}).train.options["lora_dim"] == 8
+
+
+def test_what_replaces_an_option_is_named():
+    table = option_table("megatron", "0.19.2")
+    assert table.elsewhere("muon_use_nesterov") == "removed in megatron 0.18.2; use muon_nesterov"
+    assert table.elsewhere("nothing_like_it") == ""
+    gone = table.others["muon_use_nesterov"]
+    assert (gone.since, gone.removed, gone.renamed_to) == (None, "0.18.2", "muon_nesterov")
+
+
+def test_renamed_options_exist():
+    raw = json.loads(files("flagscale_config").joinpath("data", "renamed.json").read_text(encoding="utf-8"))
+    for engine, names in raw.items():
+        for old, new in names.items():
+            assert new in option_table(engine, known_versions(engine)[0]).options or new in option_table(
+                engine
+            )
+            assert old not in option_table(engine).options
+
+
+def test_unknown_engines_have_no_table():
+    for call in (option_table, known_versions):
+        with pytest.raises(KeyError):
+            call("tgi")
+
+
+# --- engines of their own ---
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "words"),
+    [
+        (
+            "sglang",
+            "{tp: 8, attention-backend: triton, page_size: 16, disable_radix_cache: true}",
+            ("--attention-backend", "triton", "--disable-radix-cache", "--page-size", "16", "--tp-size", "8"),
+        ),
+        (
+            "llama_cpp",
+            "{n_gpu_layers: 64, threads: -1, flash_attn: on, mmap: x}",
+            None,
+        ),
+        (
+            "llama_cpp",
+            "{n_gpu_layers: 64, threads: -1, flash_attn: on, kv_offload: false, no_perf: true}",
+            ("--flash-attn", "on", "--gpu-layers", "64", "--no-kv-offload", "--no-perf", "--threads", "-1"),
+        ),
+        ("transformers", "{device: cpu, compile: false}", ("--no-compile", "--device", "cpu")),
+    ],
+)
+def test_each_engine_has_its_own_vocabulary(engine, options, words, project):
+    item = f"engine: {engine}, engine_args_specific: {{{engine}: {options}}}"
+    project({"s.yaml": SERVE.format(item=item).encode()})
+    if words is None:
+        (line,) = errors("s.yaml")
+        assert f"mmap: unknown option of {engine}" in line
+    else:
+        assert errors("s.yaml") == []
+        assert render(load("s.yaml")) == words
+
+
+def test_vllm_names_are_said_in_the_words_of_each_engine():
+    options = {
+        "model": "/m",
+        "max_model_len": "32k",
+        "max_num_seqs": 8,
+        "served_model_name": ("a", "b"),
+        "seed": 1,
+        "enable_prefix_caching": False,
+    }
+    assert translate("sglang", options).options == {
+        "model_path": "/m",
+        "context_length": 32000,
+        "max_running_requests": 8,
+        "served_model_name": "a",
+        "random_seed": 1,
+        "disable_radix_cache": True,
+    }
+    assert translate("llama_cpp", options).options == {
+        "model": "/m",
+        "ctx_size": 32000,
+        "parallel": 8,
+        "alias": "a,b",
+        "seed": 1,
+        "cache_prompt": False,
+    }
+    assert translate("vllm", options).options == options
+    found = translate("transformers", options)
+    assert found.options == {"default_seed": 1}
+    assert "max_model_len" in found.untranslated
+
+
+@pytest.mark.parametrize("engine", ["sglang", "llama_cpp", "transformers"])
+def test_translations_name_real_options(engine):
+    raw = json.loads(files("flagscale_config").joinpath("data", "translation.json").read_text("utf-8"))
+    for name, pair in raw[engine].items():
+        known = any(name in option_table("vllm", version) for version in known_versions("vllm"))
+        assert known or name == "rope_theta", name
+        for target in pair["to"] if isinstance(pair["to"], list) else [pair["to"]]:
+            option = option_table(engine).options[target]
+            for value in pair.get("values", {}).values():
+                assert value is None or option.coerce(value) == value
+
+
+def test_what_is_said_for_the_engine_wins():
+    found = effective_options("sglang", {"max_model_len": 10, "seed": 1}, {"context-length": 20})
+    assert found.options == {"context_length": 20, "random_seed": 1}
+    found = effective_options("vllm", {"enforce_eager": True}, {"no_enforce_eager": True})
+    assert found.options == {"enforce_eager": False}
+
+
+def test_a_value_without_a_counterpart_is_named():
+    assert translate("llama_cpp", {"quantization": "awq"}).untranslated == {"quantization": "awq"}
+    assert translate("sglang", {"quantization": "no-such"}).untranslated == {"quantization": "no-such"}
+    assert translate("sglang", {"attention_config": {"a": 1}}).untranslated == {"attention_config": {"a": 1}}
+
+
+# --- one function for a whole experiment ---
+
+
+def test_an_instance_is_rendered_with_its_model_first(project):
+    item = "engine_args: {model: /m, max_model_len: 8}, extra_args: [--x]"
+    item += ", engine_args_specific: {vllm: {max_model_len: 9}}"
+    project({"s.yaml": SERVE.format(item=item).encode()})
+    experiment = load("s.yaml")
+    assert render(experiment) == ("/m", "--max-model-len", "9", "--x")
+    assert render(experiment, "m") == render(experiment)
+    with pytest.raises(ConfigError, match="no instance 'n'; known: m"):
+        render(experiment, "n")
+    with pytest.raises(ConfigError, match="transformers has no counterpart; say it under"):
+        render(experiment, engine="transformers")
+
+
+def test_training_is_rendered_as_megatron_words(tiny):
+    words = render(load(tiny, ["+train.extra_args=[--foo]"]))
+    assert words[-1] == "--foo"
+    assert words[words.index("--num-layers") + 1] == "2"

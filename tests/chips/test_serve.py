@@ -1,0 +1,70 @@
+"""serve x chip: every recipe plans on the chip's host with the chip's engine, or says why it cannot."""
+
+import re
+from pathlib import Path
+
+from flagscale_config import load
+from flagscale_hw import runtime
+from flagscale_serve import InvalidService, plan
+
+TWO = Path(__file__).with_name("two_services.yaml")
+OURS = ("PYTHON", "HF_", "VLLM_NO_USAGE", "OMP_NUM", "VLLM_API_KEY", "VLLM_CPU", "VLLM_ENABLE_V1")
+"""Beginnings of variables that do not depend on the chip, or only on its being a CPU."""
+TOO_BIG = re.compile(r"devices: \d+ asked for|resources\.num_gpus|no accelerator was found")
+
+
+def test_cell(chip, machine, experiments, golden, record_property):
+    facts = {"collective_backend": runtime(chip).collective_backend, "vllm": runtime(chip).to_dict()["vllm"]}
+    counts = {"planned": 0, "need more devices": 0, "refused": 0}
+    unexpected = []
+    for name, experiment in experiments("serve").items():
+        try:
+            made = plan(experiment, machine, python="python")
+        except InvalidService as refusal:
+            if TOO_BIG.search(str(refusal)):
+                counts["need more devices"] += 1
+            else:
+                counts["refused"] += 1
+                unexpected += [f"{name}: {refusal}"]
+            continue
+        counts["planned"] += 1
+        examine(facts, made, machine, experiment, name)
+    assert unexpected == []
+    assert counts["planned"] > 0
+    facts["two services"] = two_services(machine)
+    golden("serve", facts)
+    record_property("note", ", ".join(f"{number} {what}" for what, number in counts.items() if number))
+
+
+def examine(facts, made, machine, experiment, name):
+    variable = runtime(machine.chip).visible_devices_variable
+    engines = {instance["engine"] for instance in made.facts["instances"]}
+    asked = {item.engine for item in experiment.serve or () if item.engine} | {experiment.task.backend} - {
+        None
+    }
+    if not asked:
+        facts.setdefault("engine", sorted(engines))
+        assert facts["engine"] == sorted(engines), name
+    taken = [process.env[variable].split(",") for process in made.processes if variable in process.env]
+    numbers = [number for numbers in taken for number in numbers]
+    assert len(numbers) == len(set(numbers)) <= len(machine.devices), f"{name}: a device is given twice"
+    for process in made.processes:
+        chips = {
+            key: value
+            for key, value in process.env.items()
+            if key not in experiment.envs
+            and key not in (variable, "CUDA_DEVICE_ORDER")
+            and not key.startswith(OURS)
+        }
+        if engines == {"vllm"} and machine.chip != "cpu":
+            assert facts.setdefault("environment", chips) == chips, name
+
+
+def two_services(machine):
+    """Which devices two services of 4 and 2 get, or why they cannot run here."""
+    variable = runtime(machine.chip).visible_devices_variable
+    try:
+        made = plan(load(TWO), machine, python="python")
+    except InvalidService as refusal:
+        return str(refusal)
+    return {process.name: process.env[variable] if variable else "" for process in made.processes}
