@@ -3,6 +3,7 @@
 nox -l                what there is
 nox -s tests          the gate: lint, types, layers, unit tests, wheels, isolation, cross-package tests
 nox -s chips          every package x every chip, on faked hosts
+nox -s hosts          training over ssh between network namespaces, and a real Slurm (root)
 nox -s engines        real Megatron, real transformers server, real vLLM (CPU)
 nox -s demo           a model's whole life on this machine
 nox -s release -- flagscale-hw minor      what a release would do; add --write to do it
@@ -31,7 +32,7 @@ TEST_TOOLS = ("pytest>=8,<10", "hypothesis>=6.130,<7", "jsonschema>=4.23,<5")
 TORCH = "torch==2.11.0"
 # The same examples each time: a landing is not the place to discover a new one. Fuzz with --hypothesis-seed.
 REPEATABLE = "--hypothesis-profile=ci"
-MARKED = "megatron or transformers or vllm or device"
+MARKED = "megatron or transformers or vllm or device or hosts"
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests"]
@@ -266,6 +267,31 @@ def vllm(session: nox.Session) -> None:
         "pytest", "-q", "packages/flagscale-serve/tests", "-m", "vllm", *session.posargs,
         env={"FLAGSCALE_TEST_VLLM_PYTHON": str(Path(session.bin) / "python")},
     )  # fmt: skip
+
+
+HOST_PACKAGES = {"sshd": "openssh-server", "ip": "iproute2", "sbatch": "slurm-wlm", "munged": "munge"}
+
+
+@nox.session(python="3.12")
+def hosts(session: nox.Session) -> None:
+    """Real hosts: training over ssh between network namespaces, a real Slurm, Kubernetes schemas. Needs root.
+
+    Debian packages that are missing are installed.
+    """
+    if os.geteuid() != 0:
+        session.error("hosts: makes network namespaces, which only root may: run it as root")
+    missing = [
+        package
+        for tool, package in HOST_PACKAGES.items()
+        if shutil.which(tool, path="/usr/sbin:/usr/bin:/sbin:/bin") is None
+    ]
+    if missing:
+        session.run("apt-get", "update", "-q", external=True, silent=True)
+        install = ("apt-get", "install", "-q", "-y", "--no-install-recommends", *missing)
+        session.run(*install, external=True, silent=True, env={"DEBIAN_FRONTEND": "noninteractive"})
+    session.install(TORCH, *sources(closure("train")), *ENGINES)
+    session.install(*TEST_TOOLS, "kubernetes-validate~=1.33", "PyYAML")
+    session.run("pytest", "-q", "tests/hosts", "-m", "hosts", "--durations=10", *session.posargs)
 
 
 @nox.session(python="3.12")

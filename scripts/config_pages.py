@@ -36,7 +36,7 @@ PAGES = (FOLDER / "index.md", ROOT / "packages/flagscale-config/README.md")
 RECORDING = FOLDER / "errors.svg"
 HOME = "/home/me/project"
 """Stands for the directory in which the commands ran."""
-_COLUMNS = 120
+_COLUMNS = 132
 _BLOCK = re.compile(r"^```(?P<kind>yaml|console)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"\A# (?P<name>\S+\.yaml)\n")
 _THREE_ERRORS = {
@@ -47,7 +47,6 @@ experiment:
   exp_dir: outputs/tiny
   task: {type: train}
   runner: {nnodes: 1, nproc_per_node: 8}
-  lr: 3e-4
 """,
     "conf/train/tiny.yaml": """\
 system:
@@ -63,6 +62,7 @@ model:
   train_iters: 100
 data:
   mock_data: true
+lr: 3e-4
 """,
 }
 

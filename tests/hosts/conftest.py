@@ -147,6 +147,8 @@ class Network:
         options = {
             "AuthorizedKeysFile": self.folder / "authorized",
             "StrictModes": "no",
+            "PasswordAuthentication": "no",
+            "KbdInteractiveAuthentication": "no",
             "UsePAM": "no",
             "PidFile": "none",
             "ListenAddress": self.address(number),
@@ -156,6 +158,8 @@ class Network:
         words += ["-h", str(self.folder / "host")]
         for name, value in options.items():
             words += ["-o", f"{name}={value}"]
+        if number in self.daemons:
+            self.daemons[number].wait()
         with (self.folder / f"sshd{number}.log").open("ab") as log:
             self.daemons[number] = subprocess.Popen(words, stderr=log, stdin=subprocess.DEVNULL)
         until(lambda: self.answers(number), f"sshd {number}")
@@ -368,7 +372,7 @@ class SlurmCluster:
             "SrunPortRange": f"{first + 20000}-{first + 20100}" if first < 25000 else "60001-63000",
         }
         nodes = [
-            f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={first + number} CPUs=1 RealMemory=1000"
+            f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={first + number} RealMemory=1000"
             for number in (1, 2)
         ]
         conf = self.folder / "slurm.conf"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -60,7 +59,9 @@ def test_the_first_failure_is_told_with_its_log_line_and_the_other_node_ends(pla
     status = plain("[ {node_rank} = 1 ] && { echo no disk; exit 7; }; sleep 600").wait(120)
     assert status.state == "failed"
     assert status.reason.endswith("p-1: exit code 7: no disk")
-    assert status.processes[0].signal is not None
+    other = status.processes[0]
+    assert other.ended_at is not None
+    assert other.exit_code != 0
 
 
 def test_stop_is_polite_first(plain):
@@ -70,7 +71,8 @@ def test_stop_is_polite_first(plain):
         assert not run.status().is_over
     status = run.stop(grace_s=60)
     assert (status.state, status.reason) == ("stopped", "stopped on request")
-    assert {line.text for line in run.logs()} == {"up", "asked"}
+    said = [(line.process, line.text) for line in run.logs()]
+    assert {("p-0", "asked"), ("p-1", "asked")} <= set(said)
 
 
 def test_a_job_that_was_cancelled_by_others_is_stopped(plain, slurm):
@@ -83,7 +85,7 @@ def test_a_job_that_was_cancelled_by_others_is_stopped(plain, slurm):
 
 def test_what_slurm_refuses_is_told_in_its_words_and_nothing_is_left(plain, tmp_path):
     plan = hw.Plan(kind="t", name="t", processes=(hw.Process(name="p", argv=("true",)),))
-    with pytest.raises(hw.LaunchRefused, match="(?i)invalid partition"):
+    with pytest.raises(hw.LaunchRefused, match=r"(?i)invalid partition"):
         hw.submit(plan, tmp_path / "refused", {"partition": "none"})
     assert not (tmp_path / "refused").exists()
 
@@ -93,7 +95,7 @@ def test_a_training_is_submitted_followed_and_stopped(bench, slurm):
     said = bench.do("run", "--on", "slurm", "--chip", "cpu", str(file), *LOCAL)
     assert "flagscale-train logs -f" in said
     bench.until_step(3)
-    assert "nodes" in json.dumps(bench.status())
+    assert [process["name"] for process in bench.status()["processes"]] == ["train-0", "train-1"]
     assert "running" in bench.do("status", str(bench.folder / "exp"))
     bench.do("stop", str(bench.folder / "exp"))
     now = bench.status()

@@ -112,7 +112,7 @@ def test_a_port_that_is_taken_on_the_first_host_is_refused_with_its_owner(bench,
     bench.hosts(*hosts(cluster, 2))
     owner = cluster.occupy(1, 29511)
     try:
-        said = bench.do("run", str(bench.write(steps=4)), "experiment.runner.master_port=29511", code=3)
+        said = bench.do("run", str(bench.write(steps=4)), "+experiment.runner.master_port=29511", code=3)
         assert f"{cluster.address(1)}: port 29511: in use by pid {owner.pid}" in said
     finally:
         owner.kill()
@@ -134,7 +134,7 @@ def test_a_host_with_a_disk_of_its_own(bench, cluster):
         assert f"{cluster.address(4)}: does not see the experiment's directory" in said
         save = bench.folder / "checkpoints"
         bench.do(
-            "run", str(file), "experiment.runner.no_shared_fs=true", f"+train.system.checkpoint.save={save}"
+            "run", str(file), "+experiment.runner.no_shared_fs=true", f"+train.system.checkpoint.save={save}"
         )
         logs = bench.do("logs", str(bench.folder / "exp"))
         assert "train-1: " in logs

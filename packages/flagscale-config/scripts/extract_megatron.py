@@ -3,7 +3,7 @@
 
 Run where megatron-core (with `megatron.training`) is installed, from this folder:
 
-    python extract_megatron.py ../src/flagscale_config/data/megatron-0.19.json
+    python extract_megatron.py megatron-0.19.2.json
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """Extract the options of `transformers serve` from its signature, read without importing it.
 
     python extract_transformers.py SITE_PACKAGES/transformers/cli/serve.py 5.23.0 \
-        ../src/flagscale_config/data/transformers-5.json
+        transformers.json
 
 The command is a typer class: each parameter of `Serve.__init__` is one option, a boolean one has a `--no-`
 twin.

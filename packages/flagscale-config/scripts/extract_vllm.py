@@ -220,7 +220,7 @@ def _from_call(sources: Sources, call: ast.Call, flags: list[str]) -> dict[str, 
 
 
 def _written_choices(sources: Sources, node: ast.expr | None) -> list[Any]:
-    """Return `choices=[...]` or `choices=get_args(Alias)`; a list that depends on the machine is left open."""
+    """Return `choices=[...]` or `choices=get_args(X)`; a list that depends on the machine is left open."""
     if isinstance(node, ast.Call) and _name(node.func) == "get_args":
         return sorted(_literals(sources, sources.parts(node.args[0])[0]))
     try:

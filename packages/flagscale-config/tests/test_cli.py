@@ -148,6 +148,22 @@ def test_help_and_version_need_nothing(tiny):
         assert verb in done.stdout
 
 
+def test_every_verb_has_help_with_examples_that_run(tiny, project, capsys, monkeypatch):
+    project({"conf/small.yaml": Path(tiny).read_text()})
+    ran = 0
+    for verb in ("check", "show", "explain", "diff", "schema", "migrate", "models", "new", "recipes"):
+        assert cli.main([verb, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "exit codes: 0 done" in out
+        examples = [line.split()[1:] for line in out.splitlines() if line.startswith("  flagscale-config ")]
+        assert examples, verb
+        for words in examples:
+            if not {"new", ">", "conf/*.yaml"} & set(words):  # a recipe, and what a shell does
+                assert cli.main(words) == 0, words
+                ran += 1
+    assert ran > 10
+
+
 def test_schema_is_compared_with_a_file(tiny, tmp_path, capsys):
     assert cli.main(["schema", "experiment"]) == 0
     text = capsys.readouterr().out

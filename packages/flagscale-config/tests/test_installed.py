@@ -22,7 +22,7 @@ def test_the_version_is_the_packages():
 def test_types_and_data_are_shipped():
     package = files("flagscale_config")
     assert package.joinpath("py.typed").is_file()
-    for name in ("megatron-0.19", "vllm-0.25", "transformers-5", "flagscale-megatron"):
+    for name in ("megatron", "vllm", "sglang", "llama_cpp", "transformers", "flagscale-megatron"):
         assert package.joinpath("data", f"{name}.json").is_file()
 
 

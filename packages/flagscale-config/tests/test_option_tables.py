@@ -74,15 +74,13 @@ def test_a_value_of_another_version_is_refused():
     assert render_engine("megatron", {"optimizer": "soap"}, version="0.19.2") == ("--optimizer", "soap")
 
 
-def test_options_of_megatron_lm_fl_hold_with_that_version(edited):
-    source = edited(
-        "conf/train/tiny.yaml", "num_layers: 2", "num_layers: 2\n  peft_type: lora\n  lora_dim: 8"
-    )
-    (first, second) = errors(source, megatron="0.19.2")
-    assert "only megatron 0.17.1+fl has it" in first
-    assert "only megatron 0.17.1+fl has it" in second
-    assert errors(source, megatron="0.17.1+fl") == []
-    assert load(source, versions={"megatron": "0.17.1+fl"}).train.options["lora_dim"] == 8
+def test_options_of_megatron_lm_fl_hold_with_that_version(tiny):
+    overrides = ["+train.model.peft_type=lora", "+train.model.lora_dim=8"]
+    found = check(tiny, overrides, versions={"megatron": "0.19.2"})
+    assert sum("only megatron 0.17.1+fl has it" in str(problem) for problem in found) == 2
+    fork = {"megatron": "0.17.1+fl"}
+    assert check(tiny, overrides, versions=fork) == ()
+    assert load(tiny, overrides, versions=fork).train.options["lora_dim"] == 8
 
 
 def test_what_replaces_an_option_is_named():

@@ -13,7 +13,7 @@ FILES = {
         "defaults: [_self_, {serve: 0_6b}]\nexperiment: {exp_name: q, task: {type: serve}}\n"
     ),
     "site/offering/recipes/acme/conf/serve/0_6b.yaml": "- {serve_id: m, engine_args: {model: x}}\n",
-    "site/offering/recipes/llama3/conf/70b.yaml": "a: 1\n",
+    "site/offering/recipes/acme3/conf/70b.yaml": "a: 1\n",
     "site/offering/recipes/both/conf/7b.yaml": (
         "defaults: [_self_, {serve: 7b}]\nexperiment: {exp_name: s, task: {type: serve}}\n"
     ),
@@ -39,7 +39,7 @@ def offered(project, monkeypatch, tmp_path):
 def test_recipes_are_found_without_importing(offered):
     found = recipes()
     assert found["acme/0_6b"] == offered / "acme/conf/0_6b.yaml"
-    assert "llama3/70b" in found
+    assert "acme3/70b" in found
     assert not any(name.startswith("acme/serve") for name in found)
     assert "offering" not in sys.modules
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -154,6 +155,18 @@ def test_a_run_without_its_launcher_ends_on_every_host_unless_detached(keeper):
     assert open_run(run.dir).status().state == "running"
 
 
+def test_a_long_log_is_set_aside(keeper):
+    line = "x" * 99
+    code = f"i=0; while [ $i -lt 2000 ]; do echo {line}; i=$((i+1)); done; sleep 7; echo last"
+    run = keeper.launch(plan(code, log_limit_bytes=1 << 16))
+    status = run.wait(keeper.patience_s)
+    assert status.state == "succeeded", status
+    log = run.dir / "hosts/n0/logs/p-0.log"
+    assert log.stat().st_size < 1 << 16
+    assert log.read_text().splitlines()[-1] == "last"
+    assert log.with_name("p-0.log.1").stat().st_size >= 1 << 16
+
+
 def test_all_hosts_start_again_when_one_failed(keeper, tmp_path):
     tried = tmp_path / "tried"
     code = f"echo here {{node_rank}}; [ -e {tried} ] && exit 0; touch {tried}; exit 5"
@@ -213,6 +226,29 @@ def test_ssh_gets_the_options_of_the_target_and_one_quoted_command(keeper, tmp_p
     assert words[words.index("-l") + 1] == "me"
     assert words[words.index("-J") + 1] == "door,me@gate:22"
     assert "BatchMode=yes" in words
+
+
+def test_the_example_for_many_hosts_runs_as_it_stands(keeper, tmp_path, monkeypatch):
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("FLAGSCALE_SSH", str(ssh))
+    monkeypatch.chdir(tmp_path)
+    readme = Path(__file__).parents[1] / "README.md"
+    if not readme.exists():
+        pytest.skip("the tests run outside the tree, without the README")
+    (code,) = (
+        block.partition("```")[0]
+        for block in readme.read_text().split("```python\n")[1:]
+        if "targets=" in block.partition("```")[0]
+    )
+    found: dict = {}
+    exec(code, found)
+    run = found["run"]
+    keeper.runs.append(run)
+    status = run.wait(keeper.patience_s)
+    assert status.state == "succeeded", status
+    assert lines(run)["w-1"] == f"node-1:{status.ports['meet']}"
 
 
 def test_docker_wraps_the_agent(keeper, tmp_path, monkeypatch):

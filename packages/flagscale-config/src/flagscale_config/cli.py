@@ -65,6 +65,7 @@ def _print_checked(found: Mapping[str, Sequence[Problem]], *, is_single: bool) -
 
 def _conclude(file: str, problems: Sequence[Problem]) -> None:
     """Say in a line how a file stands."""
+    from flagscale_config.errors import escaped
     from flagscale_config.terminal import Style, count, wants_color
 
     errors = [problem for problem in problems if problem.severity == "error"]
@@ -72,10 +73,11 @@ def _conclude(file: str, problems: Sequence[Problem]) -> None:
     also = f", {count(notes, 'note')}" if notes else ""
     if not errors:
         style = Style(is_on=wants_color(sys.stdout))
-        print(f"{file}: {style('ok', 'ok')}{also}", flush=True)
+        print(f"{escaped(file)}: {style('ok', 'ok')}{also}", flush=True)
         return
     more = f"flagscale-config explain {errors[0].code}"
-    print(f"{file}: {count(len(errors), 'error')}{also}; for more: {more}", file=sys.stderr, flush=True)
+    found = f"{count(len(errors), 'error')}{also}"
+    print(f"{escaped(file)}: {found}; for more: {more}", file=sys.stderr, flush=True)
 
 
 def _summarize(found: Mapping[str, Sequence[Problem]]) -> None:

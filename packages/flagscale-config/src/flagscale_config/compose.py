@@ -56,7 +56,7 @@ class Composed:
         here = tuple(path)
         while here and here not in self.places:
             here = here[:-1]
-        return self.places.get(here, Origin(shown_path(self.source)))
+        return self.places[here] if here in self.places else Origin(shown_path(self.source))
 
 
 def compose(source: FilePath, overrides: Sequence[str] = ()) -> Composed:
@@ -156,7 +156,10 @@ def _packaged(repository: FolderRepository, default: Any) -> tuple[DictConfig, P
     for path, place in document.places.items():
         if path and path[0] != "defaults":
             places[(*prefix, *path)] = place
-    outer: DictConfig = OmegaConf.create({}) if package else result.config
+    # The content is read once, by the merge that follows, so it need not be copied into its package.
+    outer: DictConfig = (
+        OmegaConf.create({}, flags={"no_deepcopy_set_nodes": True}) if package else result.config
+    )
     if package:
         OmegaConf.update(outer, package, result.config, merge=False)
     return outer, places

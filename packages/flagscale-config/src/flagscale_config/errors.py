@@ -14,7 +14,7 @@ from typing import Any
 
 from flagscale_config.masking import MASK, is_secret, masked, masked_override, masked_text
 
-__all__ = ["ConfigError", "Origin", "Problem", "show", "sort_problems"]
+__all__ = ["ConfigError", "Origin", "Problem", "escaped", "show", "sort_problems"]
 
 _MAX_SHOWN = 80
 
@@ -78,8 +78,7 @@ class Problem:
     def __str__(self) -> str:
         """Return the problem as one line: `place: key: message`, control characters escaped."""
         parts = [str(self.origin) if self.origin else "", self.key, self.message]
-        line = ": ".join(part for part in parts if part)
-        return line if line.isprintable() else "".join(_printable(character) for character in line)
+        return escaped(": ".join(part for part in parts if part))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the problem as JSON can hold it."""
@@ -105,8 +104,11 @@ class Problem:
         }
 
 
-def _printable(character: str) -> str:
-    return character if character.isprintable() else repr(character)[1:-1]
+def escaped(text: str) -> str:
+    """Return text in which nothing commands the terminal or cannot be encoded: such letters as in `repr`."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def show(value: Any) -> str:

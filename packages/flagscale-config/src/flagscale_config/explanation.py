@@ -23,7 +23,7 @@ from flagscale_config.loader import check, find
 from flagscale_config.masking import MASK, is_secret, masked
 from flagscale_config.megatron import renamed_option
 from flagscale_config.options import Option, OptionError, spelled
-from flagscale_config.render import render_engine, render_megatron
+from flagscale_config.rendering import render_engine, render_megatron
 from flagscale_config.suggest import home_of_train_option, models_in
 
 __all__ = ["Explanation", "explain"]
@@ -135,9 +135,10 @@ def _words(engine: str, option: Option, value: Any) -> tuple[str, ...]:
         return ()
     render = render_megatron if engine == "megatron" else functools.partial(render_engine, engine)
     try:
-        return render({option.name: value})
+        words: tuple[str, ...] = render({option.name: value})
     except (ConfigError, OptionError):
         return ()
+    return words
 
 
 def _of_option(engine: str, option: Option) -> Explanation:

@@ -117,7 +117,7 @@ def masked_text(text: str) -> str:
 
 
 def _masked_pairs(pattern: re.Pattern[str], text: str) -> str:
-    """Mask the values of secret keys; the value of another key may hold pairs of its own (`url: x?token=y`)."""
+    """Mask the values of secret keys; another value may hold pairs of its own (`url: x?token=y`)."""
     parts, at = [], 0
     while match := pattern.search(text, at):
         parts.append(text[at : match.end("sign")])

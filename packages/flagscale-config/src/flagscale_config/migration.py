@@ -51,11 +51,14 @@ class Migrated:
     @property
     def diff(self) -> str:
         """The change as a unified diff, secrets masked."""
-        old, new = (text.splitlines() for text in (self.before, self.after))
-        shown = [[masked_line(lines, index) for index in range(len(lines))] for lines in (old, new)]
         name = shown_path(self.path)
-        lines = unified_diff(*shown, fromfile=name, tofile=name, lineterm="")
+        lines = unified_diff(_masked(self.before), _masked(self.after), name, name, lineterm="")
         return "".join(f"{line}\n" for line in lines)
+
+
+def _masked(text: str) -> list[str]:
+    lines = text.splitlines()
+    return [masked_line(lines, index) for index in range(len(lines))]
 
 
 def migrate(source: str | PathLike[str], *, write: bool = False) -> tuple[Migrated, ...]:

@@ -3,7 +3,7 @@
 The tables under `data/` are written by `scripts/extract_*.py` from the engines' parsers, several versions of
 an engine in one file. This module finds an option by any of its spellings, and turns a YAML value into the
 value the engine would parse. What does not live here: which version of an engine is meant (`versions.py`),
-FlagScale's own additions to Megatron (`megatron.py`) and command lines (`render.py`).
+FlagScale's own additions to Megatron (`megatron.py`) and command lines (`rendering.py`).
 """
 
 from __future__ import annotations

@@ -114,7 +114,11 @@ def suggestion(
 def _elsewhere(name: str, path: Sequence[str | int]) -> Hint:
     """Say in which other part of a file, or under which engine, exactly this key is known."""
     here = ".".join("[]" if isinstance(part, int) else part for part in path[:-1]).replace(".[]", "[]")
-    homes = [section for section in _homes().get(name, ()) if section != here]
+    translated = _translated(name, path)
+    if translated:
+        return translated
+    # What the tuner varies are options of an engine: where they are set is the better answer.
+    homes = [home for home in _homes().get(name, ()) if home != here and ".auto_tuner" not in home]
     if homes:
         return Hint(f"; it belongs under {' or '.join(homes[:3])}", homes[0])
     if path[:1] != ("train",) and _knows("megatron", name):
@@ -129,6 +133,15 @@ def _elsewhere(name: str, path: Sequence[str | int]) -> Hint:
                 return Hint(f"; it is an option of {engine}: {home}", home)
             return Hint(f"; it belongs under serve[].{home}", f"serve[].{home}")
     return Hint()
+
+
+def _translated(name: str, path: Sequence[str | int]) -> Hint:
+    """Say what the engine whose option is expected calls an option of vLLM's."""
+    from flagscale_config.translation import counterpart
+
+    engine = next((part for part in path if part in _ENGINES), None)
+    word = counterpart(str(engine), name) if engine not in {None, "vllm"} else None
+    return Hint(f"; it is vLLM's name: {engine} calls it {word}", word) if word else Hint()
 
 
 def _knows(engine: str, name: str) -> bool:

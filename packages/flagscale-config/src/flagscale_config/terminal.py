@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-from flagscale_config.errors import Origin, Problem
+from flagscale_config.errors import Origin, Problem, escaped
 from flagscale_config.masking import masked_line
 
 __all__ = ["Style", "count", "report", "wants_color"]
@@ -73,7 +73,7 @@ def report(problems: Iterable[Problem], form: str | None = None, *, is_quiet: bo
 
 def _one_line(problem: Problem, style: Style) -> str:
     """Return `error: place: key: message [code]`."""
-    place = str(problem.origin) if problem.origin else ""
+    place = escaped(str(problem.origin)) if problem.origin else ""
     rest = str(problem).removeprefix(place)
     severity = style(problem.severity, f"{problem.severity}:")
     return f"{severity} {style('place', place)}{rest} {style('code', f'[{problem.code}]')}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from flagscale_config.options import option_table, spelled
 
-__all__ = ["Translation", "effective_options", "translate"]
+__all__ = ["Translation", "counterpart", "effective_options", "translate"]
 
 _POWERS = {"k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _POWERS |= {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -60,6 +60,13 @@ def _pairs() -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
     text = files("flagscale_config").joinpath("data", "translation.json").read_text(encoding="utf-8")
     loaded: dict[str, dict[str, dict[str, Any]]] = json.loads(text)
     return loaded
+
+
+def counterpart(engine: str, name: str) -> str | None:
+    """Return what another engine calls an option of vLLM's; None where it has no word for it."""
+    pair = _pairs().get(engine, {}).get(spelled(name))
+    target = pair["to"] if pair is not None else None
+    return target[0] if isinstance(target, list) else target
 
 
 def translate(engine: str, options: Mapping[str, Any], *, version: str | None = None) -> Translation:

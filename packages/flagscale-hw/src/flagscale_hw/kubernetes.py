@@ -184,7 +184,21 @@ def _value(value: Any, indent: int) -> str:
     if isinstance(value, str) and _fits_block(value):
         pad = "  " * (indent + 1)
         return " |\n" + "".join(f"{pad}{line}\n" if line else "\n" for line in value[:-1].split("\n"))
-    return f" {json.dumps(value, ensure_ascii=False)}\n"
+    text = _quoted(value) if isinstance(value, str) else json.dumps(value)
+    return f" {text}\n"
+
+
+def _quoted(text: str) -> str:
+    """Quote a text as YAML does: as JSON, but every character that is not printable is escaped."""
+    return '"' + "".join(_escaped(character) for character in text) + '"'
+
+
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return f"\\{character}"
+    if character.isprintable():
+        return character
+    return f"\\u{ord(character):04x}" if ord(character) <= 0xFFFF else f"\\U{ord(character):08x}"
 
 
 def _fits_block(text: str) -> bool:

@@ -144,7 +144,7 @@ wait_for_all() {{
     wait -n 2>/dev/null || true   # something ended, or a signal came
     for i in "${{!pids[@]}}"; do
       kill -0 "${{pids[i]}}" 2>/dev/null && continue
-      code=0; wait "${{pids[i]}}" || code=$?
+      code=0; wait "${{pids[i]}}" || code=$?   # -1 where a signal fell into the wait: unknown
       note "${{names[i]}}" "$code $(date +%s.%N)"
       unset "pids[i]" "names[i]"
       if ((code && !first)); then first=$code; ((${{#pids[@]}})) && end_all; fi

@@ -275,9 +275,9 @@ class SlurmRun(Run):
         return replace(
             started,
             ended_at=float(ended[1]),
-            exit_code=code if code <= _SIGNALLED else None,
+            exit_code=code if 0 <= code <= _SIGNALLED else None,
             signal=code - _SIGNALLED if code > _SIGNALLED else None,
-            cause=first_cause(self.directory.log(name)) if code else "",
+            cause=first_cause(self.directory.log(name)) if code > 0 else "",
         )
 
     def _note(self, name: str) -> list[str] | None:

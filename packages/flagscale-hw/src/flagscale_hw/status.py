@@ -66,7 +66,7 @@ class ProcessStatus:
             return "running"
         if self.signal is not None:
             return f"ended by signal {self.signal}"
-        return f"exit code {self.exit_code}"
+        return "ended" if self.exit_code is None else f"exit code {self.exit_code}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,173 @@
+"""The tables hold every option of the real parsers, and what is rendered reads back to what it was."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flagscale_config import load, option_table, recipes, render_engine, render_megatron
+from flagscale_config.options import known_versions
+
+ENGINES = [
+    pytest.param("megatron", marks=pytest.mark.megatron),
+    pytest.param("vllm", marks=pytest.mark.vllm),
+]
+DISTRIBUTION = {"megatron": "megatron-core", "vllm": "vllm"}
+OF_THE_MACHINE = {"mm_processor_device"}
+"""Options whose choices depend on the devices that the parser finds."""
+
+
+class Parser:
+    """An engine's own parser in a process of its own."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        python = os.environ.get(f"FLAGSCALE_TEST_{engine.upper()}_PYTHON", sys.executable)
+        argv = [python, str(Path(__file__).with_name("engine_parser.py")), engine]
+        ask = f"import importlib.metadata as m; print(m.version({DISTRIBUTION[engine]!r}))"
+        self.version = subprocess.run(
+            [python, "-c", ask], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        self.process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.actions = json.loads(self.process.stdout.readline())
+
+    def parse(self, words):
+        self.process.stdin.write(json.dumps(list(words)) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    running = {}
+
+    def get(engine):
+        if engine not in running:
+            running[engine] = Parser(engine)
+        return running[engine]
+
+    yield get
+    for parser in running.values():
+        parser.close()
+
+
+def positive(action):
+    """Return the flags that are not the `--no-x` of an `--x` beside them."""
+    return [f for f in action["flags"] if not (f.startswith("--no-") and f"--{f[5:]}" in action["flags"])]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_option_of_the_real_parser_is_in_the_table(engine, parsers, capsys):
+    parser = parsers(engine)
+    table = option_table(engine, parser.version)
+    wanted = [action for action in parser.actions if action["dest"] != "help"]
+    known = [action for action in wanted if all(flag[2:] in table for flag in positive(action))]
+    with capsys.disabled():
+        print(f"\n{engine} {parser.version}: {len(known)} of {len(wanted)} options")
+    assert [action["flags"] for action in wanted if action not in known] == []
+    if parser.version.partition("+")[0] in known_versions(engine):
+        assert len(table.options) == len(wanted)
+    for action in wanted:
+        option, is_opposite = table.find(positive(action)[0][2:])
+        assert not is_opposite
+        assert option.attribute == action["dest"]
+        assert (option.kind in {"list"}) == (action["nargs"] not in (None, 0, "?"))
+        if option.name not in OF_THE_MACHINE:
+            choices = {choice for choice in action["choices"] or () if choice != "None"}
+            assert {str(choice) for choice in option.choices} == choices
+
+
+TEXT = st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1, max_size=12).filter(
+    lambda text: text not in {"None", "[]", "{}"}
+)
+
+
+def value_of(option):
+    """Return a strategy of values that the engine keeps as they are; None for those it computes with."""
+    if option.is_switch:
+        return st.booleans()
+    if option.kind == "json" or option.type in {"expr", "bool"}:
+        return None
+    one = {"int": st.integers(-(2**31), 2**31), "size": st.integers(1, 2**31), "float": st.floats(-1e9, 1e9)}
+    single = st.sampled_from(option.choices) if option.choices else one.get(option.type, TEXT)
+    if option.kind in {"list", "append"}:
+        safe = single.filter(lambda item: not str(item).startswith("-"))
+        count = option.nargs if isinstance(option.nargs, int) else None
+        return st.lists(safe, min_size=count or 1, max_size=count or 3).map(tuple)
+    return single
+
+
+UNDERSTOOD = {"vllm": {"config", "lora_modules", "device_ids"}, "megatron": set()}
+"""Options that the parser acts on at once (it opens the file), or takes apart by a grammar of its own."""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_rendered_options_read_back_by_the_real_parser(engine, parsers, data):
+    parser = parsers(engine)
+    table = option_table(engine, parser.version)
+    plain = [
+        option
+        for option in table.options.values()
+        if value_of(option) is not None and option.name not in UNDERSTOOD[engine] | OF_THE_MACHINE
+    ]
+    chosen = data.draw(
+        st.lists(st.sampled_from(plain), max_size=8, unique_by=lambda item: item.attribute), label="options"
+    )
+    options = {item.name: data.draw(value_of(item)) for item in chosen}
+    back = parser.parse(render_engine(engine, options, version=parser.version))
+    assert "refused" not in back, back["refused"]
+    for item in chosen:
+        given_, found = options[item.name], back[item.attribute]
+        if item.kind == "false":
+            assert found is (not given_)
+        elif item.kind in {"list", "append"}:
+            assert tuple(found) == given_
+        elif item.kind == "true" and not given_ and table.twin(item) is None:
+            assert not found
+        else:
+            assert found == given_
+
+
+REQUIRED = ("train.data.data_path=/data", "train.data.tokenizer.tokenizer_model=/tokenizer")
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("name", sorted(name for name in recipes("train") if ":" not in name))
+def test_rendered_recipes_read_back_by_megatron(name, parsers):
+    parser = parsers("megatron")
+    train = load(recipes("train")[name], REQUIRED, versions={"megatron": parser.version}).train
+    table = option_table("megatron", parser.version)
+    back = parser.parse(render_megatron(train.options, version=parser.version))
+    assert "refused" not in back, back["refused"]
+    for key, value in train.options.items():
+        option = table.options[key]
+        if option.type not in {"expr", "bool"} and option.kind not in {"false", "true"}:
+            assert back[option.attribute] == (list(value) if isinstance(value, tuple) else value)
+
+
+def test_the_version_of_the_table_is_that_of_the_installed_engine():
+    for engine, distribution in (("megatron", "megatron-core"), ("vllm", "vllm"), ("sglang", "sglang")):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        assert option_table(engine).version == option_table(engine, version).version

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=Qwen-3--tiny
+#SBATCH --nodes=3
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=/exp/runs/1/slurm.log
+#SBATCH --open-mode=append
+#SBATCH --no-requeue
+#SBATCH --partition=long
+#SBATCH --time=2:00:00
+#SBATCH --exclusive
+# train on 3 nodes, written by FlagScale from the plan of the run.
+set -euo pipefail
+FLAGSCALE_RUN_DIR=/exp/runs/1
+if [ "${1:-}" != node ]; then
+  # On the first node: tell all nodes where they are, and start this same script on each of them.
+  addresses=()
+  for name in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    addresses+=("$(sinfo -h -n "$name" -o %o | head -n 1)")
+  done
+  export FLAGSCALE_HOSTS="${addresses[*]}"
+  code=0
+  srun --kill-on-bad-exit=1 --ntasks-per-node=1 bash "$FLAGSCALE_RUN_DIR/job.sh" node || code=$?
+  printf '%s\n' "$code" > "$FLAGSCALE_RUN_DIR/.job.end"
+  mv "$FLAGSCALE_RUN_DIR/.job.end" "$FLAGSCALE_RUN_DIR/job.end"
+  exit "$code"
+fi
+# On each node:
+read -r -a FLAGSCALE_ADDRESSES <<< "$FLAGSCALE_HOSTS"
+FLAGSCALE_PORT_RENDEZVOUS=$((20000 + (SLURM_JOB_ID * 8 + 0) % 12000))
+FLAGSCALE_PORT_WEB=8000
+FLAGSCALE_NODE_RANK=$SLURM_NODEID
+: "${TOKEN:?secret: set it in the environment}"
+mkdir -p "$FLAGSCALE_RUN_DIR"/{logs,ends}
+mkdir -p "$(dirname "$FLAGSCALE_RUN_DIR"/conf/a.txt)"
+printf '%s' 'port: '"${FLAGSCALE_PORT_RENDEZVOUS}"'
+'"'"'quoted'"'"'
+' > "$FLAGSCALE_RUN_DIR"/conf/a.txt
+pids=() names=()
+end_all() { kill -INT "${pids[@]}" 2>/dev/null || true; }
+trap end_all TERM INT
+note() {
+  printf '%s\n' "$2" > "$FLAGSCALE_RUN_DIR/ends/.$1"
+  mv "$FLAGSCALE_RUN_DIR/ends/.$1" "$FLAGSCALE_RUN_DIR/ends/$1"
+}
+begun() { pids+=("$1") names+=("$2"); note "$2.begun" "$(hostname) $(date +%s.%N)"; }
+wait_for_all() {
+  local first=0 code i
+  while ((${#pids[@]})); do
+    wait -n 2>/dev/null || true   # something ended, or a signal came
+    for i in "${!pids[@]}"; do
+      kill -0 "${pids[i]}" 2>/dev/null && continue
+      code=0; wait "${pids[i]}" || code=$?   # -1 where a signal fell into the wait: unknown
+      note "${names[i]}" "$code $(date +%s.%N)"
+      unset "pids[i]" "names[i]"
+      if ((code && !first)); then first=$code; ((${#pids[@]})) && end_all; fi
+    done
+  done
+  exit "$first"
+}
+case "$FLAGSCALE_NODE_RANK" in
+0|1|2)
+(
+  export A='it'"'"'s $HOME'
+  export EVENTS="${FLAGSCALE_RUN_DIR}"/events
+  cd '/work dir'
+  exec python3 \
+    -m \
+    torch.distributed.run \
+    --node-rank="${FLAGSCALE_NODE_RANK}" \
+    --master-addr="${FLAGSCALE_ADDRESSES[0]}" \
+    --master-port="${FLAGSCALE_PORT_RENDEZVOUS}" \
+    --local-addr="${FLAGSCALE_ADDRESSES[FLAGSCALE_NODE_RANK]}" \
+    '--json={"a": "$(x)"}' \
+    '{run_dir}'
+) >> "$FLAGSCALE_RUN_DIR"/logs/train-"${FLAGSCALE_NODE_RANK}".log 2>&1 < /dev/null &
+begun $! train-"${FLAGSCALE_NODE_RANK}"
+;;
+esac
+wait_for_all
