@@ -140,7 +140,6 @@ def test_a_host_with_a_disk_of_its_own(bench, cluster):
         assert "train-1: " in logs
     home = Path(bench.status()["run_dir"]) / "hosts" / cluster.address(4)
     assert "iteration" in (home / "logs" / "train-1.log").read_text()
-    assert (home / "events.jsonl").is_file()
     assert_nothing_left(bench, cluster, 3, 4)
 
 

@@ -77,7 +77,7 @@ class _Signals:
 def _serve(channel: Channel) -> int:
     for message in _wait_for(channel, {"prepare", "survey"}):
         if message["do"] == "survey":
-            from flagscale_hw.survey import look
+            from flagscale_hw.looking import look
 
             channel.send({"said": "survey", "found": look(message)})
             _drain(channel)
@@ -98,7 +98,7 @@ def _turn(channel: Channel) -> list[Message]:
     from flagscale_hw.probing import wait_any
 
     wait_any([channel.reads], _TURN_S)
-    channel.flush()
+    channel.keep_alive(ALIVE_EVERY_S)
     return channel.receive()
 
 
@@ -124,7 +124,6 @@ class _Part:
         self._again = bool(order["again"])
         self._sent: dict[str, int] = {}
         self._last: RunStatus | None = None
-        self._next_alive = 0.0
         self._stop_deadline = float("inf")
 
     def serve(self) -> int:
@@ -180,9 +179,6 @@ class _Part:
             self._last = status
             if not status.is_over:
                 self._channel.send({"said": "status", "status": status.to_dict()})
-        if time.monotonic() >= self._next_alive:
-            self._next_alive = time.monotonic() + ALIVE_EVERY_S
-            self._channel.send({"said": "alive"})
 
     def _send_files(self, *, everything: bool = False) -> None:
         """Send what the logs have grown by, to a coordinator that does not see this disk."""

@@ -31,6 +31,14 @@ class Channel:
         self.is_closed = False
         """Whether the other side is gone."""
         self.heard_at = time.monotonic()
+        self.spoken_at = 0.0
+
+    def keep_alive(self, every_s: float) -> None:
+        """Say that we are there when that was not said for so long, and send what waits."""
+        if time.monotonic() >= self.spoken_at + every_s:
+            self.spoken_at = time.monotonic()
+            self.send({"said": "alive", "do": "alive"})
+        self.flush()
 
     @property
     def backlog_bytes(self) -> int:

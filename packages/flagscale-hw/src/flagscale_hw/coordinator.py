@@ -248,12 +248,13 @@ class Coordinator:
             if host.link.handle in ready:
                 for message in host.link.hear():
                     self._take(host, message)
+        for host in self._hosts:  # also those whose line broke while something was sent
             self._notice_loss(host)
         if not self._record.is_saved:
             self._record.save()
 
     def _notice_loss(self, host: _Host) -> None:
-        if host.is_done:
+        if host.is_done or host.link.pid is None:
             return
         if not host.link.is_open:
             self._fail(

@@ -36,7 +36,6 @@ class Link:
         self.pid: int | None = None
         self.channel: Channel | None = None
         self._socket: socket.socket | None = None
-        self._next_alive = 0.0
 
     def open(self, start: Starter) -> None:
         """Begin to connect; whatever goes wrong shows as the end of the channel.
@@ -77,10 +76,7 @@ class Link:
     def keep_alive(self) -> None:
         """Say that we are there, when it is time, and send what waits."""
         if self.channel is not None and self.is_open:
-            if time.monotonic() >= self._next_alive:
-                self._next_alive = time.monotonic() + ALIVE_EVERY_S
-                self.tell({"do": "alive"})
-            self.channel.flush()
+            self.channel.keep_alive(ALIVE_EVERY_S)
 
     def hear(self) -> list[Message]:
         """Return what has been said."""
