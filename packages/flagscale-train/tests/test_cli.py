@@ -166,8 +166,8 @@ def test_the_flags_are_these():
         return next(action.choices for action in of._actions if hasattr(action, "choices") and action.choices)
 
     assert {name: flags(verb) for name, verb in verbs(parser()).items()} == {
-        "plan": ["--json"],
-        "run": ["--detach"],
+        "plan": ["--as", "--chip", "--claim", "--image", "--json", "--slurm"],
+        "run": ["--chip", "--detach", "--on", "--slurm"],
         "stop": ["--grace"],
         "logits": ["--load", "--output", "--tokens"],
         "status": ["--json"],

@@ -48,9 +48,7 @@ def _cleaned(value: Any, path: Path, findings: Findings) -> Any:
         findings.error("config/required", path, message, value)
         return MISSING
     if _PATH.fullmatch(value):
-        findings.note(
-            "config/placeholder", path, "looks like a placeholder; set it to a path of yours", value
-        )
+        findings.note("config/required", path, "looks like a placeholder; set it to a path of yours", value)
     return value
 
 
