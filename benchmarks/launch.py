@@ -88,9 +88,11 @@ def main() -> int:
     bare_s = bare(count)
     started_s, stopped_s = starting(count)
     total_s = started_s + stopped_s
-    print(f"{count} hosts: started {started_s:.1f} s, stopped {stopped_s:.1f} s (bound {HOSTS_BOUND_S:g} s)")
+    spent = f"started {started_s:.1f} s, stopped {stopped_s:.1f} s"
+    print(f"{count} hosts: {spent} (bound {HOSTS_BOUND_S:g} s)")
     ratio = total_s / bare_s
-    print(f"{3 * count} bare interpreters: {bare_s:.1f} s: ratio {ratio:.1f}, load {os.getloadavg()[0]:.1f}")
+    load = os.getloadavg()[0]
+    print(f"{3 * count} bare interpreters: {bare_s:.1f} s: ratio {ratio:.1f}, load {load:.1f}")
     return 0 if planned_s < PLAN_BOUND_S and total_s < HOSTS_BOUND_S else 4
 
 

@@ -49,7 +49,11 @@ def test_links_in_documents_lead_somewhere(path: Path) -> None:
         assert (path.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("schemas/*.json")), ids=lambda path: path.stem)
+# What a machine looks like is hw's to say, further down.
+CONTRACTS = sorted(path for path in ROOT.glob("schemas/*.json") if path.stem != "machine")
+
+
+@pytest.mark.parametrize("path", CONTRACTS, ids=lambda path: path.stem)
 def test_the_committed_schema_is_the_one_the_package_prints(path: Path) -> None:
     script = Path(sys.executable).parent / "flagscale-config"
     argv = [script, "schema", path.stem, "--check", path]

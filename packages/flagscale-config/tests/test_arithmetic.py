@@ -3,10 +3,14 @@
 That Megatron itself refuses the same cases is proven by `test_megatron_twins.py`.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 
-from flagscale_config import check, load
-from flagscale_config.arithmetic import divisors, nearest_multiples
+from flagscale_config import arithmetic, check, load, option_table
+from flagscale_config.arithmetic import divisors, nearest_multiples, padded_vocab_size
+from flagscale_config.arithmetic.patterns import layer_pattern
 
 INVALID = [
     (["+train.system.tensor_model_parallel_size=3", "train.model.num_attention_heads=6"],
@@ -163,3 +167,36 @@ def test_divisors_are_all_and_only_divisors(number):
 def test_nearest_multiples_surround_the_number():
     assert nearest_multiples(512, 12) == "504 or 516"
     assert nearest_multiples(5, 12) == "12"
+
+
+def test_every_option_that_a_check_asks_for_is_megatrons():
+    folder = Path(arithmetic.__file__).parent
+    text = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    asked = set(re.findall(r"\b(?:o|options)\[\"(\w+)\"\]", text))
+    asked |= set(re.findall(r"Rule\(\s*\"(\w+)\"", text))
+    assert len(asked) > 100
+    assert {name for name in asked if name not in option_table("megatron")} <= {"no_x"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [((151936, 128, 1), 151936), ((151936, 128, 8), 152576), ((32000, 64, 2), 32000), ((1, 128, 4), 512)],
+)
+def test_a_vocabulary_is_filled_up(sizes, rows):
+    assert padded_vocab_size(*sizes) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("2", 2), ("[0,1]", [0, 1]), ("([0]*3+[1]*2)*2", [0, 0, 0, 1, 1] * 2), ("2*[1]", [1, 1])],
+)
+def test_layer_patterns_are_read(text, layers):
+    assert layer_pattern(text) == layers
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "[x]", "[1]*10**9", "__import__('os')", "[1]*99999999", "(" * 9999, "-1"]
+)
+def test_other_patterns_are_refused(text):
+    with pytest.raises(ValueError, match="is neither a number nor a list"):
+        layer_pattern(text)

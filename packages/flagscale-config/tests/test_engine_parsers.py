@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flagscale_config import load, option_table, recipes, render_engine, render_megatron
+from flagscale_config import check, load, option_table, recipes, render, render_engine, render_megatron
 from flagscale_config.options import known_versions
+from flagscale_config.translation import effective_options
 
 ENGINES = [
     pytest.param("megatron", marks=pytest.mark.megatron),
@@ -147,21 +148,55 @@ def test_rendered_options_read_back_by_the_real_parser(engine, parsers, data):
             assert found == given_
 
 
-REQUIRED = ("train.data.data_path=/data", "train.data.tokenizer.tokenizer_model=/tokenizer")
+def offered(task):
+    """Return the installed recipes whose experiment is of this task."""
+    return sorted(
+        name for name, path in recipes(task).items() if (path.parent / task).is_dir() and ":" not in name
+    )
+
+
+def loaded(task, name, engine, parser):
+    """Load a recipe with something in every place that is left to the user."""
+    path, versions = recipes(task)[name], {engine: parser.version}
+    asked = [p.key for p in check(path, versions=versions) if "required from the user" in p.message]
+    return load(path, [f"{key}=/given" for key in asked], versions=versions)
+
+
+def reads_back(words, options, parser, table):
+    """Compare what the real parser makes of words with the options that they say."""
+    back = parser.parse(words)
+    assert "refused" not in back, back["refused"]
+    for key, value in options.items():
+        option = table.options[key]
+        if option.type not in {"expr", "bool"} and option.kind not in {"false", "true", "json"}:
+            assert back[option.attribute] == (list(value) if isinstance(value, tuple) else value)
 
 
 @pytest.mark.megatron
-@pytest.mark.parametrize("name", sorted(name for name in recipes("train") if ":" not in name))
+@pytest.mark.parametrize("name", offered("train"))
 def test_rendered_recipes_read_back_by_megatron(name, parsers):
     parser = parsers("megatron")
-    train = load(recipes("train")[name], REQUIRED, versions={"megatron": parser.version}).train
-    table = option_table("megatron", parser.version)
-    back = parser.parse(render_megatron(train.options, version=parser.version))
-    assert "refused" not in back, back["refused"]
-    for key, value in train.options.items():
-        option = table.options[key]
-        if option.type not in {"expr", "bool"} and option.kind not in {"false", "true"}:
-            assert back[option.attribute] == (list(value) if isinstance(value, tuple) else value)
+    experiment = loaded("train", name, "megatron", parser)
+    words = render_megatron(experiment.train.options, version=parser.version)
+    reads_back(words, experiment.train.options, parser, option_table("megatron", parser.version))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", offered("serve"))
+def test_rendered_recipes_read_back_by_vllm(name, parsers):
+    parser = parsers("vllm")
+    experiment = loaded("serve", name, "vllm", parser)
+    for instance in experiment.serve:
+        if instance.engine in {"vllm", None}:
+            options = effective_options(
+                "vllm",
+                instance.engine_args,
+                instance.engine_args_specific.get("vllm", {}),
+                version=parser.version,
+            ).options
+            words = render(experiment, instance.serve_id, version=parser.version)
+            given = {key: value for key, value in options.items() if key != "model"}
+            reads_back(words, given, parser, option_table("vllm", parser.version))
 
 
 def test_the_version_of_the_table_is_that_of_the_installed_engine():

@@ -1,8 +1,10 @@
 """Models in numbers: counts equal those of published checkpoints and of the engines' classes, exactly."""
 
 import argparse
+import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,7 +104,8 @@ CACHE = {
     "qwen3-next-80b-a3b": 24_576,
     "rwkv7-7.2b": 0,
 }
-SHARED = Path(__file__).parents[4] / "shared/fixtures/models"
+# Beside the checkout; an installed copy of these tests may lie less deep than that.
+SHARED = Path(*Path(__file__).parts[:-5], "shared/fixtures/models")
 GPT = [name for name in COUNTS if not name.startswith(("rwkv", "grok", "qwen3-next"))]
 
 
@@ -148,6 +151,14 @@ def test_recurrent_state_does_not_grow():
     assert published("rwkv7-0.1b").forward_flops_per_token(1) == published(
         "rwkv7-0.1b"
     ).forward_flops_per_token(9)
+
+
+def test_every_fourth_layer_of_a_hybrid_is_ordinary_attention():
+    counts = [
+        replace(published("qwen3-next-80b-a3b"), num_layers=layers).num_parameters for layers in range(1, 6)
+    ]
+    steps = [after - before for before, after in itertools.pairwise(counts)]
+    assert steps[0] == steps[1] == steps[3] != steps[2]
 
 
 def test_facts_say_where_they_come_from():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flagscale_hw.backends import ascend, metax, nvidia, rocm
+from flagscale_hw.backends import ascend, kunlunxin, metax, nvidia, rocm
 from flagscale_hw.backends.values import address, bytes_of, celsius, percent, text_of, watts, whole
 from flagscale_hw.machine import Machine
 
@@ -183,6 +183,16 @@ def test_trap_power_of_xpu_smi_counts_in_watts_or_in_milliwatts(tree):
     assert (p800.power_w, other.power_w) == (212.0, None)  # of other models nobody said
     tree.answers("xpu_smi", {"-m": _capture("kunlunxin-machine.txt")})
     assert tree.detect().devices[1].power_w == 87.0
+
+
+def test_trap_words_of_xpu_smi_that_moved_are_not_believed():
+    line = _capture("kunlunxin-machine.txt").splitlines()[0]
+    assert len(kunlunxin.parse_machine(line).devices) == 1
+    swapped = line.replace("60123 98304", "98304 60123")  # more used than there is
+    assert kunlunxin.parse_machine(swapped).devices == ()
+    assert kunlunxin.parse_machine(line.replace(" 77 ", " 177 ")).devices == ()
+    assert kunlunxin.parse_machine(line.replace("5 96 ", "")).devices == ()
+    assert kunlunxin.parse_machine(line.replace('"', "")).devices == ()
 
 
 def test_trap_a_driver_that_refuses_this_user_is_not_an_absent_chip(tree):

@@ -11,7 +11,7 @@ import pytest
 
 from flagscale_hw.asking import Asker, read_messages
 from flagscale_hw.backends import nvml
-from flagscale_hw.host import Host
+from flagscale_hw.host import Answer, Host
 
 CAPTURES = Path(__file__).parent / "captures"
 
@@ -97,6 +97,22 @@ def test_a_vendor_that_hangs_does_not_delay_the_others(tree):
     slow = [vendor.elapsed_ms for vendor in machine.vendors if vendor.chip != "enflame"]
     assert sum(1 for problem in machine.problems if "no answer" in problem.text) == 2
     assert all(elapsed >= 2900 for elapsed in slow)
+
+
+def test_all_questions_of_a_vendor_share_one_deadline(monkeypatch):
+    given = []
+
+    def run(self, argv, timeout_s):
+        given.append(timeout_s)
+        time.sleep(0.3)
+        return Answer("", "", 0)
+
+    monkeypatch.setattr(Host, "run", run)
+    asker = Asker(Host(Path("/nowhere")), "metax", 100.0)
+    asker.run(["one"])
+    asker.run(["two"])
+    assert given[0] <= 100.0
+    assert given[1] <= given[0] - 0.3
 
 
 @pytest.mark.parametrize("chip", sorted(TOOLS))

@@ -1,4 +1,4 @@
-"""Plans as scripts: equal to golden files, and run by bash. FLAGSCALE_UPDATE_GOLDEN=1 rewrites those."""
+"""Plans as scripts: equal to golden files, run by bash. FLAGSCALE_UPDATE_GOLDEN=1 rewrites those."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from flagscale_hw.host import Host
 from flagscale_hw.testing import Faults, fake_host, faked_host, write_host
 from flagscale_hw.topology import Topology, is_fast, parse_matrix, topology
 
-CAPTURED = Path(__file__).parents[4] / "shared/fixtures/hw"
+# Beside the checkout; an installed copy of these tests may lie less deep than that.
+CAPTURED = Path(*Path(__file__).parts[:-5], "shared/fixtures/hw")
 """Outputs of real tools, beside the checkout where they are kept."""
 
 PAIRS = """

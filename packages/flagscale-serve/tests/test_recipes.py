@@ -78,7 +78,9 @@ def test_a_recipe_renders_and_names_the_model(name):
     )
     assert given.removesuffix("-Instruct") == f"{publisher}/{repository}".removesuffix("-Instruct")
     if experiment.serve[0].engine == "sglang":
-        return  # its options have no table yet
+        words = render_engine("sglang", experiment.serve[0].engine_args_specific["sglang"])
+        assert words[words.index("--tp-size") + 1] == "8"
+        return
     words = render_engine("vllm", asked)
     assert words[words.index("--model") + 1] == "/models/m"
     assert words[words.index("--max-model-len") + 1] == str(asked["max_model_len"])

@@ -198,9 +198,11 @@ def _serve(builder: _Builder) -> Schema:
     engines: Schema = {}
     for engine in ("vllm", "sglang", "llama_cpp", "transformers", "native"):
         try:
-            engines[engine] = (
-                _open(builder.options(option_table(engine))) if engine != "vllm" else _open(vllm)
-            )
+            table = option_table(engine)
+            short: dict[str, Schema] = {
+                name: {"deprecated": True} for name in ("tp", "dp", "pp", "ep") if table.renamed(name)
+            }
+            engines[engine] = _open(vllm if engine == "vllm" else builder.options(table, short))
         except KeyError:
             engines[engine] = {"type": ["object", "null"]}
     item["properties"]["engine_args"] = {"description": "Options in vLLM's vocabulary."}
@@ -218,7 +220,7 @@ def _serve(builder: _Builder) -> Schema:
 def _gone() -> Iterable[str]:
     from flagscale_config import serving
 
-    return sorted(getattr(serving, "_GONE", {}))
+    return sorted(serving._GONE.get("vllm", {}))  # noqa: SLF001
 
 
 def _inference(builder: _Builder) -> Schema:

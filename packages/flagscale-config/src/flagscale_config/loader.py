@@ -10,6 +10,8 @@ from pathlib import Path as FilePath
 from pathlib import PurePath
 from typing import Any
 
+from pydantic import ValidationError
+
 from flagscale_config.base import Model
 from flagscale_config.compose import compose
 from flagscale_config.errors import ConfigError, Origin, Problem, show, sort_problems
@@ -22,7 +24,7 @@ from flagscale_config.overlays import read_overlays
 from flagscale_config.placeholders import without_placeholders
 from flagscale_config.recipe import recipes
 from flagscale_config.resolve import MISSING, resolve
-from flagscale_config.runner import Runner
+from flagscale_config.runner import Runner, Task
 from flagscale_config.sections import read_model
 from flagscale_config.serving import typed_options
 from flagscale_config.suggest import suggestion
@@ -133,7 +135,8 @@ def _read(data: Mapping[str, Any], findings: Findings, source: FilePath) -> Expe
     check_launch(data.get("action"), findings)
     section = _section(data.get("experiment"), findings)
     kind = _task_type(data, section)
-    task, runner = (section.task, section.runner) if section is not None else (None, None)
+    runner = section.runner if section is not None else None
+    task = section.task if section is not None else _raw_task(data)
     if task is not None:
         check_task(task, findings)
     if isinstance(data.get("experiment"), Mapping):
@@ -188,6 +191,15 @@ def _runner(tree: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
         findings.note("config/moved", ("experiment", "runner", "type"), message, "torchrun")
         del content["type"]
     return content
+
+
+def _raw_task(data: Mapping[str, Any]) -> Task | None:
+    """Return the task of an `experiment` section that is broken elsewhere: it says how to read the rest."""
+    experiment = data.get("experiment")
+    try:
+        return Task.model_validate(experiment.get("task") if isinstance(experiment, Mapping) else None)
+    except ValidationError:
+        return None
 
 
 def _task_type(data: Mapping[str, Any], section: ExperimentSection | None) -> str | None:
