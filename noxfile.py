@@ -32,6 +32,8 @@ TEST_TOOLS = ("pytest>=8,<10", "hypothesis>=6.130,<7", "jsonschema>=4.23,<5")
 TORCH = "torch==2.11.0"
 # The same examples each time: a landing is not the place to discover a new one. Fuzz with --hypothesis-seed.
 REPEATABLE = "--hypothesis-profile=ci"
+# Folders with sessions of their own, whose tools no other session installs.
+APART = ("--ignore=tests/chips", "--ignore=tests/hosts")
 MARKED = "megatron or transformers or vllm or device or hosts"
 
 nox.needs_version = ">=2025.2.9"
@@ -185,7 +187,7 @@ def cross(session: nox.Session) -> None:
     with tempfile.TemporaryDirectory(prefix="flagscale-cross-") as name:
         pins = constraints(Path(name))
         session.install("-c", str(pins), "flagscale-serve", "flagscale-train[data]", *TEST_TOOLS)
-        quick = ("-m", f"not ({MARKED})", "--ignore=tests/chips")
+        quick = ("-m", f"not ({MARKED})", *APART)
         session.run("pytest", "-q", REPEATABLE, "tests", *quick, *session.posargs)
 
 
@@ -246,7 +248,7 @@ def engines(session: nox.Session) -> None:
     install_all(session)
     session.install(*TEST_TOOLS)
     tests_of_all = [f"packages/flagscale-{package}/tests" for package in PACKAGES]
-    real = ("-m", "megatron or transformers")
+    real = ("-m", "megatron or transformers", *APART)
     session.run("pytest", "-q", REPEATABLE, *tests_of_all, "tests", *real, "--durations=10", *session.posargs)
     session.notify("vllm")
 
