@@ -258,7 +258,7 @@ def test_kill_9_leaves_nothing_tells_what_happened_and_resume_works(
     finally:
         process.kill()
     assert process.returncode == (-signal.SIGKILL if victim == "launcher" else 4), (out, err)
-    told = json.loads(command.run("status", run_dir, "--json"))
+    told = json.loads(command.run("status", run_dir, "--json", code=4))
     assert told["state"] == "failed"
     assert word in told["what_happened"]
     saved = max(
@@ -277,7 +277,8 @@ def test_a_failure_in_training_is_told_with_its_cause(command, experiment, whole
     err = command.run("run", experiment, exp_dir(folder), "train.model.num_layers=3", code=4)
     assert "a checkpoint of another model: num_layers: 3: it has 2" in err
     assert "Traceback" not in err
-    assert "num_layers" in json.loads(command.run("status", folder, "--json"))["what_happened"]
+    told = json.loads(command.run("status", folder, "--json", code=4))
+    assert "num_layers" in told["what_happened"]
 
 
 def test_another_schedule_is_refused_with_the_cure(command, experiment, whole, place):
