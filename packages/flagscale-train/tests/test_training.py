@@ -48,6 +48,13 @@ class Command:
         assert process.returncode == code, f"{words}: {process.returncode}\n{out}\n{err}"
         return out if code == 0 else err
 
+    def status(self, run_dir, code=0):
+        """Return what `status` says of a run; its facts go to standard output whatever the exit code."""
+        process = self.start("status", run_dir, "--json")
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == code, f"status of {run_dir}: {process.returncode}\n{out}\n{err}"
+        return json.loads(out)
+
 
 def events_of(run_dir, kind):
     path = Path(run_dir) / "events.jsonl"
@@ -131,7 +138,7 @@ def test_a_run_tells_its_story(whole, command):
     assert all(saved["verified"] for saved in events_of(run_dir, "checkpoint"))
     assert {held_out["iteration"] for held_out in events_of(run_dir, "eval")} == {10, 20}
     assert events_of(run_dir, "end")[0]["reason"] == "finished"
-    told = json.loads(command.run("status", run_dir, "--json"))
+    told = command.status(run_dir)
     assert (told["state"], told["progress"]["iteration"]) == ("succeeded", 20)
     assert "successfully saved checkpoint" in command.run("logs", run_dir)
     assert str(run_dir) in command.run("list")
@@ -195,7 +202,7 @@ def test_stop_saves_and_says_so(command, experiment, place):
     last = events_of(run_dir, "step")[-1]["iteration"]
     assert (saved["iteration"], saved["verified"]) == (last, True)
     assert events_of(run_dir, "end")[0]["reason"] == "stopped"
-    assert json.loads(command.run("status", run_dir, "--json"))["state"] == "stopped"
+    assert command.status(run_dir)["state"] == "stopped"
     command.run("stop", run_dir, code=3)
     assert_nothing_left(run_dir)
 
@@ -258,7 +265,7 @@ def test_kill_9_leaves_nothing_tells_what_happened_and_resume_works(
     finally:
         process.kill()
     assert process.returncode == (-signal.SIGKILL if victim == "launcher" else 4), (out, err)
-    told = json.loads(command.run("status", run_dir, "--json", code=4))
+    told = command.status(run_dir, code=4)
     assert told["state"] == "failed"
     assert word in told["what_happened"]
     saved = max(
@@ -277,7 +284,7 @@ def test_a_failure_in_training_is_told_with_its_cause(command, experiment, whole
     err = command.run("run", experiment, exp_dir(folder), "train.model.num_layers=3", code=4)
     assert "a checkpoint of another model: num_layers: 3: it has 2" in err
     assert "Traceback" not in err
-    told = json.loads(command.run("status", folder, "--json", code=4))
+    told = command.status(folder, code=4)
     assert "num_layers" in told["what_happened"]
 
 
