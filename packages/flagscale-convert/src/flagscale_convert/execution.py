@@ -26,6 +26,7 @@ from flagscale_convert.verification import first_difference
 __all__ = ["Progress", "Report", "convert"]
 
 _BUFFER_BYTES = 16 << 20
+_NOTHING: tuple[str, ...] = ()
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all, from any thread, one call at a time."""
 
@@ -102,7 +103,7 @@ def convert(
     total = sum(file.size_bytes for file in staging.files)
     is_late = shard[1] > 1 and not staging.folder.exists()
     if is_late and is_written_by(plan.destination, plan.digest):
-        done, missing = total, ()  # the other hosts have finished this one's part too
+        done, missing = total, _NOTHING  # the other hosts have finished this one's part too
     else:
         done, missing = _write_all(plan, staging, total, progress, workers)
     return Report(

@@ -56,7 +56,7 @@ class _Rank:
     place: RankPlace
     file: str
     saved: torch_zip.SavedObject
-    chunks: tuple[Mapping[str, Any], ...]
+    chunks: tuple[Mapping[Any, Any], ...]
     """Live names to records, one mapping per virtual stage."""
 
 
@@ -308,6 +308,7 @@ class MpRankSource(MegatronSource):
         cut = cut_of(logical)
         part = parts[0].info
         axis = 1 if cut is Cut.COLUMNS else 0
+        boxes: tuple[Box, ...]
         if cut is Cut.WHOLE or ranks == 1:
             whole, boxes = part, (_box(parts[0], 0, 0, 0, part.rows),)
             groups = [[slice_ for slices in slices_of.values() for slice_ in slices]]
