@@ -372,6 +372,7 @@ def test_a_cloud_file_becomes_a_leader_worker_set(serve_file, shell, model_dir):
         assert 'kind: "LeaderWorkerSet"' in done.stdout
         assert "LWS_LEADER_ADDRESS" in done.stdout
         assert "--headless" in done.stdout
+        assert '"nvidia.com/gpu": 8' in done.stdout or "nvidia.com/gpu: 8" in done.stdout
         refused = shell("plan", path, "--as", "lws")
         assert refused.returncode == 2
         assert "--image" in refused.stderr

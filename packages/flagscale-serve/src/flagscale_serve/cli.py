@@ -121,6 +121,13 @@ def _add_plan(verbs: Any) -> None:
         help="for people, as bash scripts for each host, or as a LeaderWorkerSet of Kubernetes",
     )
     parser.add_argument("--image", help="container image of the pods, for --as lws")
+    parser.add_argument(
+        "--claim",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="volume claim of the pods and where it is mounted; may be repeated",
+    )
 
 
 def _add_run(verbs: Any) -> None:
@@ -303,14 +310,20 @@ def _print_options(plan: Plan, wanted: str) -> None:
 
 def _rendered(plan: Plan, arguments: argparse.Namespace) -> str:
     """Render the plan for machines that something else starts."""
-    from flagscale_hw import Pods, render_kubernetes, render_scripts
+    from flagscale_hw import Pods, render_kubernetes, render_scripts, runtime
     from flagscale_serve.errors import InvalidService
 
     if arguments.form == "scripts":
         return "".join(f"# {name}\n{text}\n" for name, text in render_scripts(plan).items())
     if not arguments.image:
         raise InvalidService("image: not given: a LeaderWorkerSet needs the image of its pods: set --image")
-    return render_kubernetes(plan, "lws", Pods(image=arguments.image))
+    resource = runtime(plan.facts["chip"]).kubernetes_resource
+    pods = Pods(
+        image=arguments.image,
+        claims=dict(word.partition("=")[::2] for word in arguments.claim),
+        resources={resource: plan.facts["devices_per_host"]} if resource else {},
+    )
+    return render_kubernetes(plan, "lws", pods)
 
 
 def _run(arguments: argparse.Namespace) -> int:

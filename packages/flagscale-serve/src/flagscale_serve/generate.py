@@ -267,7 +267,7 @@ class _Batch:
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         timeout = httpx.Timeout(_ASK_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S, pool=None)
         with httpx.Client(headers=headers, timeout=timeout, limits=limits, trust_env=not is_local) as client:
-            name = self.server.model or first_model(client, self.server.url)
+            name = self.server.model or _listed(client, self.server.url)
             waiting = iter(todo.items())
             with ThreadPoolExecutor(max_workers=concurrency) as pool:
                 try:
@@ -326,7 +326,9 @@ class _Batch:
             ValueError: the line says neither or both.
         """
         given = request.get("body", request)
-        body = {key: value for key, value in given.items() if key != "custom_id"} if given else {}
+        if not isinstance(given, dict):
+            raise ValueError("`body` must be a JSON object")
+        body = {key: value for key, value in given.items() if key != "custom_id"}
         kinds = [kind for kind in _PATHS if kind in body]
         if len(kinds) != 1:
             raise ValueError("one of `prompt` and `messages` is needed")
@@ -377,6 +379,17 @@ class _Batch:
             return _result(response.text), True
         refused = {"error": f"HTTP {response.status_code}: {message_of(response.text)}"}
         return refused, response.status_code not in _BUSY
+
+
+def _listed(client: httpx.Client, url: str) -> str:
+    import httpx
+
+    try:
+        return first_model(client, url)
+    except httpx.InvalidURL as error:
+        raise InvalidService(f"{url}: not an address: {error}") from None
+    except httpx.TransportError as error:
+        raise NotServing(f"{url}: nobody answers ({error}): is the server running?") from None
 
 
 def _result(text: str) -> dict[str, Any]:

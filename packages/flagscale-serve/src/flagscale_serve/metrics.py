@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,28 +60,35 @@ def read_load(url: str, *, over_s: float = 0.5, timeout_s: float = 2.0) -> Load 
         over_s: seconds between two looks, from which the rate of tokens follows; 0 looks once.
         timeout_s: seconds that it may take to answer.
     """
-    import time
-
-    began = time.monotonic()
     first = _look(url, timeout_s)
     if first is None:
         return None
     rate = None
-    if over_s > 0 and "generated" in first:
+    if over_s > 0 and "generated" in first.numbers:
         time.sleep(over_s)
         second = _look(url, timeout_s)
-        if second is not None and "generated" in second:
-            rate = max(0.0, second["generated"] - first["generated"]) / (time.monotonic() - began)
+        if second is not None and "generated" in second.numbers:
+            grown = second.numbers["generated"] - first.numbers["generated"]
+            # A restarted engine counts from 0 again.
+            rate = max(0.0, grown) / (second.at - first.at)
             first = second
     return Load(
-        running=_whole(first.get("running")),
-        waiting=_whole(first.get("waiting")),
-        kv_usage=first.get("kv_usage"),
+        running=_whole(first.numbers.get("running")),
+        waiting=_whole(first.numbers.get("waiting")),
+        kv_usage=first.numbers.get("kv_usage"),
         tokens_per_s=rate,
     )
 
 
-def _look(url: str, timeout_s: float) -> Mapping[str, float] | None:
+@dataclass(frozen=True)
+class _Look:
+    """What an instance published, and when."""
+
+    numbers: Mapping[str, float]
+    at: float
+
+
+def _look(url: str, timeout_s: float) -> _Look | None:
     import httpx
 
     base = url.removesuffix("/").removesuffix("/v1")
@@ -88,6 +96,7 @@ def _look(url: str, timeout_s: float) -> Mapping[str, float] | None:
         response = httpx.get(f"{base}/metrics", timeout=timeout_s, trust_env=False)
     except httpx.HTTPError:
         return None
+    at = time.monotonic()
     if response.status_code != 200:
         return None
     numbers = parse(response.text)
@@ -96,7 +105,7 @@ def _look(url: str, timeout_s: float) -> Mapping[str, float] | None:
         for field, names in _NAMES.items()
     }
     found = {field: value for field, value in known.items() if value is not None}
-    return found or None
+    return _Look(found, at) if found else None
 
 
 def _whole(value: float | None) -> int | None:

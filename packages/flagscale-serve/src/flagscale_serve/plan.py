@@ -31,6 +31,7 @@ __all__ = ["READY_TIMEOUT_S", "plan"]
 READY_TIMEOUT_S = 1800.0
 """Loading and compiling a large model can take this long."""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_OWN = "{own_address}"
 _TRANSFER_PORT = 21001
 """Where the ports for keys and values begin when several must follow each other; vLLM's examples use it."""
 _ANY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104 - compared, never bound
@@ -90,7 +91,7 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
         port_hosts=crew.port_hosts if nodes else {},
         probes=(*probes, *(probe for _, probe in fronts)),
         stop=StopPolicy(grace_s=max(engine_named(i.engine).grace_s for i in service.instances)),
-        facts=_facts(service, machine, heads, models or {}),
+        facts=_facts(service, machine, heads, berths, models or {}),
         secrets=tuple(
             name
             for name in ("VLLM_API_KEY", "LLAMA_API_KEY")
@@ -136,7 +137,7 @@ class _Crew:
         head = berths[0]
         if head.node is not None and instance.host in _LOOPBACK:
             # Other hosts, and people, must reach it.
-            instance = replace(instance, host="{own_address}")
+            instance = replace(instance, host=_OWN)
         self._lease(instance.name, instance.port, head)
         if len(berths) > 1:
             self._lease(f"{instance.name}-ranks", None, head)
@@ -148,7 +149,7 @@ class _Crew:
                 rank=rank,
                 num_hosts=len(berths),
                 head=_address(head),
-                own="127.0.0.1" if berth.node is None else "{own_address}",
+                own="127.0.0.1" if berth.node is None else _OWN,
                 rendezvous=f"{{port:{instance.name}-ranks}}",
                 num_devices=max(1, len(berth.devices)),
                 interface=berth.node.interface if berth.node else None,
@@ -176,7 +177,7 @@ class _Crew:
         head = self._berths[members[0].name][0]
         self._lease(front.name, front.port, head)
         self._lease(f"{front.name}-metrics", None, head)
-        host = "{own_address}" if head.node is not None and front.host in _LOOPBACK else front.host
+        host = _OWN if head.node is not None and front.host in _LOOPBACK else front.host
         uses_registry = f"{front.name}-registry" in self.ports
         argv = router_argv(
             front,
@@ -346,7 +347,11 @@ def _reachable(host: str) -> str:
 
 
 def _facts(
-    service: Service, machine: Machine, heads: Sequence[_Part], models: Mapping[str, Model]
+    service: Service,
+    machine: Machine,
+    heads: Sequence[_Part],
+    berths: Mapping[str, tuple[Berth, ...]],
+    models: Mapping[str, Model],
 ) -> Mapping[str, Any]:
     warnings = [text for part in heads for text in part.rendered.warnings]
     behind = {name: front for front in service.fronts for name in front.members}
@@ -384,8 +389,17 @@ def _facts(
         "source": service.source,
         "chip": heads[0].berth.machine.chip if heads[0].berth.node else machine.chip,
         "warnings": warnings,
+        "devices_per_host": _devices_per_host(berths),
         "instances": instances,
     }
+
+
+def _devices_per_host(berths: Mapping[str, tuple[Berth, ...]]) -> int:
+    """Return the most devices that the service uses on any host, which a scheduler must give each."""
+    found: dict[str, int] = {}
+    for berth in (one for all_of in berths.values() for one in all_of):
+        found[berth.host] = found.get(berth.host, 0) + len(berth.devices)
+    return max(found.values())
 
 
 def _facts_of(service: Service, part: _Part) -> dict[str, Any]:
@@ -413,7 +427,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _exposed(door: Instance | Front) -> str:
+    where = "its own address" if door.host == _OWN else f"host {door.host}"
     return (
-        f"{door.name}: host {door.host}: anybody who reaches this machine can use the model, "
+        f"{door.name}: {where}: anybody who reaches this machine can use the model, "
         "because no api_key is set: use 127.0.0.1, or set engine_args.api_key"
     )

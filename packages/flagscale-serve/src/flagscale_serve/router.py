@@ -59,6 +59,8 @@ def router_argv(  # noqa: PLR0913 - what its command line says
         *("--policy", front.policy),
         *("--worker-startup-timeout-secs", str(max(1, round(startup_s)))),
         *("--worker-startup-check-interval", "1"),
+        # Its own habit is to notice a dead instance after three minutes.
+        *("--health-check-interval-secs", "5", "--health-failure-threshold", "2"),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", f"{{port:{front.name}-metrics}}"),
         *workers,
     )
