@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flagscale_hw.testing import fake_host, faked_host
-from flagscale_serve import InvalidModel, Instance, fit
+from flagscale_serve import Instance, InvalidModel, fit
 from flagscale_serve.engines import Layout
 from flagscale_serve.model import Model, read_gguf_model, read_model
 
@@ -209,7 +209,7 @@ def test_plan_prints_the_numbers_and_refuses_what_cannot_fit(shell, model_dir):
         write_model(model_dir, 200 * GIB)
         done = shell("plan", model_dir)
         assert done.returncode == 2
-        assert "weights: 200.0 GiB on each of 1 devices" in done.stderr
+        assert "weights: 200.0 GiB on the device" in done.stderr
         assert "use tensor_parallel_size=4" in done.stderr
         assert "too big" in done.stdout
         assert shell("run", model_dir).returncode == 2

@@ -381,6 +381,12 @@ def test_a_cloud_file_becomes_a_leader_worker_set(serve_file, shell, model_dir):
         assert "kubectl apply -f -" in run.stderr
 
 
+def test_the_hosts_of_a_file_are_never_left_out_in_silence(serve_file, tmp_path):
+    (tmp_path / "hosts").write_text("10.0.0.1 slots=8\n")
+    with pytest.raises(InvalidService, match="give the hosts"):
+        plan(served(serve_file, "", f"runner:\n  hostfile: {tmp_path / 'hosts'}"), NVIDIA)
+
+
 def test_a_plan_of_hosts_becomes_scripts(serve_file):
     made = plan(served(serve_file, "tensor_parallel_size: 16"), NVIDIA, nodes=nodes(), python="py")
     scripts = render_scripts(made)

@@ -173,5 +173,7 @@ def test_before_start_runs_in_front_of_the_engine_as_the_users_own_text(serve_fi
 
 def test_an_unknown_engine_is_refused_with_those_that_are_known(serve_file):
     path = serve_file("- serve_id: a\n  engine_args: {model: /m}\n")
-    with pytest.raises(InvalidService, match=r"'llamafile': not known: llama_cpp, sglang, transformers, vllm"):
+    with pytest.raises(
+        InvalidService, match=r"'llamafile': not known: llama_cpp, sglang, transformers, vllm"
+    ):
         plan(load(path), MACHINES["cpu"], engine="llamafile")

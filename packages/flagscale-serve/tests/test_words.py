@@ -157,7 +157,7 @@ def test_options_are_those_of_the_engines_version(serve_file, version, is_known)
     if is_known:
         assert "--watchdog-config" in plan(experiment, NVIDIA, versions=versions).processes[0].argv
     else:
-        with pytest.raises(ConfigError, match="new in vllm 0.33"):
+        with pytest.raises(ConfigError, match=r"new in vllm 0\.33"):
             plan(experiment, NVIDIA, versions=versions)
 
 

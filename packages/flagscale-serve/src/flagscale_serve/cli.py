@@ -272,6 +272,8 @@ def _ports_in(url: str) -> list[str]:
 
 def _fit_text(found: dict[str, Any]) -> str:
     """Tell what one device has to hold."""
+    from flagscale_serve.fit import devices_words
+
     gib = 1 << 30
 
     def size(name: str) -> str:
@@ -283,7 +285,7 @@ def _fit_text(found: dict[str, Any]) -> str:
     if tokens is not None and length:
         held += f", {tokens / length:.1f} sequences of {length}"
     return (
-        f"{found['instance']}: on each of {found['devices']} devices: {size('memory')}, of which the engine "
+        f"{found['instance']}: on {devices_words(found['devices'])}: {size('memory')}, of which the engine "
         f"may take {size('budget')}\n  weights {size('weights')}, working memory about {size('working')}, "
         f"left for keys and values {size('room')}{held}\n  {found['verdict']}"
     )

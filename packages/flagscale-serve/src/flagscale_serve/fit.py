@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flagscale_config.models import ModelFacts
     from flagscale_hw import Device, Machine
 
-__all__ = ["Fit", "fit", "words_of"]
+__all__ = ["Fit", "devices_words", "fit", "words_of"]
 
 _GIB = 1 << 30
 _SHARES = {"vllm": 0.92, "sglang": 0.88}
@@ -103,7 +103,7 @@ def words_of(found: Fit) -> str:
     cure = f"use {' or '.join(found.advice)}" if found.advice else "use more or larger devices"
     if found.verdict == "too big":
         return (
-            f"{found.instance}: weights: {_gib(found.weights)} on each of {found.devices} devices, of which "
+            f"{found.instance}: weights: {_gib(found.weights)} on {devices_words(found.devices)}, of which "
             f"the engine may take {_gib(found.budget)} ({_gib(found.memory)} in all): they do not fit: {cure}"
         )
     return (
@@ -111,6 +111,11 @@ def words_of(found: Fit) -> str:
         f"{_gib(found.weights)} of weights and {_gib(found.working)} of working memory leave on a device "
         f"hold keys and values of {found.kv_tokens} tokens: {cure}"
     )
+
+
+def devices_words(count: int) -> str:
+    """Say which devices a number belongs to."""
+    return "the device" if count == 1 else f"each of {count} devices"
 
 
 def _gib(size: float | None) -> str:

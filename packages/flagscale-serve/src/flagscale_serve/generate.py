@@ -327,7 +327,7 @@ class _Batch:
         """
         given = request.get("body", request)
         if not isinstance(given, dict):
-            raise ValueError("`body` must be a JSON object")
+            raise ValueError("`body` must be a JSON object")  # noqa: TRY004 - a mistake of the line
         body = {key: value for key, value in given.items() if key != "custom_id"}
         kinds = [kind for kind in _PATHS if kind in body]
         if len(kinds) != 1:

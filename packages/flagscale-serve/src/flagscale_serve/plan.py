@@ -70,6 +70,11 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     if isinstance(what, Service):
         service = what
     else:
+        if not nodes and (what.runner.hostfile or what.runner.docker or what.runner.type == "cloud"):
+            raise InvalidService(
+                f"{what.source}: experiment.runner: several hosts, or a container: this machine alone is not "
+                "what is asked for: give the hosts (`find_nodes`)"
+            )
         chip = nodes[0].machine.chip if nodes else machine.chip
         service = of_experiment(what, default_engine=default_engine(chip).name, engine=engine)
     wanted = {one.name: _num_devices(one) for one in service.instances}

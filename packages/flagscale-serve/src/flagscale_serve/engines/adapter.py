@@ -100,8 +100,8 @@ class Engine(Protocol):
     """One serving program.
 
     Another package brings its own by an entry point in the group `flagscale_serve.engines`: its name is what
-    users write after `--engine` (files name only engines that flagscale-config knows), its value is an object with these
-    attributes, or a class of such objects.
+    users write after `--engine` (files name only engines that flagscale-config knows), its value is an object
+    with these attributes, or a class of such objects.
     """
 
     @property
