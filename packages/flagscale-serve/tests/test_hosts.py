@@ -289,6 +289,26 @@ def test_prefill_and_decode_on_chosen_hosts(serve_file):
     check_golden("disaggregated-hosts.json", made)
 
 
+def test_without_accelerators_nothing_is_moved_between_them(serve_file):
+    with pytest.raises(InvalidService, match="moves keys and values between accelerators"):
+        plan(served(serve_file, "", DISAGGREGATED), fake_host("cpu"))
+
+
+def test_the_ports_of_the_file_are_used(serve_file):
+    runner = "runner:\n  master_port: 29777\n  ray_port: 6400\n"
+    made = plan(served(serve_file, "tensor_parallel_size: 16", runner), NVIDIA, nodes=nodes())
+    assert made.ports["a-ranks"] == 29777
+    args = "tensor_parallel_size: 16, distributed_executor_backend: ray"
+    assert plan(served(serve_file, args, runner), NVIDIA, nodes=nodes()).ports["a-ranks"] == 6400
+
+
+def test_what_does_nothing_here_is_said(serve_file):
+    made = plan(served(serve_file, "", DISAGGREGATED + "    prefill_decode_log_dir: /logs\n"), NVIDIA)
+    assert made.facts["warnings"] == [
+        "experiment.runner.deploy.prefill_decode_log_dir: /logs: not used: every log is in the run directory"
+    ]
+
+
 def test_a_chosen_host_must_be_there(serve_file):
     experiment = served(serve_file, "", DISAGGREGATED + "    decode_address: 10.9.9.9\n")
     with pytest.raises(InvalidService, match=r"host 10.9.9.9: not among the hosts 10.0.0.1, 10.0.0.2"):

@@ -133,6 +133,7 @@ class _Crew:
         self._python = python
         self._versions = versions
         self._front_of = {name: front for front in service.fronts for name in front.members}
+        self._rendezvous = service.rendezvous_port
         self.ports: dict[str, int | None] = {}
         self.port_hosts: dict[str, str] = {}
 
@@ -145,7 +146,8 @@ class _Crew:
             instance = replace(instance, host=_OWN)
         self._lease(instance.name, instance.port, head)
         if len(berths) > 1:
-            self._lease(f"{instance.name}-ranks", None, head)
+            self._lease(f"{instance.name}-ranks", self._rendezvous, head)
+            self._rendezvous = None  # one number serves one instance; the others take what is free
         ports = self._transfer_ports(instance, head)
         registry = self._registry(instance)
         found = []
@@ -358,7 +360,7 @@ def _facts(
     berths: Mapping[str, tuple[Berth, ...]],
     models: Mapping[str, Model],
 ) -> Mapping[str, Any]:
-    warnings = [text for part in heads for text in part.rendered.warnings]
+    warnings = [*service.notes, *(text for part in heads for text in part.rendered.warnings)]
     behind = {name: front for front in service.fronts for name in front.members}
     doors: list[Instance | Front] = [p.instance for p in heads if p.instance.name not in behind]
     doors += service.fronts

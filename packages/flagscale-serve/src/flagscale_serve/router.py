@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 
 from flagscale_serve.service import Front, Instance
 
-__all__ = ["ENGINE", "INSTALL", "MODULE", "router_argv"]
+__all__ = ["DISTRIBUTION", "ENGINE", "INSTALL", "MODULE", "router_argv"]
 
 ENGINE = "router"
 """What stands for the engine in facts and status."""
+DISTRIBUTION = "vllm-router"
 MODULE = "vllm_router"
 INSTALL = "pip install 'flagscale-serve[router]'"
 

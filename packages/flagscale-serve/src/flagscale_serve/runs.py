@@ -30,6 +30,7 @@ from flagscale_serve.metrics import Load, read_load
 from flagscale_serve.model import Model, has_chat_template
 from flagscale_serve.plan import READY_TIMEOUT_S, plan
 from flagscale_serve.progress import details
+from flagscale_serve.router import DISTRIBUTION
 from flagscale_serve.router import ENGINE as ROUTER
 from flagscale_serve.service import Service, of_experiment, of_model
 
@@ -84,6 +85,8 @@ class Prepared:
     python: str
     is_local: bool = True
     """Everything runs on this host."""
+    is_cloud: bool = False
+    """A cluster starts it, not this command."""
     models: tuple[Model, ...] = ()
     """What the model of each instance says about itself; none where it could not be read."""
     problem: InvalidModel | EngineMissing | None = None
@@ -146,17 +149,18 @@ def prepare(target: str, overrides: Sequence[str] = (), options: Options | None 
     wish = options or Options()
     machine = hw.detect()
     asked = _read_target(target, overrides, wish)
-    nodes, service, home = asked.nodes(machine), *asked.service(machine)
+    nodes = asked.nodes(machine)
+    machine = nodes[0].machine if nodes else machine
+    service, home = asked.service(machine)
     service = _with_wishes(service, wish)
     python = asked.python
-    is_local = not nodes
-    models, versions, problem = _look(service, python, machine.chip) if is_local else ((), {}, None)
+    models, versions, problem = _look(service, python, machine.chip, is_local=not nodes)
     made = plan(
         service,
         machine,
         nodes=nodes,
         python=python,
-        router_python=sys.executable,
+        router_python=python if nodes else sys.executable,
         ready_timeout_s=wish.ready_timeout_s,
         versions=versions,
         models={str(model.path): model for model in models},
@@ -166,16 +170,21 @@ def prepare(target: str, overrides: Sequence[str] = (), options: Options | None 
         plan=made,
         run_dir=wish.run_dir or _new_run_dir(home),
         python=python,
-        is_local=is_local,
+        is_local=not nodes,
+        is_cloud=asked.is_cloud,
         models=models,
         problem=problem,
     )
 
 
 def _look(
-    service: Service, python: str, chip: str
+    service: Service, python: str, chip: str, *, is_local: bool
 ) -> tuple[tuple[Model, ...], dict[str, str], InvalidModel | EngineMissing | None]:
-    """Read the models and the engines' versions; what is wrong is kept, because a plan is possible anyway."""
+    """Read the models and the engines' versions; what is wrong is kept, because a plan is possible anyway.
+
+    Other hosts have been asked already whether they have both; a model that lies here too is read for its
+    numbers.
+    """
     models: tuple[Model, ...] = ()
     versions: dict[str, str] = {}
     problem: InvalidModel | EngineMissing | None = None
@@ -183,6 +192,8 @@ def _look(
         models = check_models(service, chip)
     except InvalidModel as error:
         problem = error
+    if not is_local:
+        return models, {}, None
     try:
         versions = check_engines(service, python)
     except EngineMissing as error:
@@ -234,7 +245,7 @@ def start(prepared: Prepared, *, detach: bool) -> hw.Run:
     Raises:
         LaunchRefused: a port is in use, or the run directory holds a run.
     """
-    if any(target.name.startswith("pod-") for target in prepared.plan.targets):
+    if prepared.is_cloud:
         raise InvalidService(
             "experiment.runner.type: 'cloud': the cluster starts the pods, not this command: apply what "
             "`flagscale-serve plan --as lws --image IMAGE` prints with `kubectl apply -f -`"
@@ -461,14 +472,22 @@ class _Target:
             return str(Path(chosen).absolute())
         return chosen if has_shell else shutil.which(chosen) or chosen
 
+    @property
+    def is_cloud(self) -> bool:
+        """Tell whether a cluster chooses the hosts."""
+        return self.experiment is not None and self.experiment.runner.type == "cloud"
+
     def nodes(self, machine: hw.Machine) -> tuple[Node, ...]:
         if self.experiment is None:
             return ()
-        if self.experiment.runner.type == "cloud":
+        if self.is_cloud:
             return promised_nodes(self.experiment, machine)
         task = self.experiment.task.backend
         names = {self.wish.engine or item.engine or task or "vllm" for item in self.experiment.serve}
         packages = [word for name in sorted(names) for word in engine_named(name).distributions]
+        copies = [item.resources.num_replicas for item in self.experiment.serve]
+        if self.experiment.runner.deploy.prefill_decode_disaggregation or set(copies) - {1, None}:
+            packages.append(DISTRIBUTION)
         return find_nodes(self.experiment, python=self.python, packages=packages)
 
     def service(self, machine: hw.Machine) -> tuple[Service, Path]:

@@ -14,7 +14,7 @@ What does not live here: reading the model's files (`model.py`), translating opt
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,6 +114,10 @@ class Service:
     """More variables by the hostfile's kind of device; they win over `env`."""
     node_env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """More variables by host; they win over both."""
+    rendezvous_port: int | None = None
+    """Where the hosts of one instance meet, if the file gives a number."""
+    notes: tuple[str, ...] = ()
+    """What is read and does nothing here."""
     node_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Engine options in vLLM's vocabulary by host; they win over the instance's `engine_args`."""
 
@@ -179,6 +183,8 @@ def of_experiment(experiment: Experiment, *, default_engine: str, engine: str | 
         before_start=(experiment.cmds.before_start or "").strip(),
         source=where,
         fronts=tuple(fronts),
+        rendezvous_port=_rendezvous_port(experiment, instances),
+        notes=tuple(_notes(experiment)),
         type_env={kind: dict(env) for kind, env in experiment.device_type_envs.items()},
         node_env={host: dict(env) for host, env in experiment.node_envs.items()},
         node_options={
@@ -186,6 +192,24 @@ def of_experiment(experiment: Experiment, *, default_engine: str, engine: str | 
             for host, args in experiment.node_args.items()
         },
     )
+
+
+def _rendezvous_port(experiment: Experiment, instances: Sequence[Instance]) -> int | None:
+    """Read `master_port`, or `ray_port` where Ray is asked for and the file gives it."""
+    runner = experiment.runner
+    by_ray = any(one.settled.get("distributed_executor_backend") == "ray" for one in instances)
+    if by_ray and "ray_port" in runner.model_fields_set:
+        return runner.ray_port
+    return runner.master_port
+
+
+def _notes(experiment: Experiment) -> Iterator[str]:
+    deploy = experiment.runner.deploy
+    if deploy.prefill_decode_log_dir:
+        yield (
+            f"experiment.runner.deploy.prefill_decode_log_dir: {deploy.prefill_decode_log_dir}: not used: "
+            "every log is in the run directory"
+        )
 
 
 def _places(experiment: Experiment, item: ServeInstance, index: int) -> dict[str, str]:

@@ -126,6 +126,12 @@ def transfer(instance: Instance, context: Context) -> tuple[dict[str, Any], dict
             "VLLM_NIXL_SIDE_CHANNEL_PORT": port,
         }
         return {"kv_transfer_config": config}, env
+    if context.chip == "cpu":
+        raise InvalidService(
+            f"{instance.name}: {connector}: moves keys and values between accelerators, and there is none "
+            "here: set engine_args.kv_transfer_config.kv_connector to NixlConnector, or serve both halves "
+            "in one instance"
+        )
     address, registry_port = context.registry
     extra = {
         "proxy_ip": address,
