@@ -227,6 +227,7 @@ def _add_self(tree: Tree, pair: Pair, _problem: Problem) -> Edit | None:
 _RULES: dict[str, Callable[[Tree, Pair, Problem], Edit | None]] = {
     "config/dropped": _remove,
     "config/duplicate-key": _remove_repetition,
+    "config/misread": _replace_value,
     "config/no-self": _add_self,
     "config/none-text": _null,
     "config/renamed": _rename,

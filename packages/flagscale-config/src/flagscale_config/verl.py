@@ -162,14 +162,14 @@ class _Reader:
         return False
 
     def _read(self, name: str, value: Any, path: Path) -> None:
-        if is_incomplete(value):
-            return
         if self.keys is not None and name not in self.keys:
-            if any(key.startswith(f"{name}.") for key in self.keys):
+            if not any(key.startswith(f"{name}.") for key in self.keys):
+                self._unknown(name, path, self.keys)
+            elif not is_incomplete(value):
                 message = f"must be a mapping ({show(value)} given)"
                 self.findings.error("config/value", path, message, value)
-            else:
-                self._unknown(name, path, self.keys)
+            return
+        if is_incomplete(value):
             return
         kind = self.keys[name] if self.keys is not None else "any"
         if value is not None and not _fits(value, kind):
