@@ -186,6 +186,7 @@ def test_other_bytes_stay(project, tmp_path):
         ("runner: {type: torchrun, backend: torchrun}", "runner: {backend: torchrun}"),
         ("runner: {type: torchrun}", "runner: {backend: torchrun}"),
         ("seed: 1, seed: 1", "seed: 1"),
+        ("seed: 010, envs: {A: yes, on: off}", "seed: 010, envs: {A: true, on: false}"),
         ("seed: 1, seed: 2", "seed: 1, seed: 2"),
     ],
 )

@@ -138,9 +138,7 @@ class _Walk:
 
     def add(self, code: str, node: Any, message: str, path: KeyPath) -> None:
         """Add a problem with a node."""
-        self.problems.append(
-            Problem(code=code, message=message, key=dotted(path), origin=self.origin(node))
-        )
+        self.problems.append(Problem(code=code, message=message, key=dotted(path), origin=self.origin(node)))
 
     def note(
         self, code: str, place: Origin, message: str, path: KeyPath, suggestion: str | None = None
@@ -148,9 +146,7 @@ class _Walk:
         """Add a note about a value that is read all the same."""
         key = dotted(path)
         self.problems.append(
-            Problem(
-                code=code, message=message, key=key, origin=place, severity="note", suggestion=suggestion
-            )
+            Problem(code=code, message=message, key=key, origin=place, severity="note", suggestion=suggestion)
         )
 
     def visit(self, node: Any, path: KeyPath) -> None:

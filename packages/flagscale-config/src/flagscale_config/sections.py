@@ -62,9 +62,7 @@ def read_model(model: type[_M], tree: Mapping[str, Any], path: Path, findings: F
     return None
 
 
-def _report_misspelt(
-    model: type[BaseModel], tree: Mapping[str, Any], path: Path, findings: Findings
-) -> None:
+def _report_misspelt(model: type[BaseModel], tree: Mapping[str, Any], path: Path, findings: Findings) -> None:
     """Report unknown keys whose values the user still has to give: the model is not shown those."""
     try:
         model.model_validate(tree)
@@ -157,7 +155,7 @@ def _words(item: Any) -> str:
         "dict_type": "must be a mapping",
         "mapping_type": "must be a mapping",
         "tuple_type": "must be a list",
-        "string_pattern_mismatch": "must be a number, or min:max",
+        "string_pattern_mismatch": "must be the name of a class, such as transformers.AutoModel",
     }
     if kind in simple:
         return simple[kind]

@@ -19,6 +19,7 @@ from flagscale_config.findings import Findings
 from flagscale_config.places import Path
 from flagscale_config.reinforcement import ReinforcementLearning
 from flagscale_config.resolve import is_incomplete
+from flagscale_config.suggest import Hint
 
 __all__ = ["read_rl", "verl_keys", "verl_tree"]
 
@@ -192,7 +193,8 @@ class _Reader:
             hint = f"; did you mean {near[0]}?"
         elif elsewhere:
             hint = f"; it belongs under {' or '.join(key.rpartition('.')[0] for key in elsewhere[:3])}"
-        self.findings.error("config/unknown-key", path, f"unknown key{hint}")
+        meant = Hint(suggestion=near[0] if near else None)
+        self.findings.error("config/unknown-key", path, f"unknown key{hint}", hint=meant)
 
 
 def _fits(value: Any, kind: str) -> bool:
