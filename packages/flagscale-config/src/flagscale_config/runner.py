@@ -201,8 +201,7 @@ def _hosts(value: Any) -> Any:
     return value
 
 
-_Written = Positive | Annotated[str, Field(pattern=f"^{_RANGE.pattern}$")]
-_Hosts = Annotated[Positive | str, BeforeValidator(_hosts, json_schema_input_type=_Written)]
+_Hosts = Annotated[Positive | Annotated[str, Field(pattern=f"^{_RANGE.pattern}$")], BeforeValidator(_hosts)]
 
 
 class Runner(Model):
