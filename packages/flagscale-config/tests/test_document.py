@@ -184,9 +184,9 @@ def test_a_file_may_be_named_without_its_suffix(tiny):
         ("a: ${b}\nb: ${a}\n", "a: cannot resolve '${b}': it refers to itself"),
         ("a: {x: '${a}'}\n", "a.x: cannot resolve '${a}': it refers to itself"),
         ("a: ${nothing.here}\n", "a: cannot resolve '${nothing.here}': 'nothing.here' not found"),
-        ("a: ${oc.env:FLAGSCALE_SURELY_UNSET}\n", "Environment variable 'FLAGSCALE_SURELY_UNSET' not found"),
+        ("a: ${oc.env:FLAGSCALE_SURELY_UNSET}\n", "variable FLAGSCALE_SURELY_UNSET is not set; set it"),
         ("a: ${made.up:1}\n", "a: cannot resolve '${made.up:1}': Unsupported interpolation type made.up"),
-        ("a: ${env:FLAGSCALE_SURELY_UNSET}\n", "Environment variable 'FLAGSCALE_SURELY_UNSET' not found"),
+        ("a: ${env:FLAGSCALE_SURELY_UNSET}\n", "variable FLAGSCALE_SURELY_UNSET is not set; set it"),
         ("a: ${b\n", "a: '${b' is not an interpolation: "),
     ],
 )
