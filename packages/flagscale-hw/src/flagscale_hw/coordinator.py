@@ -40,7 +40,7 @@ from flagscale_hw.status import ProcessStatus, RunStatus
 
 __all__ = ["Coordinator"]
 
-_PREPARE_LIMIT_S = 90.0
+_PREPARE_LIMIT_S = 240.0
 _SETTLE_S = 6.0
 """How long a failure that looks like the echo of another waits for that other one to be reported."""
 _LATE_S = 15.0
@@ -260,7 +260,7 @@ class Coordinator:
             self._fail(
                 host, f"connection lost: {host.link.reason()}" if host.is_prepared else host.link.reason()
             )
-        elif host.link.is_silent:
+        elif host.is_prepared and host.link.is_silent:  # before, the agent's host may be busy: see the limit
             text = f"no sign of life for {SILENCE_S:g} s: the host is down, or the network between is cut"
             self._fail(host, text)
             host.link.close()
