@@ -77,7 +77,7 @@ class RunDirectory:
     def write(self, path: Path, data: Any) -> None:
         """Replace a JSON file at once: a reader sees the old one or the new one, never a part.
 
-        There is no fsync in it: a busy disk takes a minute for one and holds the process unkillably meanwhile.
+        No fsync: a busy disk takes a minute for one, and the process cannot even be killed meanwhile.
 
         Raises:
             OSError: no space, no permission; the old file is untouched.
