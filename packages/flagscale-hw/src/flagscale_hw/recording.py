@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flagscale_hw.detection import TIMEOUT_S, detect
-from flagscale_hw.environment import this_host
 from flagscale_hw.errors import InputError
-from flagscale_hw.host import Answer, Host
+from flagscale_hw.host import Answer, Host, this_host
 from flagscale_hw.machine import Machine
 from flagscale_hw.topology import topology
 

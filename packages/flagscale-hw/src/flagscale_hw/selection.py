@@ -15,8 +15,7 @@ from typing import Any, Literal
 from flagscale_hw.chips import Runtime, runtime
 from flagscale_hw.detection import TIMEOUT_S, detect
 from flagscale_hw.doctor import Finding
-from flagscale_hw.environment import this_host
-from flagscale_hw.host import Answer, Host
+from flagscale_hw.host import Answer, Host, this_host
 
 __all__ = ["Purpose", "examine_selection"]
 

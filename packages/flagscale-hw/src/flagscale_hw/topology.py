@@ -16,8 +16,7 @@ from typing import Any
 
 from flagscale_hw.backends.values import clean
 from flagscale_hw.detection import TIMEOUT_S
-from flagscale_hw.environment import this_host
-from flagscale_hw.host import Host
+from flagscale_hw.host import Host, this_host
 from flagscale_hw.machine import Device, Machine
 
 __all__ = ["Nic", "Topology", "parse_matrix", "topology"]
