@@ -45,7 +45,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def experiment(recorded_experiment, tmp_path):
-    """An experiment of two runs, recorded from real ones: one whose supervisor was killed, one that resumed."""
+    """An experiment of two recorded runs: one whose supervisor was killed, one that resumed."""
     folder = shutil.copytree(recorded_experiment, tmp_path / "recorded")
     (folder / "runs" / "latest").symlink_to(max(path.name for path in (folder / "runs").iterdir()))
     return folder
