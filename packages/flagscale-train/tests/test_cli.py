@@ -172,6 +172,7 @@ def test_the_flags_are_these():
         "logits": ["--load", "--output", "--tokens"],
         "status": ["--json"],
         "logs": ["--follow"],
+        "report": ["--output"],
         "list": ["--json"],
         "data": [],
     }
@@ -186,6 +187,8 @@ def test_the_flags_are_these():
             "--tokenizer",
             "--workers",
         ],
+        "inspect": ["--count", "--json", "--tokenizer"],
+        "merge": ["--output", "--overwrite"],
         "train-tokenizer": ["--json", "--key", "--output", "--overwrite", "--vocab-size"],
     }
 
