@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 from flagscale_serve.engines.adapter import Context, Engine, Layout, Rendered, Seat
 from flagscale_serve.engines.choice import Chosen
@@ -20,6 +20,9 @@ from flagscale_serve.engines.sglang import SGLANG
 from flagscale_serve.engines.transformers import TRANSFORMERS
 from flagscale_serve.engines.vllm import VLLM
 from flagscale_serve.errors import InvalidService
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = [
     "ENGINES",
@@ -48,6 +51,8 @@ def default_engine(chip: str) -> Engine:
 
 def engine_names() -> tuple[str, ...]:
     """Return the names of all engines, those of other packages included, without importing any of them."""
+    from importlib.metadata import entry_points  # a slow import, and rarely needed
+
     others = {point.name for point in entry_points(group=GROUP)}
     return tuple(sorted({*ENGINES, *others}))
 
@@ -61,6 +66,8 @@ def engine_named(name: str) -> Engine:
     """
     if name in ENGINES:
         return ENGINES[name]
+    from importlib.metadata import entry_points
+
     for point in entry_points(group=GROUP, name=name):
         return _loaded(point)
     raise InvalidService(
