@@ -246,7 +246,7 @@ def install_all(session: nox.Session) -> None:
 
 ENGINES = (
     "megatron-core~=0.19.2", "psutil>=6", "einops>=0.8", "tokenizers>=0.22,<1", "numpy>=2",
-    "transformers[serving]>=5.20,<6",
+    "transformers[serving]>=5.20,<6", "vllm-router>=0.1.17,<0.2",
 )  # fmt: skip
 
 

@@ -34,6 +34,9 @@ _NEEDS_GPU = (
     "use_flash_attn",
     "use_precision_aware_optimizer",
     "nccl_ub",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_router_fusion",
 )
 
 
@@ -88,8 +91,6 @@ def conflicts(chip: str, options: Mapping[str, Any], findings: Findings) -> list
             for name in _NEEDS_GPU
             if options.get(name)
         ]
-    if forced and int(options.get("context_parallel_size", 1)) > 1:
-        problems.append(f"context_parallel_size: {options['context_parallel_size']}: {place} it must be 1")
     return problems
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Slurm",
     "TrainStatus",
+    "events_of",
     "find",
     "finished",
     "list_runs",
@@ -251,11 +252,11 @@ def status(target: str | os.PathLike[str] | hw.Run, overrides: Sequence[str] = (
     """Say how a run stands; `target` as for `find`, or the run itself."""
     found = target if isinstance(target, hw.Run) else find(target, overrides)
     now = found.status()
-    progress = Progress.of(_events(found))
+    progress = Progress.of(events_of(found))
     return TrainStatus(found.dir, found.name, now, progress, _killed(found) if now.state == "failed" else "")
 
 
-def _events(found: hw.Run) -> list[dict[str, Any]]:
+def events_of(found: hw.Run) -> list[dict[str, Any]]:
     """Return the events of all hosts, in the order of their clocks."""
     events = [event for folder in found.folders() for event in read(folder / FILE_NAME)]
     return sorted(events, key=lambda event: event["time"])
