@@ -141,7 +141,7 @@ def test_ctrl_c_is_130(make, shape, tmp_path):
         "from flagscale_convert import execution, cli\n"
         "write = execution._write_item\n"
         "def slow(*given):\n"
-        "    os.write(1, b'writing\\n'); time.sleep(0.2); write(*given)\n"
+        "    os.write(1, b'writing\\n'); time.sleep(0.2); return write(*given)\n"
         "execution._write_item = slow\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )

@@ -241,3 +241,16 @@ def test_optimizer_states_of_ranks_are_counted_and_skipped(make, shape, tmp_path
     assert inspect(out).optimizer_tensors == 1
     assert verify(source, out).is_equal
     assert json.dumps(inspect(out).to_dict())
+
+
+def test_state_dicts_of_modules_are_read(make, shape, tmp_path):
+    """Torch's own are ordered dicts with attributes, which Megatron saves as they are."""
+    source, out = written(make, shape, tmp_path)
+    for path in out.rglob("*.pt"):
+        state = torch.load(path, weights_only=False)
+        module = torch.nn.Linear(1, 1).state_dict()
+        assert module._metadata
+        module.clear()
+        module.update(state["model"])
+        torch.save({**state, "model": module}, path)
+    assert verify(source, out).is_equal

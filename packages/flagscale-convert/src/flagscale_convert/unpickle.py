@@ -145,5 +145,6 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         return value
     if isinstance(value, Record):
-        return value.state if isinstance(value.state, dict) else value.items
+        # A dict of some class has items, and often attributes besides (torch's state dicts have `_metadata`).
+        return value.state if not value.items and isinstance(value.state, dict) else value.items
     return {}
