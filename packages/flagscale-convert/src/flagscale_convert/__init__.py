@@ -22,6 +22,7 @@ from flagscale_convert.errors import (
 
 if TYPE_CHECKING:
     from flagscale_convert.architecture import Architecture, RopeScaling
+    from flagscale_convert.configuration import Configuration, config
     from flagscale_convert.execution import Progress, Report, convert
     from flagscale_convert.families import FAMILIES, Family
     from flagscale_convert.inspection import Inspection, inspect
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "Architecture",
+    "Configuration",
     "ConvertError",
     "DestinationRefused",
     "Difference",
@@ -47,6 +49,7 @@ __all__ = [
     "VerifyReport",
     "WriteFailed",
     "__version__",
+    "config",
     "convert",
     "inspect",
     "make_plan",
@@ -55,6 +58,7 @@ __all__ = [
 
 _HOMES = {
     "Architecture": "architecture",
+    "Configuration": "configuration",
     "Difference": "verification",
     "FAMILIES": "families",
     "Family": "families",
@@ -64,6 +68,7 @@ _HOMES = {
     "Report": "execution",
     "RopeScaling": "architecture",
     "VerifyReport": "verification",
+    "config": "configuration",
     "convert": "execution",
     "inspect": "inspection",
     "make_plan": "plan",

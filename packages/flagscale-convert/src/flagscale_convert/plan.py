@@ -106,6 +106,7 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
     vocab_size: int | None = None,
     vocab_divisor: int = 128,
     layers: Layers = "auto",
+    family: str | None = None,
 ) -> Plan:
     """Plan a conversion.
 
@@ -120,6 +121,7 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
         vocab_divisor: `torch_dist` pads the vocabulary to a multiple of this.
         layers: how `torch_dist` stores layers: `stacked` in one tensor, `per-layer`, or `auto`: stacked if
             they are alike. Megatron asks for one tensor per layer when its `moe_layer_freq` is a list.
+        family: which family a Megatron checkpoint is of, where its arguments fit several (see `FAMILIES`).
 
     Raises:
         SourceNotFound: no checkpoint there.
@@ -135,13 +137,20 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
         raise Unsupported(f"layers ({layers}): one of {', '.join(get_args(Layers))}")
     opened = open_checkpoint(Path(src))
     asked = None if tokenizer is None else Path(tokenizer)
-    model = understand(opened, tokenizer=asked, vocab_size=vocab_size, vocab_divisor=vocab_divisor)
+    model = understand(
+        opened,
+        tokenizer=asked,
+        vocab_size=vocab_size,
+        vocab_divisor=vocab_divisor,
+        dtype=DTYPE_CODES[dtype or "bf16"],
+        family=family,
+    )
     hf_view: Source = as_huggingface(model.source, model.bindings) if model.is_megatron else model.source
     # What is written has the names of one dialect, whatever those of the source are.
     written = bind(model.family.rules, model.architecture)
     view: Source = _only_bound(hf_view, model) if to == "hf" else as_megatron(hf_view, written)
     if dtype is not None:
-        view = Cast(view, DTYPE_CODES[dtype])
+        view = Cast(view, DTYPE_CODES[dtype], model.float32_names(is_megatron=to != "hf"))
     destination = Path(dst)
     parts = _Parts(
         model,
