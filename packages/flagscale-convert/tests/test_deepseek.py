@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from flagscale_convert import Unsupported, convert, inspect, make_plan, verify
+from flagscale_convert import FAMILIES, Unsupported, convert, inspect, make_plan, verify
 from flagscale_convert.hf_config import read_config, write_config
 from flagscale_convert.megatron_args import read_args, write_args
+from flagscale_convert.rules import bind
 
 YARN = {
     "rope_scaling": {
@@ -47,6 +49,7 @@ def test_there_and_back_is_bit_equal(make, model, tmp_path, dtype):
     assert verify(source, tmp_path / "mc").is_equal
     found = inspect(tmp_path / "mc")
     assert (found.suspicions, found.family) == ((), "deepseek_v3")
+    assert json.loads(json.dumps(found.to_dict()))["architecture"]["latent_kv_rank"] == 24
     copies = model.mtp * (1 if model.tied else 2) * model.vocab * model.hidden
     total = sum(tensor.numel() for tensor in model.hf_tensors().values())
     assert plan.num_parameters == found.num_parameters == total - copies
@@ -82,6 +85,44 @@ def test_every_dialect_reads_the_same(make, model, tmp_path, names):
     root = make.megatron(model, stacked=not model.plain, rename=rename)
     convert(make_plan(root, tmp_path / "out", to="hf"))
     make.same(make.load(tmp_path / "out"), model.hf_tensors())
+
+
+# Layers, hidden, ffn, heads, query rank, vocabulary, expert ffn, experts, per token, shared, plain layers.
+PUBLISHED = {
+    "deepseek-v3": ((61, 7168, 18432, 128, 1536, 129280, 2048, 256, 8, 1, 3), 671026404352, 58 * 256),
+    "kimi-k2": ((61, 7168, 18432, 64, 1536, 163840, 2048, 384, 8, 1, 1), 1026408209408, 60 * 384),
+    "moonlight": ((27, 2048, 11264, 16, None, 163840, 1408, 64, 6, 2, 1), 15960108544, 26 * 64),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_have_their_published_parameters(shape, name):
+    (
+        (layers, hidden, ffn, heads, rank, vocab, expert_ffn, experts, per_token, shared, plain),
+        total,
+        biases,
+    ) = PUBLISHED[name]
+    model = shape(
+        family="deepseek_v3",
+        layers=layers,
+        hidden=hidden,
+        ffn=ffn,
+        heads=heads,
+        query_rank=rank,
+        kv_rank=512,
+        plain_head=128,
+        rotary_head=64,
+        value_head=128,
+        vocab=vocab,
+        expert_ffn=expert_ffn,
+        experts=experts,
+        per_token=per_token,
+        shared=shared,
+        plain=tuple(range(plain)),
+    )
+    bindings = bind(FAMILIES["deepseek_v3"].rules, read_config(model.hf_config(), where="c").architecture)
+    counted = sum(math.prod(size) for binding in bindings for size in binding.part_shapes)
+    assert counted - biases == total  # published counts leave out the bias per expert
 
 
 def test_configurations_there_and_back(model):

@@ -228,7 +228,7 @@ def run_all(shape, size, root: Path, models=MODELS, *, tensor_parallel=None):
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -260,7 +260,6 @@ def check_loaded(root, tokens, name):
     ours = load_file(root / f"{name}-loaded")["logits"][..., :131]
     theirs = transformers_logits(root / f"{name}-hf", tokens)
     assert theirs.abs().max() > 1
-    print(name, ours.shape, (ours - theirs).abs().amax(dim=(1, 2, 3)), theirs.abs().max())
     assert (ours - theirs).abs().max() < TOLERANCE
 
 
@@ -287,6 +286,5 @@ def check_saved(root, tokens, name):
     theirs = transformers_logits(root / f"{name}-out", tokens)
     ours = load_file(root / f"{name}-saved")["logits"][..., :131]
     assert theirs.abs().max() > 1
-    print(name, ours.shape, (ours - theirs).abs().amax(dim=(1, 2, 3)), theirs.abs().max())
     assert (ours - theirs).abs().max() < TOLERANCE
     assert verify(root / f"{name}-trained", root / f"{name}-out").is_equal

@@ -73,6 +73,16 @@ def _pinned_names(bindings: Iterable[Binding], *, is_megatron: bool) -> frozense
     )
 
 
+def _with_float32(source: Source, names: frozenset[str]) -> Source:
+    """Widen tensors that must be float32 and were stored narrower; nearly always there are none."""
+    infos = source.tensors()
+    return (
+        Cast(source, None, names)
+        if any(infos[name].dtype != "F32" for name in names & infos.keys())
+        else source
+    )
+
+
 def understand(
     opened: Opened,
     *,
@@ -116,7 +126,7 @@ def _understand_huggingface(
     if block is not None:
         source = Dequantised(files, block, dtype, where=str(opened.directory))
         notes.append(f"quantization_config: fp8 weights are dequantised to {dtype}")
-    source = Cast(source, None, _pinned_names(bindings, is_megatron=False))
+    source = _with_float32(source, _pinned_names(bindings, is_megatron=False))
     infos = source.tensors()
     layers = range(arch.num_layers + arch.mtp_layers)
     dropped = {name.format(i=layer) for name in family.dropped for layer in layers} & set(infos)
@@ -225,7 +235,7 @@ def _understand_megatron(
         architecture=arch,
         family=family,
         bindings=bindings,
-        source=Cast(source, None, _pinned_names(bindings, is_megatron=True)),
+        source=_with_float32(source, _pinned_names(bindings, is_megatron=True)),
         is_megatron=True,
         problems=tuple(problems),
         notes=(*notes, *read.notes),
