@@ -195,6 +195,33 @@ class Shape:
             **(self.args_latent() if self.is_latent else {}),
         }
 
+    def trainer_args(self, *, per_layer: bool = False) -> dict[str, Any]:
+        """The same as plain JSON, for a process of Megatron."""
+        return {
+            **{name: value for name, value in self.args().items() if name != "params_dtype"},
+            "group_query_attention": self.groups != self.heads and not self.is_latent,
+            "use_rope_scaling": "llama3" in str(self.config),
+            "rope_scaling_factor": 8.0,
+            "rotary_base": self.config.get("rope_theta", 50000),
+            "rotary_seq_len_interpolation_factor": 4.0 if "linear" in str(self.config) else None,
+            "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            **(self.args_yarn() if "yarn" in str(self.config) and not self.is_latent else {}),
+            **({"moe_layer_freq": [1] * self.layers} if per_layer else {}),
+        }
+
+    def args_yarn(self) -> dict[str, Any]:
+        rope = self.config["rope_scaling"]
+        return {
+            "position_embedding_type": "yarn",
+            "rotary_scaling_factor": rope["factor"],
+            "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
+            "yarn_beta_fast": 32.0,
+            "yarn_beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.0,
+        }
+
     def args_experts(self) -> dict[str, Any]:
         if self.family not in EXPERT_NAMES:
             return {"num_experts": None}

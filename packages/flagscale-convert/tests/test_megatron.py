@@ -29,14 +29,6 @@ LLAMA3 = {
     },
 }
 PLAIN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-YARN_ARGS = {
-    "rotary_scaling_factor": 4.0,
-    "yarn_original_max_position_embeddings": 16,
-    "yarn_beta_fast": 32.0,
-    "yarn_beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 0.0,
-}
 MODELS = {
     "qwen3-tied": {"family": "qwen3", "tied": True, "heads": 4, "groups": 2},
     "qwen3": {"family": "qwen3", "heads": 6, "groups": 2},
@@ -71,25 +63,6 @@ LATENT = {
     "deepseek_v3-uniform-mtp2": {**V3, "plain": (), "mtp": 2},
     "deepseek_v3-tied-kimi": {**V3, "tied": True, "config": {"rope_scaling": {**YARN, "beta_fast": 1.0}}},
 }
-
-
-def megatron_args(model, *, per_layer=False):
-    return {
-        **{name: value for name, value in model.args().items() if name != "params_dtype"},
-        "group_query_attention": model.groups != model.heads and not model.is_latent,
-        "use_rope_scaling": "llama3" in str(model.config),
-        "rope_scaling_factor": 8.0,
-        **(
-            {"position_embedding_type": "yarn", **YARN_ARGS}
-            if "yarn" in str(model.config) and not model.is_latent
-            else {}
-        ),
-        "rotary_base": model.config.get("rope_theta", 50000),
-        "rotary_seq_len_interpolation_factor": 4.0 if "linear" in str(model.config) else None,
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        **({"moe_layer_freq": [1] * model.layers} if per_layer else {}),
-    }
 
 
 def transformers_logits(folder, tokens):
@@ -213,7 +186,7 @@ def run_all(shape, size, root: Path, models=MODELS, *, tensor_parallel=None):
                 "do": "save",
                 "path": f"{root}/{name}-trained",
                 "logits": f"{root}/{name}-saved",
-                "args": megatron_args(model, per_layer=layers == "per-layer"),
+                "args": model.trainer_args(per_layer=layers == "per-layer"),
             },
         ]
     (root / "request").write_text(

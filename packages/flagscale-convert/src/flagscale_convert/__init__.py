@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flagscale_convert.execution import Progress, Report, convert
     from flagscale_convert.families import FAMILIES, Family
     from flagscale_convert.inspection import Inspection, inspect
+    from flagscale_convert.parallel import ParallelLayout
     from flagscale_convert.plan import Plan, make_plan
     from flagscale_convert.verification import Difference, VerifyReport, verify
 
@@ -38,6 +39,7 @@ __all__ = [
     "Difference",
     "Family",
     "Inspection",
+    "ParallelLayout",
     "Plan",
     "Progress",
     "Report",
@@ -63,6 +65,7 @@ _HOMES = {
     "FAMILIES": "families",
     "Family": "families",
     "Inspection": "inspection",
+    "ParallelLayout": "parallel",
     "Plan": "plan",
     "Progress": "execution",
     "Report": "execution",

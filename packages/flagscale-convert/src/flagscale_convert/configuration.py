@@ -20,7 +20,7 @@ from flagscale_convert.hf_config import read_config, write_config
 from flagscale_convert.huggingface import CONFIG, read_json
 from flagscale_convert.locate import open_checkpoint
 from flagscale_convert.megatron_args import read_args, write_args
-from flagscale_convert.torch_dist import TorchDistSource
+from flagscale_convert.megatron_source import MegatronSource
 
 __all__ = ["Configuration", "Form", "config"]
 
@@ -106,7 +106,7 @@ def _read(
         return found.architecture, list(found.notes), False
     else:
         opened = open_checkpoint(src)
-        if not isinstance(opened.source, TorchDistSource):
+        if not isinstance(opened.source, MegatronSource):
             raise SourceNotFound(f"{src}: has no {CONFIG}: give a directory with one")
         args = dict(opened.source.common.args)
     read = read_args(args, where=str(src), vocab_size=vocab_size)
