@@ -26,10 +26,12 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 EXPERT_NAMES = {
     "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "deepseek_v3": ("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 Tensors = dict[str, torch.Tensor]
 
@@ -55,6 +57,20 @@ class Shape:
     renormalised: bool = True
     plain: tuple[int, ...] = ()
     """Layers without experts, in families that have experts."""
+    query_rank: int | None = 20
+    """Of latent attention, as are the next four."""
+    kv_rank: int = 24
+    plain_head: int = 12
+    rotary_head: int = 8
+    value_head: int = 10
+    expert_groups: int = 1
+    groups_per_token: int = 1
+    shared: int = 2
+    mtp: int = 0
+
+    @property
+    def is_latent(self) -> bool:
+        return self.family == "deepseek_v3"
 
     def has_experts(self, layer: int) -> bool:
         return self.family in EXPERT_NAMES and layer not in self.plain
@@ -85,7 +101,42 @@ class Shape:
             "hidden_act": "silu",
             "initializer_range": 0.02,
             **self.hf_experts(),
+            **(self.hf_latent() if self.is_latent else {}),
             **self.config,
+        }
+
+    def hf_latent(self) -> dict[str, Any]:
+        return {
+            "head_dim": self.rotary_head,
+            "num_key_value_heads": self.heads,
+            "q_lora_rank": self.query_rank,
+            "kv_lora_rank": self.kv_rank,
+            "qk_nope_head_dim": self.plain_head,
+            "qk_rope_head_dim": self.rotary_head,
+            "v_head_dim": self.value_head,
+            "num_nextn_predict_layers": self.mtp,
+        }
+
+    def args_latent(self) -> dict[str, Any]:
+        rope = self.config.get("rope_scaling")
+        return {
+            "multi_latent_attention": True,
+            "group_query_attention": False,
+            "kv_channels": self.value_head,
+            "q_lora_rank": self.query_rank,
+            "kv_lora_rank": self.kv_rank,
+            "qk_head_dim": self.plain_head,
+            "qk_pos_emb_head_dim": self.rotary_head,
+            "v_head_dim": self.value_head,
+            "qk_layernorm": True,
+            "mtp_num_layers": self.mtp or None,
+            "rope_type": "yarn" if rope else "rope",
+            "rotary_scaling_factor": rope["factor"] if rope else 1.0,
+            **(
+                {name: value for name, value in rope.items() if name not in ("rope_type", "factor")}
+                if rope
+                else {}
+            ),
         }
 
     def hf_experts(self) -> dict[str, Any]:
@@ -100,6 +151,18 @@ class Shape:
                 "norm_topk_prob": self.renormalised,
                 "mlp_only_layers": list(self.plain),
                 "decoder_sparse_step": 1,
+            }
+        if self.family == "deepseek_v3":
+            return {
+                "num_experts_per_tok": self.per_token,
+                "n_routed_experts": self.experts,
+                "moe_intermediate_size": self.expert_ffn,
+                "n_shared_experts": self.shared,
+                "n_group": self.expert_groups,
+                "topk_group": self.groups_per_token,
+                "norm_topk_prob": True,
+                "routed_scaling_factor": 2.5,
+                "first_k_dense_replace": len(self.plain),
             }
         return {}
 
@@ -129,20 +192,34 @@ class Shape:
             "params_dtype": self.dtype,
             "tokenizer_model": None,
             **self.args_experts(),
+            **(self.args_latent() if self.is_latent else {}),
         }
 
     def trainer_args(self, *, per_layer: bool = False) -> dict[str, Any]:
         """The same as plain JSON, for a process of Megatron."""
         return {
             **{name: value for name, value in self.args().items() if name != "params_dtype"},
-            "group_query_attention": self.groups != self.heads,
+            "group_query_attention": self.groups != self.heads and not self.is_latent,
             "use_rope_scaling": "llama3" in str(self.config),
             "rope_scaling_factor": 8.0,
             "rotary_base": self.config.get("rope_theta", 50000),
             "rotary_seq_len_interpolation_factor": 4.0 if "linear" in str(self.config) else None,
             "tensor_model_parallel_size": 1,
             "pipeline_model_parallel_size": 1,
+            **(self.args_yarn() if "yarn" in str(self.config) and not self.is_latent else {}),
             **({"moe_layer_freq": [1] * self.layers} if per_layer else {}),
+        }
+
+    def args_yarn(self) -> dict[str, Any]:
+        rope = self.config["rope_scaling"]
+        return {
+            "position_embedding_type": "yarn",
+            "rotary_scaling_factor": rope["factor"],
+            "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
+            "yarn_beta_fast": 32.0,
+            "yarn_beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.0,
         }
 
     def args_experts(self) -> dict[str, Any]:
@@ -158,6 +235,19 @@ class Shape:
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": 0.01,
             "moe_layer_freq": freq if self.plain else 1,
+            **(self.args_router() if self.is_latent else {}),
+        }
+
+    def args_router(self) -> dict[str, Any]:
+        has_groups = self.expert_groups > 1
+        return {
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_topk_scaling_factor": 2.5,
+            "moe_router_num_groups": self.expert_groups if has_groups else None,
+            "moe_router_group_topk": self.groups_per_token if has_groups else None,
+            "moe_shared_expert_intermediate_size": self.shared * self.expert_ffn,
+            "moe_router_load_balancing_type": "seq_aux_loss",
         }
 
     def hf_tensors(self, seed: int = 0) -> Tensors:
@@ -166,19 +256,18 @@ class Shape:
         def new(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=generator).to(self.dtype)
 
-        query, kv = self.heads * self.head, self.groups * self.head
         tensors = {"model.embed_tokens.weight": new(self.vocab, self.hidden)}
-        for i in range(self.layers):
+        if not self.tied:
+            tensors["lm_head.weight"] = new(self.vocab, self.hidden)
+        for i in range(self.layers + self.mtp):
             p = f"model.layers.{i}."
             tensors[p + "input_layernorm.weight"] = new(self.hidden)
-            for name, rows in (("q", query), ("k", kv), ("v", kv)):
-                tensors[f"{p}self_attn.{name}_proj.weight"] = new(rows, self.hidden)
-                if self.family == "qwen2":
-                    tensors[f"{p}self_attn.{name}_proj.bias"] = new(rows)
-            if self.has_norm:
-                tensors[p + "self_attn.q_norm.weight"] = new(self.head)
-                tensors[p + "self_attn.k_norm.weight"] = new(self.head)
-            tensors[p + "self_attn.o_proj.weight"] = new(self.hidden, query)
+            if self.is_latent:
+                self._add_latent(tensors, p, new)
+                if i >= self.layers:
+                    self._add_mtp(tensors, p, new)
+                continue
+            self._add_attention(tensors, p, new)
             tensors[p + "post_attention_layernorm.weight"] = new(self.hidden)
             if self.has_experts(i):
                 self._add_experts(tensors, p, new)
@@ -187,9 +276,54 @@ class Shape:
             tensors[p + "mlp.up_proj.weight"] = new(self.ffn, self.hidden)
             tensors[p + "mlp.down_proj.weight"] = new(self.hidden, self.ffn)
         tensors["model.norm.weight"] = new(self.hidden)
-        if not self.tied:
-            tensors["lm_head.weight"] = new(self.vocab, self.hidden)
         return tensors
+
+    def _add_attention(self, tensors: Tensors, p: str, new: Callable[..., torch.Tensor]) -> None:
+        query, kv = self.heads * self.head, self.groups * self.head
+        for name, rows in (("q", query), ("k", kv), ("v", kv)):
+            tensors[f"{p}self_attn.{name}_proj.weight"] = new(rows, self.hidden)
+            if self.family == "qwen2":
+                tensors[f"{p}self_attn.{name}_proj.bias"] = new(rows)
+        if self.has_norm:
+            tensors[p + "self_attn.q_norm.weight"] = new(self.head)
+            tensors[p + "self_attn.k_norm.weight"] = new(self.head)
+        tensors[p + "self_attn.o_proj.weight"] = new(self.hidden, query)
+
+    def _add_latent(self, tensors: Tensors, p: str, new: Callable[..., torch.Tensor]) -> None:
+        """A layer of DeepSeek-V3 behind its first norm."""
+        a, query = p + "self_attn.", self.heads * (self.plain_head + self.rotary_head)
+        if self.query_rank is None:
+            tensors[a + "q_proj.weight"] = new(query, self.hidden)
+        else:
+            tensors[a + "q_a_proj.weight"] = new(self.query_rank, self.hidden)
+            tensors[a + "q_a_layernorm.weight"] = new(self.query_rank)
+            tensors[a + "q_b_proj.weight"] = new(query, self.query_rank)
+        tensors[a + "kv_a_proj_with_mqa.weight"] = new(self.kv_rank + self.rotary_head, self.hidden)
+        tensors[a + "kv_a_layernorm.weight"] = new(self.kv_rank)
+        up = self.heads * (self.plain_head + self.value_head)
+        tensors[a + "kv_b_proj.weight"] = new(up, self.kv_rank)
+        tensors[a + "o_proj.weight"] = new(self.hidden, self.heads * self.value_head)
+        tensors[p + "post_attention_layernorm.weight"] = new(self.hidden)
+        if int(p.split(".")[2]) in self.plain:
+            tensors[p + "mlp.gate_proj.weight"] = new(self.ffn, self.hidden)
+            tensors[p + "mlp.up_proj.weight"] = new(self.ffn, self.hidden)
+            tensors[p + "mlp.down_proj.weight"] = new(self.hidden, self.ffn)
+            return
+        self._add_experts(tensors, p, new)
+        tensors[p + "mlp.gate.e_score_correction_bias"] = new(self.experts).float()
+        shared = self.shared * self.expert_ffn
+        tensors[p + "mlp.shared_experts.gate_proj.weight"] = new(shared, self.hidden)
+        tensors[p + "mlp.shared_experts.up_proj.weight"] = new(shared, self.hidden)
+        tensors[p + "mlp.shared_experts.down_proj.weight"] = new(self.hidden, shared)
+
+    def _add_mtp(self, tensors: Tensors, p: str, new: Callable[..., torch.Tensor]) -> None:
+        tensors[p + "enorm.weight"] = new(self.hidden)
+        tensors[p + "hnorm.weight"] = new(self.hidden)
+        tensors[p + "eh_proj.weight"] = new(self.hidden, 2 * self.hidden)
+        tensors[p + "shared_head.norm.weight"] = new(self.hidden)
+        tensors[p + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        if not self.tied:
+            tensors[p + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
 
     def _add_experts(self, tensors: Tensors, p: str, new: Callable[..., torch.Tensor]) -> None:
         block, gate, up, down = EXPERT_NAMES[self.family]
@@ -214,6 +348,63 @@ class Shape:
             m + "mlp.experts.experts.linear_fc2.weight": grouped(down),
         }
 
+    def _merged_attention(self, hf: Tensors, p: str, m: str) -> Tensors:
+        def fused(kind: str) -> torch.Tensor:
+            q, k, v = (hf[f"{p}self_attn.{name}_proj.{kind}"] for name in "qkv")
+            parts = [part.reshape(self.groups, -1, *part.shape[1:]) for part in (q, k, v)]
+            return torch.cat(parts, dim=1).reshape(-1, *q.shape[1:])
+
+        a = m + "self_attention."
+        out = {
+            a + "linear_qkv.layer_norm_weight": hf[p + "input_layernorm.weight"],
+            a + "linear_qkv.weight": fused("weight"),
+            a + "linear_proj.weight": hf[p + "self_attn.o_proj.weight"],
+        }
+        if self.family == "qwen2":
+            out[a + "linear_qkv.bias"] = fused("bias")
+        if self.has_norm:
+            out[a + "q_layernorm.weight"] = hf[p + "self_attn.q_norm.weight"]
+            out[a + "k_layernorm.weight"] = hf[p + "self_attn.k_norm.weight"]
+        return out
+
+    def _merged_latent(self, hf: Tensors, i: int) -> Tensors:
+        """A layer of DeepSeek-V3 under the names of Transformer Engine's layers."""
+        p, m = f"model.layers.{i}.", f"decoder.layers.{i}."
+        out: Tensors = {}
+        if i >= self.layers:
+            b = f"mtp.layers.{i - self.layers}."
+            m = b + "transformer_layer."
+            for ours, theirs in (
+                ("enorm", "enorm"),
+                ("hnorm", "hnorm"),
+                ("eh_proj", "eh_proj"),
+                ("final_layernorm", "shared_head.norm"),
+            ):
+                out[f"{b}{ours}.weight"] = hf[f"{p}{theirs}.weight"]
+        names = {
+            "input_layernorm.weight": "input_layernorm.weight",
+            "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
+            "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
+            "self_attention.linear_q_up_proj.layer_norm_weight": "self_attn.q_a_layernorm.weight",
+            "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
+            "self_attention.linear_kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
+            "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attn.kv_a_layernorm.weight",
+            "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
+            "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+        }
+        out |= {m + ours: hf[p + theirs] for ours, theirs in names.items() if p + theirs in hf}
+        block = "mlp."
+        if i in self.plain:
+            out[m + "mlp.linear_fc1.layer_norm_weight"] = hf[p + "post_attention_layernorm.weight"]
+        else:
+            out |= self._merged_experts(hf, p, m)
+            out[m + "mlp.router.expert_bias"] = hf[p + "mlp.gate.e_score_correction_bias"]
+            block = "mlp.shared_experts."
+        gated = [hf[f"{p}{block}{name}_proj.weight"] for name in ("gate", "up")]
+        out[f"{m}{block}linear_fc1.weight"] = torch.cat(gated)
+        out[f"{m}{block}linear_fc2.weight"] = hf[f"{p}{block}down_proj.weight"]
+        return out
+
     def fused_tensors(self, hf: Tensors) -> Tensors:
         """The same tensors as transformers 5 keeps them in memory."""
         block = EXPERT_NAMES[self.family][0]
@@ -233,22 +424,13 @@ class Shape:
             filler = torch.full((self.padded - self.vocab, self.hidden), pad, dtype=tensor.dtype)
             return torch.cat([tensor, filler])
 
-        def fused(prefix: str, kind: str) -> torch.Tensor:
-            q, k, v = (hf[f"{prefix}self_attn.{name}_proj.{kind}"] for name in "qkv")
-            parts = [part.reshape(self.groups, -1, *part.shape[1:]) for part in (q, k, v)]
-            return torch.cat(parts, dim=1).reshape(-1, *q.shape[1:])
-
         out = {"embedding.word_embeddings.weight": padded(hf["model.embed_tokens.weight"])}
-        for i in range(self.layers):
+        for i in range(self.layers + self.mtp):
             p, m = f"model.layers.{i}.", f"decoder.layers.{i}."
-            out[m + "self_attention.linear_qkv.layer_norm_weight"] = hf[p + "input_layernorm.weight"]
-            out[m + "self_attention.linear_qkv.weight"] = fused(p, "weight")
-            if self.family == "qwen2":
-                out[m + "self_attention.linear_qkv.bias"] = fused(p, "bias")
-            if self.has_norm:
-                out[m + "self_attention.q_layernorm.weight"] = hf[p + "self_attn.q_norm.weight"]
-                out[m + "self_attention.k_layernorm.weight"] = hf[p + "self_attn.k_norm.weight"]
-            out[m + "self_attention.linear_proj.weight"] = hf[p + "self_attn.o_proj.weight"]
+            if self.is_latent:
+                out |= self._merged_latent(hf, i)
+                continue
+            out |= self._merged_attention(hf, p, m)
             if self.has_experts(i):
                 out |= self._merged_experts(hf, p, m)
                 continue

@@ -45,17 +45,89 @@ def expert_options(args: argparse.Namespace) -> dict[str, Any]:
         "moe_router_topk": args.moe_router_topk,
         "moe_router_pre_softmax": args.moe_router_pre_softmax,
         "moe_token_dispatcher_type": "alltoall",
-        "expert_model_parallel_size": torch.distributed.get_world_size(),
+        "expert_model_parallel_size": torch.distributed.get_world_size() // args.tensor_model_parallel_size,
+        **{
+            name: getattr(args, name)
+            for name in (
+                "moe_router_score_function",
+                "moe_router_enable_expert_bias",
+                "moe_router_topk_scaling_factor",
+                "moe_router_num_groups",
+                "moe_router_group_topk",
+                "moe_shared_expert_intermediate_size",
+            )
+            if getattr(args, "moe_router_enable_expert_bias", False)
+        },
     }
+
+
+LATENT_OPTIONS = (
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "mtp_num_layers",
+    "rope_type",
+    "rotary_base",
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+
+
+class CoreAttention(torch.nn.Module):
+    """Attention whose values are narrower than its keys, which Megatron's plain-torch one does not take."""
+
+    def __init__(self, config: Any, softmax_scale: float, **_options: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query: Any, key: Any, value: Any, mask: Any, **_options: Any) -> Any:
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        scores = (query @ key.transpose(-1, -2) * self.scale).masked_fill(mask, float("-inf"))
+        return (scores.softmax(-1) @ value).permute(2, 0, 1, 3).flatten(2)
+
+
+def adapt_latent(spec: Any, args: argparse.Namespace) -> None:
+    """Complete the plain-torch layers for latent attention."""
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+    class DirectQueries(MLASelfAttention):
+        """Queries projected directly, without the norm that 0.19 puts before that projection."""
+
+        def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+            return {**vars(submodules), "linear_q_up_proj": None}
+
+    for layer in spec.layer_specs:
+        attention = layer.submodules.self_attention
+        attention.submodules.core_attention = CoreAttention
+        if args.q_lora_rank is None:
+            attention.module = DirectQueries
+            attention.submodules.q_layernorm = IdentityOp
 
 
 def build(args: argparse.Namespace, tensor_parallel: int, *, sizes: Any = (), **stage: Any) -> Any:
     """Build one model chunk; `sizes` overrides the configuration, `stage` goes to the model."""
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    config = TransformerConfig(
+    args.tensor_model_parallel_size = tensor_parallel
+    is_latent = getattr(args, "multi_latent_attention", False)
+    latent = (
+        {name: getattr(args, name) for name in LATENT_OPTIONS if hasattr(args, name)} if is_latent else {}
+    )
+    config = (MLATransformerConfig if is_latent else TransformerConfig)(
+        **latent,
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
@@ -77,6 +149,7 @@ def build(args: argparse.Namespace, tensor_parallel: int, *, sizes: Any = (), **
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
         **{"tensor_model_parallel_size": tensor_parallel, **expert_options(args), **dict(sizes)},
     )
     spec = (
@@ -89,12 +162,22 @@ def build(args: argparse.Namespace, tensor_parallel: int, *, sizes: Any = (), **
         if args.num_experts  # as the trainer chooses
         else get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization="RMSNorm")
     )
+    if is_latent:
+        adapt_latent(spec, args)
+    has_mtp = bool(getattr(args, "mtp_num_layers", None))
+    for name, value in vars(args).items():  # as the trainer hands them to other attention than latent
+        if name.startswith("yarn_") or name in ("rotary_scaling_factor", "mscale", "mscale_all_dim"):
+            setattr(config, name if name.startswith("yarn_") else f"yarn_{name}", value)
+    config.yarn_correction_range_round_to_int = True
     return GPTModel(
         config,
         spec,
+        mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+        if has_mtp
+        else None,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type=getattr(args, "position_embedding_type", "rope"),
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
@@ -109,26 +192,44 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     length = tokens.shape[1]
     mask = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[None, None]
     positions = torch.arange(length).repeat(len(tokens), 1)
+    further: list[torch.Tensor] = []
+    layers = model.mtp.layers if hasattr(model, "mtp") else ()
+    hooks = [layer.register_forward_hook(lambda _m, _i, out: further.append(out[0])) for layer in layers]
     with torch.no_grad():
-        return model(tokens, positions, mask).float()
+        found = [model(tokens, positions, mask)]
+        head = model.embedding.word_embeddings.weight if model.share_embeddings_and_output_weights else None
+        found += [model.output_layer(hidden, weight=head)[0].transpose(0, 1) for hidden in further]
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found).float()
+
+
+def sharded(model: Any) -> Any:
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return model.sharded_state_dict(metadata={"dp_cp_group": group, "singleton_local_shards": False})
 
 
 def save(job: dict[str, Any], tensor_parallel: int) -> Any:
     from megatron.core import dist_checkpointing
 
     args = argparse.Namespace(**job["args"])
-    model = build(args, tensor_parallel)
+    model = build(argparse.Namespace(**job["args"]), tensor_parallel)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in sorted(model.named_parameters()):
         # Norms and biases away from their neutral values, or swapping them would go unnoticed.
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = (1 + noise / 4) if "norm" in name else noise / 8
+    for name, buffer in sorted(model.named_buffers()):
+        if "expert_bias" in name:
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) / 4)
     state = {
         "args": args,
         "iteration": 7,
         "checkpoint_version": 3.0,
         "content_metadata": {"singleton_local_shards": False},
-        "model": model.sharded_state_dict(),
+        "model": sharded(model),
     }
     folder = Path(job["path"]) / "iter_0000007"
     if torch.distributed.get_rank() == 0:
@@ -148,7 +249,10 @@ def load(job: dict[str, Any], tensor_parallel: int) -> Any:
     model = build(common["args"], tensor_parallel)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))  # what is not loaded shows
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)
+    for name, buffer in model.named_buffers():
+        if "expert_bias" in name:
+            buffer.fill_(float("nan"))
+    loaded = dist_checkpointing.load({"model": sharded(model)}, folder)
     model.load_state_dict(loaded["model"], strict=True)
     return model
 
@@ -162,10 +266,11 @@ def main(path: str) -> None:
     request = json.loads(Path(path).read_text())
     torch.distributed.init_process_group("gloo")
     size = torch.distributed.get_world_size()
-    has_experts = request["has_experts"]
-    tensor_size = 1 if has_experts else size
+    tensor_size = request["tensor_parallel"]
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_size, expert_model_parallel_size=size if has_experts else 1
+        tensor_model_parallel_size=tensor_size,
+        expert_model_parallel_size=size // tensor_size,
+        expert_tensor_parallel_size=tensor_size,
     )
     tensor_parallel.random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     tensor_parallel.random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)

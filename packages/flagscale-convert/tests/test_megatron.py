@@ -16,7 +16,7 @@ from flagscale_convert import FAMILIES, convert, inspect, make_plan, verify
 
 pytestmark = pytest.mark.megatron
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
 LLAMA3 = {
     "rope_theta": 20.0,
@@ -28,12 +28,14 @@ LLAMA3 = {
         "original_max_position_embeddings": 8192,
     },
 }
+PLAIN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
     "qwen3-tied": {"family": "qwen3", "tied": True, "heads": 4, "groups": 2},
     "qwen3": {"family": "qwen3", "heads": 6, "groups": 2},
     "llama-llama3-rope": {"family": "llama", "heads": 4, "groups": 2, "config": LLAMA3},
     "llama-multi-head": {"family": "llama", "heads": 4, "groups": 4},
     "qwen2-linear-rope": {"family": "qwen2", "heads": 4, "groups": 2, "config": LINEAR},
+    "qwen2-yarn": {"family": "qwen2", "heads": 4, "groups": 2, "config": {"rope_scaling": PLAIN_YARN}},
 }
 
 EXPERTS = {
@@ -44,13 +46,77 @@ EXPERTS = {
     "qwen3_moe-per-layer": {"family": "qwen3_moe", "experts": 4},
 }
 
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+}
+V3 = {"family": "deepseek_v3", "heads": 4, "plain": (0,), "experts": 8, "per_token": 4}
+GROUPS = {"expert_groups": 4, "groups_per_token": 2}
+LATENT = {
+    "deepseek_v3": {**V3, **GROUPS, "mtp": 1, "config": {"rope_scaling": YARN}},
+    "deepseek_v3-moonlight": {**V3, "query_rank": None},
+    "deepseek_v3-uniform-mtp2": {**V3, "plain": (), "mtp": 2},
+    "deepseek_v3-tied-kimi": {**V3, "tied": True, "config": {"rope_scaling": {**YARN, "beta_fast": 1.0}}},
+}
+
 
 def transformers_logits(folder, tokens):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model.eval()
     with torch.no_grad():
-        return model(tokens).logits
+        out = model(tokens, output_hidden_states=True)
+        found = [out.logits]
+        hidden = out.hidden_states[-1]
+        for depth in range(getattr(model.config, "num_mtp_layers", 0)):
+            hidden = further_token_layer(model, folder, depth)(hidden, tokens, depth)
+            found.append(model.lm_head(hidden))
+    return torch.stack(found)
+
+
+def further_token_layer(model, folder, depth):
+    """Run transformers' own layer for a further token, with the weights in a directory."""
+    from transformers.modeling_layers import MtpLayer
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as source
+
+    layers = model.config.num_hidden_layers
+    layer = MtpLayer(model.config, source.DeepseekV3DecoderLayer, source.DeepseekV3RMSNorm, layers + depth)
+    layer.eval()
+    prefix = f"model.layers.{layers + depth}."
+    held = {}
+    for file in folder.glob("*.safetensors"):
+        held |= {
+            name.removeprefix(prefix): t for name, t in load_file(file).items() if name.startswith(prefix)
+        }
+    state = {name: held.pop(name) for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight")}
+    state["post_norm.weight"] = held.pop("shared_head.norm.weight")
+    held.pop("embed_tokens.weight"), held.pop("shared_head.head.weight", None)
+    experts = range(model.config.n_routed_experts)
+    parts = {
+        n: [held.pop(f"mlp.experts.{e}.{n}_proj.weight") for e in experts] for n in ("gate", "up", "down")
+    }
+    state["mtp_block.mlp.experts.gate_up_proj"] = torch.cat(
+        [torch.stack(parts["gate"]), torch.stack(parts["up"])], dim=1
+    )
+    state["mtp_block.mlp.experts.down_proj"] = torch.stack(parts["down"])
+    layer.load_state_dict(state | {f"mtp_block.{name}": value for name, value in held.items()}, strict=True)
+
+    def run(hidden, tokens, depth):
+        ahead = torch.cat([tokens[:, depth + 1 :], torch.zeros_like(tokens[:, : depth + 1])], dim=1)
+        positions = torch.arange(tokens.shape[1])[None]
+        length = tokens.shape[1]
+        mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+        embedded = model.model.embed_tokens(ahead)
+        rope = model.model.rotary_emb(embedded, positions)
+        return layer(embedded, hidden, rope, mask, positions, None)
+
+    return run
 
 
 def from_transformers(model, folder):
@@ -64,7 +130,23 @@ def from_transformers(model, folder):
         for name, parameter in made.named_parameters():
             noise = torch.randn_like(parameter)
             parameter.copy_(1 + noise / 4 if "norm" in name else noise / 8)
+        for name, buffer in made.named_buffers():
+            if "e_score_correction_bias" in name:
+                buffer.copy_(torch.randn_like(buffer) / 4)
     made.save_pretrained(folder)
+    if model.mtp:  # which transformers does not save
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        for name, like in model.hf_tensors().items():
+            if name not in tensors:
+                noise = torch.randn_like(like)
+                tensors[name] = 1 + noise / 4 if "norm" in name else noise / 8
+        for layer in range(model.layers, model.layers + model.mtp):
+            tensors[f"model.layers.{layer}.embed_tokens.weight"] = tensors[
+                "model.embed_tokens.weight"
+            ].clone()
+            tensors[f"model.layers.{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+        save_file(tensors, file, {"format": "pt"})
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
@@ -76,10 +158,20 @@ def results(request, shape, tmp_path_factory):
 @pytest.fixture(scope="module", params=[1, 2], ids=["ep1", "ep2"])
 def expert_results(request, shape, tmp_path_factory):
     """The models of experts, their experts on one rank or on two."""
-    return run_all(shape, request.param, tmp_path_factory.mktemp(f"ep{request.param}"), EXPERTS)
+    return run_all(
+        shape, request.param, tmp_path_factory.mktemp(f"ep{request.param}"), EXPERTS, tensor_parallel=1
+    )
 
 
-def run_all(shape, size, root: Path, models=MODELS):
+@pytest.fixture(scope="module", params=["one", "tp2", "ep2"])
+def latent_results(request, shape, tmp_path_factory):
+    """The models of latent attention, on one rank, or with heads or experts on two."""
+    size, tensor_parallel = {"one": (1, 1), "tp2": (2, 2), "ep2": (2, 1)}[request.param]
+    root = tmp_path_factory.mktemp(request.param)
+    return run_all(shape, size, root, LATENT, tensor_parallel=tensor_parallel)
+
+
+def run_all(shape, size, root: Path, models=MODELS, *, tensor_parallel=None):
     tokens = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(9))
     save_file({"tokens": tokens}, root / "tokens")
     jobs = []
@@ -98,7 +190,7 @@ def run_all(shape, size, root: Path, models=MODELS):
             },
         ]
     (root / "request").write_text(
-        json.dumps({"tokens": str(root / "tokens"), "has_experts": models is EXPERTS, "jobs": jobs})
+        json.dumps({"tokens": str(root / "tokens"), "tensor_parallel": tensor_parallel or size, "jobs": jobs})
     )
     done = subprocess.run(
         [
@@ -109,7 +201,7 @@ def run_all(shape, size, root: Path, models=MODELS):
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -126,8 +218,14 @@ def test_megatron_loads_experts_that_were_converted(expert_results, name):
     check_loaded(*expert_results, name)
 
 
+@pytest.mark.parametrize("name", LATENT)
+def test_megatron_loads_latent_attention_that_was_converted(latent_results, name):
+    check_loaded(*latent_results, name)
+
+
 def test_families_claim_what_was_run():
-    run = {options["family"] for options in (*MODELS.values(), *EXPERTS.values())}
+    models = (*MODELS.values(), *EXPERTS.values(), *LATENT.values())
+    run = {options["family"] for options in models}
     assert run == {family.name for family in FAMILIES.values() if "logits" in family.proven_by}
 
 
@@ -146,6 +244,11 @@ def test_transformers_loads_what_megatron_saved(results, name):
 @pytest.mark.parametrize("name", EXPERTS)
 def test_transformers_loads_experts_that_megatron_saved(expert_results, name):
     check_saved(*expert_results, name)
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_transformers_loads_latent_attention_that_megatron_saved(latent_results, name):
+    check_saved(*latent_results, name)
 
 
 def check_saved(root, tokens, name):

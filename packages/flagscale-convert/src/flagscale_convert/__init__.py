@@ -22,6 +22,7 @@ from flagscale_convert.errors import (
 
 if TYPE_CHECKING:
     from flagscale_convert.architecture import Architecture, RopeScaling
+    from flagscale_convert.configuration import Configuration, config
     from flagscale_convert.execution import Progress, Report, convert
     from flagscale_convert.families import FAMILIES, Family
     from flagscale_convert.inspection import Inspection, inspect
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "Architecture",
+    "Configuration",
     "ConvertError",
     "DestinationRefused",
     "Difference",
@@ -49,6 +51,7 @@ __all__ = [
     "VerifyReport",
     "WriteFailed",
     "__version__",
+    "config",
     "convert",
     "inspect",
     "make_plan",
@@ -57,6 +60,7 @@ __all__ = [
 
 _HOMES = {
     "Architecture": "architecture",
+    "Configuration": "configuration",
     "Difference": "verification",
     "FAMILIES": "families",
     "Family": "families",
@@ -67,6 +71,7 @@ _HOMES = {
     "Report": "execution",
     "RopeScaling": "architecture",
     "VerifyReport": "verification",
+    "config": "configuration",
     "convert": "execution",
     "inspect": "inspection",
     "make_plan": "plan",

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Architecture", "Experts", "RopeScaling"]
+__all__ = ["Architecture", "Experts", "LatentAttention", "RopeScaling", "Yarn"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Yarn:
+    """What YaRN (arXiv 2309.00071) needs beside its factor."""
+
+    original_positions: int = 4096
+    """Longest context before stretching, in tokens."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    """Rotations within that context above which, and below which, a frequency is kept or fully divided."""
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    """Growth of the rotary part, and of all scores, with the logarithm of the factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,22 +26,50 @@ class RopeScaling:
     """How rotary frequencies are stretched for long contexts."""
 
     kind: str
-    """`linear` (positions divided by the factor) or `llama3` (Llama 3.1's bands: 1, 4, 8192)."""
+    """`linear` (positions divided by the factor), `llama3` (Llama 3.1's bands: 1, 4, 8192) or `yarn`."""
     factor: float
+    yarn: Yarn | None = None
+    """Given exactly for `yarn`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): sizes of its projections, in elements."""
+
+    query_rank: int | None
+    """None when queries are projected directly."""
+    kv_rank: int
+    plain_size: int
+    """The part of a query and key head without position."""
+    rotary_size: int
+    """The part with; keys share one for all heads."""
+    value_size: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
-    """The mixture of experts: how many, how wide, and how a token's are chosen (always by softmax)."""
+    """The mixture of experts: how many, how wide, and how a token's are chosen."""
 
     count: int
     per_token: int
     """Experts a token goes to, 1 to `count`."""
     ffn_size: int
     is_renormalised: bool
-    """True when the weights of a token's experts sum to 1; else they are what the softmax over all gave."""
+    """True when the weights of a token's experts sum to 1 (before `scaling`); else they are its scores."""
     dense_layers: tuple[int, ...] = ()
     """Layers that have one plain network instead of experts, ascending."""
+    scoring: str = "softmax"
+    """`softmax` over all experts, or `sigmoid` of each."""
+    scaling: float = 1.0
+    """Factor on the weights of a token's experts."""
+    groups: int = 1
+    """Experts are in so many groups of equal size, from 1."""
+    groups_per_token: int = 1
+    """Groups a token's experts are taken from, 1 to `groups`."""
+    shared_size: int = 0
+    """Width of the network every token goes through beside its experts; 0 for none."""
+    has_bias: bool = False
+    """True when a bias per expert, learned without gradients, takes part in the choice but not the weight."""
     aux_loss: float = field(default=0.0, compare=False)
     """Weight of the load-balancing loss; training only, so two models may differ in it and be the same."""
 
@@ -58,6 +100,10 @@ class Architecture:
     init_std: float = 0.02
     experts: Experts | None = None
     """None for dense models."""
+    latent: LatentAttention | None = None
+    """None for grouped-query attention."""
+    mtp_layers: int = 0
+    """Layers behind the last one, each of which predicts one token further."""
 
     def has_experts(self, layer: int) -> bool:
         """Tell whether a layer is a mixture of experts."""
@@ -72,6 +118,11 @@ class Architecture:
     def query_size(self) -> int:
         """Rows of the query projection."""
         return self.num_heads * self.head_size
+
+    @property
+    def context_size(self) -> int:
+        """Columns of the output projection: all heads' values."""
+        return self.num_heads * (self.head_size if self.latent is None else self.latent.value_size)
 
     @property
     def kv_size(self) -> int:

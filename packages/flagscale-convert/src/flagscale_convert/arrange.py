@@ -95,7 +95,7 @@ def as_megatron(source: Source, bindings: Iterable[Binding]) -> Arrangement:
     arranged = {}
     for binding in bindings:
         parts = [infos.get(name) for name in binding.hf]
-        if parts[0] is None or None in parts:
+        if binding.is_copy or parts[0] is None or None in parts:
             continue
         pieces = [_Piece(span.row, span.rows, binding.hf[span.part], span.part_row) for span in binding.spans]
         info = TensorInfo(parts[0].dtype, binding.whole_shape)
@@ -174,8 +174,9 @@ def compare_names(
                     f"{', '.join(f'`{name}`' for name in binding.hf)}: dtypes ({', '.join(dtypes)}) differ"
                 )
     skipped = set(ignored)
+    optional = {name for binding in bindings if binding.is_copy for name in binding.hf}
     return Comparison(
-        missing=tuple(name for name in needed if name not in infos),
+        missing=tuple(name for name in needed if name not in infos and name not in optional),
         unmapped=tuple(name for name in infos if name not in needed and name not in skipped),
         misshaped=tuple(
             f"`{name}` has shape {list(infos[name].shape)}: the configuration needs {list(shape)}"

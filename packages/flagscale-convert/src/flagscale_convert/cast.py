@@ -6,14 +6,14 @@ everything else this package needs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.tensors import Source, TensorInfo
 
-__all__ = ["Cast", "to_float"]
+__all__ = ["Cast", "to_bfloat16", "to_float"]
 
 _NATIVE = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 _FLOATS = frozenset({*_NATIVE, "BF16"})
@@ -35,7 +35,7 @@ def to_float(raw: np.ndarray, dtype: str) -> np.ndarray | None:
     return raw.view(_NATIVE[dtype]) if dtype in _NATIVE else None
 
 
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
     """Round float32 to bfloat16, to nearest, ties to even; any NaN becomes the quiet one."""
     bits: np.ndarray = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & np.uint32(1))) >> 16
@@ -47,13 +47,16 @@ class Cast:
 
     Args:
         source: what is read.
-        dtype: `BF16`, `F16` or `F32`; rounding is to nearest, ties to even.
+        dtype: `BF16`, `F16` or `F32`, or None for what is stored; rounding is to nearest, ties to even.
+        float32: names that are given in F32 whatever the dtype.
     """
 
-    def __init__(self, source: Source, dtype: str) -> None:
-        self._source, self._dtype = source, dtype
+    def __init__(self, source: Source, dtype: str | None, float32: Container[str] = ()) -> None:
+        self._source = source
         self._infos = {
-            name: TensorInfo(dtype, info.shape) if info.dtype in _FLOATS else info
+            name: TensorInfo("F32" if name in float32 else dtype or info.dtype, info.shape)
+            if info.dtype in _FLOATS
+            else info
             for name, info in source.tensors().items()
         }
 
@@ -75,18 +78,18 @@ class Cast:
         self._source.read_rows(name, start, raw)
         values = to_float(raw, stored.dtype)
         assert values is not None  # noqa: S101 - only floating-point tensors change dtype
-        out[...] = self._narrowed(name, values).view(np.uint8)
+        out[...] = self._narrowed(name, values, self._infos[name].dtype).view(np.uint8)
 
-    def _narrowed(self, name: str, values: np.ndarray) -> np.ndarray:
+    def _narrowed(self, name: str, values: np.ndarray, dtype: str) -> np.ndarray:
         with np.errstate(over="ignore"):  # looked for below, with the tensor's name
-            if self._dtype == "BF16":
-                narrowed = _to_bfloat16(values.astype(np.float32, copy=False))
+            if dtype == "BF16":
+                narrowed = to_bfloat16(values.astype(np.float32, copy=False))
                 widened = to_float(narrowed.view(np.uint8), "BF16")
             else:
-                narrowed = widened = values.astype(_NATIVE[self._dtype])
+                narrowed = widened = values.astype(_NATIVE[dtype])
         if np.isfinite(values).all() and not np.isfinite(widened).all():
             largest = float(np.abs(values).max())
             raise Unsupported(
-                f"`{name}`: a value ({largest:g}) is beyond the range of {self._dtype}: choose bf16 or fp32"
+                f"`{name}`: a value ({largest:g}) is beyond the range of {dtype}: choose bf16 or fp32"
             )
         return narrowed

@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
             help="write part K of N, for N hosts that share DST; the last to finish puts all in place",
         )
     _add_verify(verbs, common)
+    _add_config(verbs, common)
     families = verbs.add_parser("families", parents=[common], help="list what can be converted")
     families.set_defaults(verb=_families)
     return parser
@@ -92,6 +93,34 @@ def _add_inspect(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--hashes", action="store_true", help="check every file against the manifest beside it"
     )
     inspect.set_defaults(verb=_inspect)
+
+
+def _add_config(verbs: Any, common: argparse.ArgumentParser) -> None:
+    text = "write a model's configuration as config.json, Megatron's options or FlagScale YAML"
+    config = verbs.add_parser("config", parents=[common], help=text, description=text)
+    config.add_argument(
+        "src",
+        metavar="SRC",
+        type=Path,
+        help="config.json or a model directory, a Megatron checkpoint, or YAML (experiment, train or model)",
+    )
+    config.add_argument(
+        "--to",
+        choices=("yaml", "args", "hf"),
+        help="form to write (default: yaml from Hugging Face, hf from Megatron)",
+    )
+    config.add_argument("--megatron", metavar="VERSION", help="whose options (default: the newest known)")
+    config.add_argument(
+        "--vocab-size", type=_positive, metavar="N", help="true vocabulary, if SRC does not tell it"
+    )
+    config.add_argument(
+        "--vocab-divisor",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="pad the vocabulary of config.json to a multiple (default 128)",
+    )
+    config.set_defaults(verb=_config)
 
 
 def _add_verify(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -159,6 +188,9 @@ def _add_conversion(
         choices=("auto", "stacked", "per-layer"),
         default="auto",
         help="how torch_dist stores layers; per-layer if the run's moe_layer_freq is a list (default auto)",
+    )
+    parser.add_argument(
+        "--family", metavar="NAME", help="family of a Megatron checkpoint, where several have its arguments"
     )
     _add_megatron(parser)
     parser.set_defaults(verb=verb)
@@ -288,6 +320,7 @@ def _make_plan(arguments: argparse.Namespace) -> Plan:
         vocab_size=arguments.vocab_size,
         vocab_divisor=arguments.vocab_divisor,
         layers=arguments.layers,
+        family=arguments.family,
         parallel=ParallelLayout(**sizes) if sizes else None,
         transformer_impl=arguments.transformer_impl,
         moe_grouped_gemm=arguments.moe_grouped_gemm,
@@ -407,6 +440,25 @@ def _print_inspection(found: Inspection) -> None:
         print(f"suspicious  {suspicion}")
 
 
+def _config(arguments: argparse.Namespace) -> int:
+    from flagscale_convert.configuration import config
+
+    found = config(
+        arguments.src,
+        to=arguments.to,
+        megatron=arguments.megatron,
+        vocab_size=arguments.vocab_size,
+        vocab_divisor=arguments.vocab_divisor,
+    )
+    if arguments.json:
+        _print_json({"text": found.text, "notes": list(found.notes)})
+        return 0
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(found.text, end="")
+    return 0
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from flagscale_convert.verification import verify
 
@@ -461,8 +513,8 @@ def _families(arguments: argparse.Namespace) -> int:
         )
         return 0
     for family in FAMILIES.values():
-        print(f"{family.name:<10} {family.architecture:<20} {family.models}")
-        print(f"{'':<10} proven by {family.proven_by}")
+        print(f"{family.name:<11} {family.architecture:<21} {family.models}")
+        print(f"{'':<11} proven by {family.proven_by}")
     return 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,18 +32,11 @@ _LEGACY_METADATA_JSON = (
     b' "common_backend": "torch", "common_backend_version": 1}'
 )
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
-_EXPERT = re.compile(r"^(mlp\.experts\.experts\.)(\d+)\.(.+)$")
-_ATTENTION_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-)
-_QK_NORM_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
-_DENSE_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
-_EXPERT_LAYER_STATES = ("pre_mlp_layernorm",)
-_EXPERT_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
-_FINAL_NORM_STATE = "decoder.final_layernorm._extra_state/shard_0_1"
+_EXPERT = re.compile(r"^(.*mlp\.experts\.experts\.)(\d+)\.(.+)$")
+_OWN_LAYER = re.compile(r"^(?:decoder|mtp)\.layers\.\d+\.(?:transformer_layer\.)?")
+_STATELESS = re.compile(r"^embedding\.|^output_layer|\.router$")
 _STORAGES = {"F64": "DoubleStorage", "F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}
+_EMPTY_STATE = object_archive(dump([None]))
 _DCP = "torch.distributed.checkpoint.metadata"
 _Storage = dict[tuple[str, tuple[int, ...] | None, int | None], Location]
 """Where each item lies: by name, offsets (none for objects) and number of the chunk."""
@@ -97,10 +90,12 @@ def lay_out_torch_dist(  # noqa: PLR0913 - one caller, most by keyword
     Returns:
         The data files, and the small ones by path.
     """
-    entries = _entries(infos, _Naming(arch, is_stacked), twins)
+    naming = _Naming(arch, is_stacked)
+    entries = _entries(infos, naming, twins)
     storage: _Storage = {}
     files = _data_files(entries, folder, shard_bytes, storage)
-    objects = _extra_states(arch, is_stacked=is_stacked)
+    named = [*infos, *(twin for name in infos for twin in twins.get(name, ()))]
+    objects = _extra_states(named, naming)
     common = _common_state(args, next(iter(entries.values())).dtype, is_stacked=is_stacked)
     if not is_legacy:
         objects[COMMON_STATE] = object_archive(dump([common]))
@@ -150,16 +145,18 @@ class _Naming:
 
     def place(self, logical: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """Give the stored name, and index and length of each leading axis."""
+        stored = logical
+        at: tuple[int, ...] = ()
+        lengths: tuple[int, ...] = ()
         layered = _LAYER.match(logical)
-        if layered is None:
-            return logical, (), ()
-        layer, rest = int(layered[1]), layered[2]
-        at, lengths = ((layer,), (self.arch.num_layers,)) if self.is_stacked else ((), ())
-        grouped = _EXPERT.match(rest)
+        if self.is_stacked and layered is not None:
+            stored = f"decoder.layers.{layered[2]}"
+            at, lengths = (int(layered[1]),), (self.arch.num_layers,)
+        grouped = _EXPERT.match(stored)
         if grouped is not None and self.arch.experts is not None:
-            rest = grouped[1] + grouped[3]
+            stored = grouped[1] + grouped[3]
             at, lengths = (*at, int(grouped[2])), (*lengths, self.arch.experts.count)
-        return f"decoder.layers.{rest}" if self.is_stacked else f"decoder.layers.{layer}.{rest}", at, lengths
+        return stored, at, lengths
 
 
 def _entries(
@@ -249,23 +246,27 @@ def _object_file(objects: Mapping[str, bytes], name: str, folder: str, storage: 
     return FilePlan(f"{folder}/{name}", len(data), bytes(data), ())
 
 
-def _extra_states(arch: Architecture, *, is_stacked: bool) -> dict[str, bytes]:
-    """Write an empty state for every module that has one in some layer flavour."""
-    empty = object_archive(dump([None]))
-    names = [_FINAL_NORM_STATE]
-    for layer in range(arch.num_layers):
-        modules = [*_ATTENTION_STATES, *(_QK_NORM_STATES if arch.has_qk_norm else ())]
-        modules += _EXPERT_LAYER_STATES if arch.has_experts(layer) else _DENSE_STATES
-        prefix = "decoder.layers." if is_stacked else f"decoder.layers.{layer}."
-        shard = f"{layer}_{arch.num_layers}" if is_stacked else "0_1"
-        names += [f"{prefix}{module}._extra_state/shard_{shard}" for module in modules]
-        if arch.experts is None or not arch.has_experts(layer):
+def _extra_states(logical: Iterable[str], naming: _Naming) -> dict[str, bytes]:
+    """Write an empty state for every module that has one in some layer flavour.
+
+    Those are the modules that hold a tensor, and the attention between them, which holds none.
+
+    Args:
+        logical: names of tensors, twins included.
+        naming: how they are stored.
+    """
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in logical)
+    attention = [
+        layer[0] + "self_attention.core_attention" for name in modules if (layer := _OWN_LAYER.match(name))
+    ]
+    states = {}
+    for module in dict.fromkeys([*modules, *attention]):
+        if _STATELESS.search(module):
             continue
-        count = arch.experts.count
-        for expert in range(count):
-            shard = f"{layer}.{expert}_{arch.num_layers}.{count}" if is_stacked else f"{expert}_{count}"
-            names += [f"{prefix}{module}._extra_state/shard_{shard}" for module in _EXPERT_STATES]
-    return dict.fromkeys(names, empty)
+        stored, at, lengths = naming.place(f"{module}._extra_state")
+        index, size = ".".join(map(str, at)) or "0", ".".join(map(str, lengths)) or "1"
+        states[f"{stored}/shard_{index}_{size}"] = _EMPTY_STATE
+    return states
 
 
 def pickled_run(args: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -140,9 +140,9 @@ def _require_equal(plan: Plan, one: str, other: str) -> None:
     infos = source.tensors()
     if infos[one] != infos[other] or first_difference(source, one, source, other) is not None:
         raise Unsupported(
-            f"{plan.source}: `{one}` differs from `{other}` although tie_word_embeddings is true: one of the"
-            " two would be"
-            " lost: set tie_word_embeddings to false in config.json if the model was trained untied"
+            f"{plan.source}: `{one}` differs from `{other}`, of which it should be a copy: Megatron keeps one"
+            " tensor for both, so one of the two would be lost: for lm_head, set tie_word_embeddings to false"
+            " in config.json if the model was trained untied"
         )
 
 

@@ -6,14 +6,19 @@ layers are alike, without it too; the live names of the plain-torch layers are a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from types import MappingProxyType
 
-from flagscale_convert.architecture import Architecture
-from flagscale_convert.rules import Copy, Gated, Qkv, Rule, Vocab
+from flagscale_convert.architecture import Architecture, LatentAttention
+from flagscale_convert.errors import Unsupported
+from flagscale_convert.rules import Copy, Gated, Qkv, Rule, Size, Vocab
 
-__all__ = ["FAMILIES", "Family", "Fused"]
+__all__ = ["ENTRY_POINTS", "FAMILIES", "Family", "Fused"]
 
+ENTRY_POINTS = "flagscale_convert.families"
+"""Group under which another package registers a `Family` of its own."""
 _HF = "model.layers.{i}."
 _MC = "decoder.layers.{i}."
 
@@ -24,6 +29,36 @@ def _hidden(arch: Architecture) -> int:
 
 def _query(arch: Architecture) -> int:
     return arch.query_size
+
+
+def _context(arch: Architecture) -> int:
+    return arch.context_size
+
+
+def _latent(size: Callable[[LatentAttention], int]) -> Size:
+    """Take a size from the latent attention."""
+    return lambda arch: 0 if arch.latent is None else size(arch.latent)
+
+
+_query_rank = _latent(lambda latent: latent.query_rank or 0)
+_kv_rank = _latent(lambda latent: latent.kv_rank)
+_kv_down = _latent(lambda latent: latent.kv_rank + latent.rotary_size)
+
+
+def _kv_up(arch: Architecture) -> int:
+    return 0 if arch.latent is None else arch.num_heads * (arch.latent.plain_size + arch.latent.value_size)
+
+
+def _shared_ffn(arch: Architecture) -> int:
+    return arch.experts.shared_size if arch.experts is not None else 0
+
+
+def _has_query_rank(arch: Architecture) -> bool:
+    return arch.latent is not None and arch.latent.query_rank is not None
+
+
+def _has_no_query_rank(arch: Architecture) -> bool:
+    return not _has_query_rank(arch)
 
 
 def _ffn(arch: Architecture) -> int:
@@ -138,6 +173,146 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     )
 
 
+_LATENT_ATTENTION = (
+    Rule((_HF + "input_layernorm.weight",), _MC + "input_layernorm.weight", Copy(_hidden)),
+    Rule(
+        (_HF + "self_attn.q_proj.weight",),
+        _MC + "self_attention.linear_q_proj.weight",
+        Copy(_query),
+        _hidden,
+        when=_has_no_query_rank,
+    ),
+    Rule(
+        (_HF + "self_attn.q_a_proj.weight",),
+        _MC + "self_attention.linear_q_down_proj.weight",
+        Copy(_query_rank),
+        _hidden,
+        when=_has_query_rank,
+    ),
+    # Transformer Engine fuses the norms of the latents into what follows, plain-torch layers keep them apart.
+    Rule(
+        (_HF + "self_attn.q_a_layernorm.weight",),
+        _MC + "self_attention.linear_q_up_proj.layer_norm_weight",
+        Copy(_query_rank),
+        twins=(_MC + "self_attention.q_layernorm.weight",),
+        when=_has_query_rank,
+    ),
+    Rule(
+        (_HF + "self_attn.q_b_proj.weight",),
+        _MC + "self_attention.linear_q_up_proj.weight",
+        Copy(_query),
+        _query_rank,
+        when=_has_query_rank,
+    ),
+    Rule(
+        (_HF + "self_attn.kv_a_proj_with_mqa.weight",),
+        _MC + "self_attention.linear_kv_down_proj.weight",
+        Copy(_kv_down),
+        _hidden,
+    ),
+    Rule(
+        (_HF + "self_attn.kv_a_layernorm.weight",),
+        _MC + "self_attention.linear_kv_up_proj.layer_norm_weight",
+        Copy(_kv_rank),
+        twins=(_MC + "self_attention.kv_layernorm.weight",),
+    ),
+    Rule(
+        (_HF + "self_attn.kv_b_proj.weight",),
+        _MC + "self_attention.linear_kv_up_proj.weight",
+        Copy(_kv_up),
+        _kv_rank,
+    ),
+    Rule(
+        (_HF + "self_attn.o_proj.weight",),
+        _MC + "self_attention.linear_proj.weight",
+        Copy(_hidden),
+        _context,
+    ),
+)
+_SHARED_EXPERTS = (
+    Rule(
+        (_HF + "mlp.gate.e_score_correction_bias",),
+        _MC + "mlp.router.expert_bias",
+        Copy(_num_experts),
+        layers="experts",
+        is_float32=True,
+    ),
+    Rule(
+        (_HF + "mlp.shared_experts.gate_proj.weight", _HF + "mlp.shared_experts.up_proj.weight"),
+        _MC + "mlp.shared_experts.linear_fc1.weight",
+        Gated(_shared_ffn),
+        _hidden,
+        layers="experts",
+    ),
+    Rule(
+        (_HF + "mlp.shared_experts.down_proj.weight",),
+        _MC + "mlp.shared_experts.linear_fc2.weight",
+        Copy(_hidden),
+        _shared_ffn,
+        layers="experts",
+    ),
+)
+_MTP = "mtp.layers.{k}."
+
+
+def _in_mtp(rule: Rule) -> Rule:
+    """Give the rule of a layer that predicts a further token, which holds a layer like the last one."""
+
+    def inner(name: str, block: str = "transformer_layer.") -> str:
+        return name.replace(_MC, _MTP + block)
+
+    return replace(
+        rule,
+        megatron=inner(rule.megatron),
+        # The live name since megatron-core 0.17; checkpoints keep the old one.
+        aliases=(*map(inner, rule.aliases), inner(rule.megatron, "mtp_model_layer.")),
+        twins=tuple(map(inner, rule.twins)),
+        layers="mtp",
+    )
+
+
+def _mtp(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Give the rules of the layers that predict further tokens (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+
+    Embedding and output layer are the model's own; published weights carry copies of them.
+    """
+    return (
+        Rule(
+            (_HF + "embed_tokens.weight",),
+            "embedding.word_embeddings.weight",
+            Vocab(),
+            _hidden,
+            layers="mtp",
+            is_copy=True,
+        ),
+        Rule((_HF + "enorm.weight",), _MTP + "enorm.weight", Copy(_hidden), layers="mtp"),
+        Rule((_HF + "hnorm.weight",), _MTP + "hnorm.weight", Copy(_hidden), layers="mtp"),
+        Rule(
+            (_HF + "eh_proj.weight",),
+            _MTP + "eh_proj.weight",
+            Copy(_hidden),
+            lambda arch: 2 * arch.hidden_size,
+            layers="mtp",
+        ),
+        *(_in_mtp(rule) for rule in layer if rule.layers != "dense"),
+        Rule(
+            (_HF + "shared_head.norm.weight",),
+            _MTP + "final_layernorm.weight",
+            Copy(_hidden),
+            layers="mtp",
+        ),
+        Rule(
+            (_HF + "shared_head.head.weight",),
+            "output_layer.weight",
+            Vocab(),
+            _hidden,
+            layers="mtp",
+            when=lambda arch: not arch.is_tied,
+            is_copy=True,
+        ),
+    )
+
+
 _NORM = Rule(("model.norm.weight",), "decoder.final_layernorm.weight", Copy(_hidden))
 _HEAD = Rule(("lm_head.weight",), "output_layer.weight", Vocab(), _hidden, when=lambda arch: not arch.is_tied)
 _DENSE = (_EMBEDDING, *_ATTENTION, *_FFN, _NORM, _HEAD)
@@ -149,6 +324,15 @@ _QWEN3_MOE = (
     _NORM,
     _HEAD,
 )
+# Without Transformer Engine, layers with latent attention call the norm of a plain network by its live name.
+_LATENT_FFN = tuple(replace(rule, aliases=(), twins=rule.aliases) if rule.aliases else rule for rule in _FFN)
+_DEEPSEEK_LAYER = (
+    *_LATENT_ATTENTION,
+    *_LATENT_FFN,
+    *_experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    *_SHARED_EXPERTS,
+)
+_DEEPSEEK = (_EMBEDDING, *_DEEPSEEK_LAYER, *_mtp(_DEEPSEEK_LAYER), _NORM, _HEAD)
 _MIXTRAL = (_EMBEDDING, *_ATTENTION, *_experts("block_sparse_moe", "w1", "w3", "w2"), _NORM, _HEAD)
 
 
@@ -188,11 +372,20 @@ class Family:
     other_architectures: tuple[str, ...] = ()
     """Classes of the same tensors and the same function; read, never written."""
     fused: tuple[Fused, ...] = ()
+    like: str = ""
+    """The built-in family whose configuration it has on both sides; others' families need one."""
+    own_code: tuple[str, ...] = ()
+    """Modules beside published weights (`auto_map`) known to compute what the transformers class does."""
     dropped: tuple[str, ...] = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
     """Hugging Face tensors that carry nothing: they follow from the configuration."""
 
+    @property
+    def base(self) -> str:
+        """Name of the family whose configuration this one has."""
+        return self.like or self.name
 
-FAMILIES: Mapping[str, Family] = {
+
+_BUILT_IN = {
     family.name: family
     for family in (
         Family(
@@ -226,5 +419,40 @@ FAMILIES: Mapping[str, Family] = {
                 *_fused("block_sparse_moe", "w1", "w3", "w2"),
             ),
         ),
+        Family(
+            "deepseek_v3",
+            "DeepseekV3ForCausalLM",
+            "deepseek_v3",
+            "DeepSeek-V3, R1, Moonlight, Kimi-K2",
+            f"{_LOGITS}, one rank, further-token layers included",
+            rules=_DEEPSEEK,
+            fused=_fused("mlp", "gate_proj", "up_proj", "down_proj"),
+            own_code=("configuration_deepseek", "modeling_deepseek"),
+        ),
     )
 }
+
+
+def _with_installed(built_in: Mapping[str, Family]) -> Mapping[str, Family]:
+    """Add the families that other installed packages register.
+
+    Raises:
+        Unsupported: an entry point that is no family, or takes a name that is there.
+    """
+    known = dict(built_in)
+    for entry in entry_points(group=ENTRY_POINTS):
+        family = entry.load()
+        where = f"entry point {entry.name} of {ENTRY_POINTS} ({entry.value})"
+        if not isinstance(family, Family):
+            raise Unsupported(f"{where}: is a {type(family).__name__}: a flagscale_convert.Family is needed")
+        if family.name in known or family.like not in built_in:
+            raise Unsupported(
+                f"{where}: family {family.name} like {family.like or None}: its name must be new"
+                f" and it must be like one of {', '.join(built_in)}: uninstall or mend the package"
+            )
+        known[family.name] = family
+    return MappingProxyType(known)
+
+
+FAMILIES: Mapping[str, Family] = _with_installed(_BUILT_IN)
+"""Every family by name: those here, then those of other installed packages."""

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flagscale_convert.architecture import Architecture, RopeScaling
+from flagscale_convert.architecture import Architecture, LatentAttention
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.experts import CONFIG_FIELDS, read_config_experts, write_config_experts
 from flagscale_convert.families import FAMILIES, Family
+from flagscale_convert.latent import LATENT_FIELDS, read_config_latent, read_mtp_layers, write_config_latent
+from flagscale_convert.rope import read_config_rope, write_config_rope
 from flagscale_convert.tensors import TORCH_NAMES
 
 __all__ = ["ReadConfig", "read_config", "write_config"]
@@ -31,6 +33,7 @@ _MAPPED = frozenset(
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
+        "quantization_config",
         "rms_norm_eps",
         "rope_parameters",
         "rope_scaling",
@@ -47,9 +50,9 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
     "sliding_window_pattern": (None,),
     "use_sliding_window": (False, None),
-    "quantization_config": (None,),
     "router_jitter_noise": (0, None),
     "partial_rotary_factor": (1, None),
+    "rope_interleave": (True, None),
     "layer_types": (None,),
 }
 """Fields with the only values under which Megatron's model computes the same."""
@@ -80,7 +83,6 @@ _OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {"sliding_window": None},
 }
 """Neutral fields that only some families have."""
-_LLAMA3_BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
     family = _family(config, where)
     notes: list[str] = []
     _check_fields(config, family, where, notes)
-    theta, scaling = _rope(config, where, notes)
+    theta, scaling = read_config_rope(config, where=where, notes=notes)
     heads = _positive(config, "num_attention_heads", where)
     hidden = _positive(config, "hidden_size", where)
     kv_heads = _defaulted(config, "num_key_value_heads", heads, where, notes)
@@ -114,8 +116,7 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
         raise Unsupported(
             f"{where}: num_key_value_heads ({kv_heads}): must divide num_attention_heads ({heads})"
         )
-    # Qwen3 has its own default for a missing head_dim, the other families divide.
-    head_default = 128 if family.name == "qwen3" else hidden // heads
+    latent = read_config_latent(config, family.base, where=where, notes=notes)
     vocab = _positive(config, "vocab_size", where)
     is_tied = config.get("tie_word_embeddings")
     if is_tied is None:
@@ -128,7 +129,7 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
             ffn_size=_positive(config, "intermediate_size", where),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_size=_defaulted(config, "head_dim", head_default, where, notes),
+            head_size=_head_size(config, family, latent, where, notes),
             vocab_size=vocab,
             padded_vocab_size=-(-vocab // vocab_divisor) * vocab_divisor,
             norm_epsilon=_number(config, "rms_norm_eps", 1e-6, where, notes),
@@ -136,13 +137,25 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
             rope_scaling=scaling,
             max_positions=_positive(config, "max_position_embeddings", where),
             is_tied=bool(is_tied),
-            has_qkv_bias=family.name == "qwen2",
-            has_qk_norm=family.name in ("qwen3", "qwen3_moe"),
+            has_qkv_bias=family.base == "qwen2",
+            has_qk_norm=family.base in ("qwen3", "qwen3_moe"),
             init_std=_number(config, "initializer_range", 0.02, where, notes),
-            experts=read_config_experts(config, family.name, where=where, notes=notes),
+            experts=read_config_experts(config, family.base, where=where, notes=notes),
+            latent=latent,
+            mtp_layers=0 if latent is None else read_mtp_layers(config, where=where),
         ),
         tuple(notes),
     )
+
+
+def _head_size(
+    config: Mapping[str, Any], family: Family, latent: LatentAttention | None, where: str, notes: list[str]
+) -> int:
+    if latent is not None:
+        return latent.plain_size + latent.rotary_size
+    # Qwen3 has its own default for a missing head_dim, the other families divide.
+    divided = _positive(config, "hidden_size", where) // _positive(config, "num_attention_heads", where)
+    return _defaulted(config, "head_dim", 128 if family.base == "qwen3" else divided, where, notes)
 
 
 def _family(config: Mapping[str, Any], where: str) -> Family:
@@ -157,17 +170,23 @@ def _family(config: Mapping[str, Any], where: str) -> Family:
     )
 
 
+def _is_own_code(auto_map: Any, family: Family) -> bool:
+    """Tell whether the code beside a model is what its family is known to come with."""
+    names = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
+    return all(str(name).split(".")[0] in family.own_code for name in names)
+
+
 def _check_fields(config: Mapping[str, Any], family: Family, where: str, notes: list[str]) -> None:
     named = config.get("architectures") or []
     if set(named) & set(family.other_architectures):
         notes.append(f"architectures ({named}): taken for {family.architecture}, which has the same tensors")
-    elif config.get("auto_map") is not None:
+    elif config.get("auto_map") is not None and not _is_own_code(config["auto_map"], family):
         raise Unsupported(
             f"{where}: auto_map ({config['auto_map']}): the model comes with code of its own, which may"
             f" compute something else than {family.architecture}: take auto_map out if it does not"
         )
     window, length = config.get("sliding_window"), config.get("max_position_embeddings")
-    if family.name == "mixtral" and window is not None and window < (length or 0):
+    if family.base == "mixtral" and window is not None and window < (length or 0):
         raise Unsupported(
             f"{where}: sliding_window ({window}): only none, or at least max_position_embeddings"
             f" ({length}), has an equal in Megatron's model"
@@ -182,45 +201,11 @@ def _check_fields(config: Mapping[str, Any], family: Family, where: str, notes: 
                 " in"
                 " Megatron's dense model: this model cannot be converted faithfully"
             )
-    unknown = sorted(
-        set(config) - _MAPPED - set(_ONLY) - _HARMLESS - CONFIG_FIELDS.get(family.name, frozenset())
-    )
+    own = CONFIG_FIELDS.get(family.base, frozenset()) | LATENT_FIELDS.get(family.base, frozenset())
+    unknown = sorted(set(config) - _MAPPED - set(_ONLY) - _HARMLESS - own)
     notes.extend(
         f"{name} ({config[name]}): unknown field, left out" for name in unknown if config[name] is not None
     )
-
-
-def _rope(config: Mapping[str, Any], where: str, notes: list[str]) -> tuple[float, RopeScaling | None]:
-    """Read theta and scaling from transformers 5's `rope_parameters` or the classic two fields."""
-    merged = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = merged.get("rope_theta", config.get("rope_theta"))
-    if theta is None:
-        theta = 10000.0
-        notes.append("rope_theta: absent, 10000 assumed")
-    kind = merged.get("rope_type", merged.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind == "linear":
-        return float(theta), RopeScaling("linear", _factor(merged, where))
-    if kind == "llama3":
-        for name, only in _LLAMA3_BANDS.items():
-            if merged.get(name, only) != only:
-                raise Unsupported(
-                    f"{where}: rope {name} ({merged[name]}): Megatron's llama3 scaling has {only} built in"
-                )
-        return float(theta), RopeScaling("llama3", _factor(merged, where))
-    raise Unsupported(
-        f"{where}: rope_type ({kind}): Megatron's dense model has default, linear and llama3: if the scaling"
-        " only"
-        " serves longer contexts at inference, take it out of config.json and put it back after training"
-    )
-
-
-def _factor(rope: Mapping[str, Any], where: str) -> float:
-    factor = rope.get("factor")
-    if not isinstance(factor, int | float) or factor < 1:
-        raise Unsupported(f"{where}: rope factor ({factor}): a number of at least 1 is needed")
-    return float(factor)
 
 
 def _positive(config: Mapping[str, Any], name: str, where: str) -> int:
@@ -250,9 +235,6 @@ def _number(config: Mapping[str, Any], name: str, default: float, where: str, no
 def write_config(arch: Architecture, *, dtype: str, tokens: Mapping[str, Any]) -> dict[str, Any]:
     """Write a `config.json`.
 
-    The classic `rope_theta` and `rope_scaling` are written: transformers 4 and 5, vLLM and SGLang all read
-    them.
-
     Args:
         arch: the model.
         dtype: safetensors code of most weights.
@@ -274,20 +256,16 @@ def write_config(arch: Architecture, *, dtype: str, tokens: Mapping[str, Any]) -
         "num_hidden_layers": arch.num_layers,
         "num_key_value_heads": arch.num_kv_heads,
         "rms_norm_eps": arch.norm_epsilon,
-        "rope_scaling": _write_scaling(arch.rope_scaling),
-        "rope_theta": arch.rope_theta,
         "tie_word_embeddings": arch.is_tied,
         "torch_dtype": TORCH_NAMES[dtype],
         "use_cache": True,
         "vocab_size": arch.vocab_size,
+        **write_config_rope(arch),
+        **_OWN_FIELDS.get(family.base, {}),
+        **write_config_experts(arch, family.base),
+        **write_config_latent(arch),
+        **tokens,
     }
-    return dict(
-        sorted({**config, **_OWN_FIELDS[family.name], **write_config_experts(arch), **tokens}.items())
-    )
-
-
-def _write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    bands = _LLAMA3_BANDS if scaling.kind == "llama3" else {}
-    return {"rope_type": scaling.kind, "factor": scaling.factor, **bands}
+    if arch.latent is not None:
+        del config["head_dim"]  # transformers takes it for the rotary part's
+    return dict(sorted(config.items()))

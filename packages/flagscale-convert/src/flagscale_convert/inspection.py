@@ -129,8 +129,10 @@ def _understand(
         name: str(value) if name == "rope_scaling" and value is not None else value
         for name in arch.__slots__
         for value in (getattr(arch, name),)
-        if name != "experts"
+        if name not in ("experts", "latent")
     }
+    if arch.latent is not None:
+        described |= {f"latent_{name}": value for name, value in asdict(arch.latent).items()}
     if arch.experts is not None:
         described |= {f"expert_{name}": value for name, value in asdict(arch.experts).items()}
     return arch, described, model.num_parameters, model.notes, list(model.problems)

@@ -11,12 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flagscale_convert.architecture import Architecture, Experts, RopeScaling
+from flagscale_convert.architecture import Architecture, Experts, LatentAttention
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.experts import read_args_experts, write_args_experts
+from flagscale_convert.families import FAMILIES
+from flagscale_convert.latent import read_args_latent, read_args_mtp_layers, write_args_latent
+from flagscale_convert.rope import read_args_rope, write_args_rope
 
 __all__ = ["ReadArgs", "read_args", "write_args"]
 
+_FAMILY = "flagscale_convert_family"
+"""Argument under which a conversion notes a family that Megatron's own arguments cannot tell from another."""
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "activation_func_clamp_value": (None,),
     "add_bias_linear": (False, None),
@@ -31,12 +36,10 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hybrid_override_pattern": (None,),
     "layernorm_zero_centered_gamma": (False, None),
     "linear_attention_freq": (None,),
-    "mtp_num_layers": (None, 0),
-    "multi_latent_attention": (False, None),
     "no_rope_freq": (None,),
     "normalization": ("RMSNorm",),
     "openai_gelu": (False, None),
-    "position_embedding_type": ("rope",),
+    "position_embedding_type": ("rope", "yarn"),
     "qk_l2_norm": (False, None),
     "quick_geglu": (False, None),
     "rotary_interleaved": (False, None),
@@ -61,13 +64,17 @@ class ReadArgs:
     """False when padding could not be told from the vocabulary, and all rows were taken for it."""
 
 
-def read_args(args: Mapping[str, Any], *, where: str, vocab_size: int | None = None) -> ReadArgs:
+def read_args(
+    args: Mapping[str, Any], *, where: str, vocab_size: int | None = None, family: str | None = None
+) -> ReadArgs:
     """Understand saved arguments.
 
     Args:
         args: name to value.
         where: names the checkpoint in messages.
         vocab_size: the true vocabulary if known from elsewhere (a tokenizer, the command line).
+        family: which of the families with this configuration it is; by default what a conversion noted, else
+            the built-in one.
 
     Raises:
         Unsupported: no arguments, another architecture, or a value that contradicts another.
@@ -94,40 +101,79 @@ def read_args(args: Mapping[str, Any], *, where: str, vocab_size: int | None = N
             f"{where}: num_query_groups ({kv_heads}): must divide num_attention_heads ({heads})"
         )
     padded = _positive(args, "padded_vocab_size", where)
-    has_bias, has_norm = bool(args.get("add_qkv_bias")), bool(args.get("qk_layernorm"))
+    latent = read_args_latent(args, where=where)
+    has_bias, has_norm = bool(args.get("add_qkv_bias")), latent is None and bool(args.get("qk_layernorm"))
     experts = read_args_experts(args, where=where, notes=notes)
-    family = (
-        _family(has_bias=has_bias, has_norm=has_norm, where=where)
+    base = (
+        _latent_family(experts, where=where)
+        if latent is not None
+        else _family(has_bias=has_bias, has_norm=has_norm, where=where)
         if experts is None
         else _expert_family(experts, has_bias=has_bias, has_norm=has_norm, where=where)
     )
     ffn_size = _positive(args, "ffn_hidden_size", where)
     return ReadArgs(
         Architecture(
-            family=family,
+            family=_chosen(base, family or args.get(_FAMILY), where),
             num_layers=_positive(args, "num_layers", where),
             hidden_size=hidden,
-            ffn_size=experts.ffn_size if experts is not None and family == "mixtral" else ffn_size,
+            ffn_size=experts.ffn_size if experts is not None and base == "mixtral" else ffn_size,
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_size=hidden // heads
-            if args.get("kv_channels") is None
-            else _positive(args, "kv_channels", where),
+            head_size=_head_size(args, latent, where),
             vocab_size=_true_vocabulary(args, vocab_size, padded, where, notes),
             padded_vocab_size=padded,
             norm_epsilon=_number(args, "layernorm_epsilon", 1e-5, notes),
             rope_theta=_number(args, "rotary_base", 10000, notes),
-            rope_scaling=_scaling(args, where),
+            rope_scaling=read_args_rope(args, where=where),
             max_positions=_positive(args, "max_position_embeddings", where),
             is_tied=not args.get("untie_embeddings_and_output_weights", False),
             has_qkv_bias=has_bias,
             has_qk_norm=has_norm,
             init_std=_number(args, "init_method_std", 0.02, notes),
             experts=experts,
+            latent=latent,
+            mtp_layers=read_args_mtp_layers(args, latent, where=where),
         ),
         tuple(notes),
         knows_vocabulary=bool(vocab_size or args.get("vocab_size")),
     )
+
+
+def _chosen(base: str, family: str | None, where: str) -> str:
+    """Take the family asked for, if it has this configuration."""
+    if family is None or family == base:
+        return base
+    if family not in FAMILIES or FAMILIES[family].base != base:
+        fitting = [name for name, known in FAMILIES.items() if known.base == base]
+        raise Unsupported(
+            f"{where}: family ({family}): the configuration is that of {', '.join(fitting)}: choose one of"
+            " these, or install the package that brings the family"
+        )
+    return family
+
+
+def _head_size(args: Mapping[str, Any], latent: LatentAttention | None, where: str) -> int:
+    if latent is not None:
+        return latent.plain_size + latent.rotary_size
+    if args.get("kv_channels") is not None:
+        return _positive(args, "kv_channels", where)
+    return _positive(args, "hidden_size", where) // _positive(args, "num_attention_heads", where)
+
+
+def _latent_family(experts: Experts | None, *, where: str) -> str:
+    if experts is None or experts.scoring != "sigmoid":
+        what = "num_experts (None)" if experts is None else f"moe_router_score_function ({experts.scoring})"
+        raise Unsupported(
+            f"{where}: {what} with multi_latent_attention: only DeepSeek-V3's form can be converted, which"
+            " has experts chosen by sigmoid"
+        )
+    if experts.dense_layers != tuple(range(len(experts.dense_layers))):
+        raise Unsupported(
+            f"{where}: moe_layer_freq: layers without experts ({', '.join(map(str, experts.dense_layers))}):"
+            " must be the first ones: DeepSeek-V3 has only first_k_dense_replace"
+        )
+    return "deepseek_v3"
 
 
 def _family(*, has_bias: bool, has_norm: bool, where: str) -> str:
@@ -177,19 +223,6 @@ def _true_vocabulary(
     return size
 
 
-def _scaling(args: Mapping[str, Any], where: str) -> RopeScaling | None:
-    factor = args.get("rotary_seq_len_interpolation_factor")
-    if args.get("use_rope_scaling"):
-        if factor not in (None, 1):
-            raise Unsupported(
-                f"{where}: use_rope_scaling with rotary_seq_len_interpolation_factor ({factor}): no Hugging"
-                " Face rope"
-                " does both"
-            )
-        return RopeScaling("llama3", float(args.get("rope_scaling_factor") or 8.0))
-    return None if factor in (None, 1) else RopeScaling("linear", float(factor))
-
-
 def _positive(args: Mapping[str, Any], name: str, where: str) -> int:
     value = args.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -216,10 +249,9 @@ def write_args(
         vocab_divisor: what the vocabulary was padded to a multiple of.
         is_stacked: whether layers share one tensor.
     """
-    scaling = arch.rope_scaling
     is_grouped = arch.num_kv_heads != arch.num_heads
-    theta = int(arch.rope_theta) if arch.rope_theta.is_integer() else arch.rope_theta
     return {
+        **({_FAMILY: arch.family} if FAMILIES[arch.family].like else {}),
         **{name: allowed[0] for name, allowed in _NEUTRAL.items()},
         **write_args_experts(arch, is_stacked=is_stacked),
         "add_position_embedding": True,
@@ -233,7 +265,7 @@ def write_args(
         "hidden_dropout": 0.0,
         "hidden_size": arch.hidden_size,
         "init_method_std": arch.init_std,
-        "kv_channels": arch.head_size,
+        "kv_channels": arch.head_size if arch.latent is None else arch.latent.value_size,
         "layernorm_epsilon": arch.norm_epsilon,
         "make_vocab_size_divisible_by": vocab_divisor,
         "max_position_embeddings": arch.max_positions,
@@ -246,18 +278,13 @@ def write_args(
         "padded_vocab_size": arch.padded_vocab_size,
         "pipeline_model_parallel_size": 1,
         "qk_layernorm": arch.has_qk_norm,
-        "rope_scaling_factor": scaling.factor if scaling is not None and scaling.kind == "llama3" else 8.0,
-        "rotary_base": theta,
-        "rotary_seq_len_interpolation_factor": (
-            scaling.factor if scaling is not None and scaling.kind == "linear" else None
-        ),
         "seq_length": arch.max_positions,
         "tensor_model_parallel_size": 1,
         "tokenizer_model": tokenizer,
         "tokenizer_type": None if tokenizer is None else "HuggingFaceTokenizer",
         "untie_embeddings_and_output_weights": not arch.is_tied,
-        "use_rope_scaling": scaling is not None and scaling.kind == "llama3",
-        "use_rotary_position_embeddings": True,
         "virtual_pipeline_model_parallel_size": None,
         "vocab_size": arch.vocab_size,
+        **write_args_rope(arch),
+        **write_args_latent(arch),
     }

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flagscale_convert.architecture import Architecture
 from flagscale_convert.arrange import compare_names
+from flagscale_convert.cast import Cast
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.families import FAMILIES, Family
+from flagscale_convert.fp8 import Dequantised, read_block_size
 from flagscale_convert.hf_config import read_config
 from flagscale_convert.huggingface import CONFIG, HuggingFaceSource, read_json
 from flagscale_convert.locate import Opened
 from flagscale_convert.megatron_args import read_args
 from flagscale_convert.megatron_source import MegatronSource
 from flagscale_convert.rules import Binding, bind
-from flagscale_convert.tensors import Source
+from flagscale_convert.tensors import Source, TensorInfo
 from flagscale_convert.tokenizer import find_tokenizer
 
 __all__ = ["Model", "require_fit", "understand"]
@@ -43,11 +45,17 @@ class Model:
     tokenizer_places: tuple[Path, ...]
     """Where its tokenizer may lie, likeliest first."""
 
+    def float32_names(self, *, is_megatron: bool) -> frozenset[str]:
+        """Name the tensors that stay float32 whatever the model is cast to, by the names of one side."""
+        return _pinned_names(self.bindings, is_megatron=is_megatron)
+
     @property
     def num_parameters(self) -> int:
-        """Elements of all tensors, tied ones once, padding of the vocabulary not counted."""
+        """Elements of all tensors, tied ones and copies once, padding of the vocabulary not counted."""
         total = 0
         for binding in self.bindings:
+            if binding.is_copy:
+                continue
             for rows, *columns in binding.part_shapes:
                 size = rows
                 for column in columns:
@@ -56,8 +64,33 @@ class Model:
         return total
 
 
+def _pinned_names(bindings: Iterable[Binding], *, is_megatron: bool) -> frozenset[str]:
+    return frozenset(
+        name
+        for binding in bindings
+        if binding.is_float32
+        for name in ((binding.megatron,) if is_megatron else binding.hf)
+    )
+
+
+def _with_float32(source: Source, names: frozenset[str]) -> Source:
+    """Widen tensors that must be float32 and were stored narrower; nearly always there are none."""
+    infos = source.tensors()
+    return (
+        Cast(source, None, names)
+        if any(infos[name].dtype != "F32" for name in names & infos.keys())
+        else source
+    )
+
+
 def understand(
-    opened: Opened, *, tokenizer: Path | None = None, vocab_size: int | None = None, vocab_divisor: int = 128
+    opened: Opened,
+    *,
+    tokenizer: Path | None = None,
+    vocab_size: int | None = None,
+    vocab_divisor: int = 128,
+    dtype: str = "BF16",
+    family: str | None = None,
 ) -> Model:
     """Read the configuration of a checkpoint and compare its tensors with the family's rules.
 
@@ -66,35 +99,45 @@ def understand(
         tokenizer: directory given by the user.
         vocab_size: true vocabulary given by the user.
         vocab_divisor: what a Hugging Face vocabulary will be padded to a multiple of.
+        dtype: what fp8 weights are read as, by its safetensors code.
+        family: which family a Megatron checkpoint is of, where its arguments fit several.
 
     Raises:
         Unsupported: an architecture or value that cannot be converted.
     """
     if isinstance(opened.source, MegatronSource):
-        return _understand_megatron(opened, opened.source, tokenizer, vocab_size)
-    return _understand_huggingface(opened, opened.source, vocab_divisor)
+        return _understand_megatron(opened, opened.source, tokenizer, vocab_size, family)
+    return _understand_huggingface(opened, opened.source, vocab_divisor, dtype)
 
 
-def _understand_huggingface(opened: Opened, source: HuggingFaceSource, vocab_divisor: int) -> Model:
+def _understand_huggingface(
+    opened: Opened, files: HuggingFaceSource, vocab_divisor: int, dtype: str
+) -> Model:
     where = opened.directory / CONFIG
-    read = read_config(read_json(where), where=str(where), vocab_divisor=vocab_divisor)
-    arch = read.architecture
+    config = read_json(where)
+    read = read_config(config, where=str(where), vocab_divisor=vocab_divisor)
+    notes = list(read.notes)
+    arch = _without_absent_mtp(read.architecture, files, notes)
     family = FAMILIES[arch.family]
     bindings = bind(family.rules, arch)
-    _divide_fused(source, arch, family, bindings)
+    _divide_fused(files, arch, family, bindings)
+    source: Source = files
+    block = read_block_size(config, where=str(where))
+    if block is not None:
+        source = Dequantised(files, block, dtype, where=str(opened.directory))
+        notes.append(f"quantization_config: fp8 weights are dequantised to {dtype}")
+    source = _with_float32(source, _pinned_names(bindings, is_megatron=False))
     infos = source.tensors()
-    dropped = {name.format(i=layer) for name in family.dropped for layer in range(arch.num_layers)} & set(
-        infos
-    )
-    notes = list(read.notes)
+    layers = range(arch.num_layers + arch.mtp_layers)
+    dropped = {name.format(i=layer) for name in family.dropped for layer in layers} & set(infos)
     if dropped:
         notes.append(
             f"{len(dropped)} tensors of rotary frequencies left out: they follow from the configuration"
         )
-    must_equal: tuple[tuple[str, str], ...] = ()
+    must_equal = _copies(bindings, infos)
     if arch.is_tied and _HEAD in infos:
         dropped.add(_HEAD)
-        must_equal = ((_HEAD, _EMBEDDING),)
+        must_equal += ((_HEAD, _EMBEDDING),)
         notes.append(
             f"{_HEAD} left out: tie_word_embeddings is true, so it must equal {_EMBEDDING} (will be checked)"
         )
@@ -113,6 +156,30 @@ def _understand_huggingface(opened: Opened, source: HuggingFaceSource, vocab_div
     )
 
 
+def _without_absent_mtp(arch: Architecture, source: HuggingFaceSource, notes: list[str]) -> Architecture:
+    """Take a model for one without further-token layers when its weights have none.
+
+    transformers ignores these layers when it loads and saves a model, and keeps their number.
+    """
+    first = f"model.layers.{arch.num_layers}."
+    if not arch.mtp_layers or any(name.startswith(first) for name in source.tensors()):
+        return arch
+    notes.append(
+        f"num_nextn_predict_layers: {arch.mtp_layers}, but the weights hold no such layer: 0 assumed"
+    )
+    return replace(arch, mtp_layers=0)
+
+
+def _copies(bindings: Sequence[Binding], infos: Mapping[str, TensorInfo]) -> tuple[tuple[str, str], ...]:
+    """Pair every copy that is there with the tensor it must equal."""
+    originals = {binding.megatron: binding.hf[0] for binding in bindings if not binding.is_copy}
+    return tuple(
+        (binding.hf[0], originals[binding.megatron])
+        for binding in bindings
+        if binding.is_copy and binding.hf[0] in infos
+    )
+
+
 def _divide_fused(
     source: HuggingFaceSource, arch: Architecture, family: Family, bindings: Sequence[Binding]
 ) -> None:
@@ -125,7 +192,7 @@ def _divide_fused(
         for name, shape in zip(binding.hf, binding.part_shapes, strict=True)
     }
     for fused in family.fused:
-        for layer in range(arch.num_layers):
+        for layer in range(arch.num_layers + arch.mtp_layers):
             whole = fused.name.format(i=layer)
             if whole not in source.tensors() or whole in shapes or not arch.has_experts(layer):
                 continue
@@ -137,7 +204,7 @@ def _divide_fused(
 
 
 def _understand_megatron(
-    opened: Opened, source: MegatronSource, tokenizer: Path | None, vocab_size: int | None
+    opened: Opened, source: MegatronSource, tokenizer: Path | None, vocab_size: int | None, asked: str | None
 ) -> Model:
     saved = source.common.args
     named = saved.get("tokenizer_model")
@@ -149,11 +216,11 @@ def _understand_megatron(
         if found is not None and found.num_tokens is not None:
             given = found.num_tokens
             notes.append(f"vocab_size: {given}, from the tokenizer in {found.directory}")
-    read = read_args(saved, where=str(opened.directory), vocab_size=given)
+    read = read_args(saved, where=str(opened.directory), vocab_size=given, family=asked)
     arch = read.architecture
     family = FAMILIES[arch.family]
+    bindings = bind(family.rules, arch, source.tensors())
     infos = source.tensors()
-    bindings = bind(family.rules, arch, infos)
     twins = {
         twin
         for binding in bindings
@@ -168,7 +235,7 @@ def _understand_megatron(
         architecture=arch,
         family=family,
         bindings=bindings,
-        source=source,
+        source=_with_float32(source, _pinned_names(bindings, is_megatron=True)),
         is_megatron=True,
         problems=tuple(problems),
         notes=(*notes, *read.notes),

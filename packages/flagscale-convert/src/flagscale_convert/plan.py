@@ -120,6 +120,7 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
     moe_grouped_gemm: bool = False,
     megatron_version: MegatronVersion = "0.19",
     num_layers: int | None = None,
+    family: str | None = None,
 ) -> Plan:
     """Plan a conversion.
 
@@ -142,6 +143,7 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
         moe_grouped_gemm: whether `torch` has experts as Megatron's option of that name keeps them.
         megatron_version: `0.16` has the arguments of `torch_dist` in `common.pt`, which newer ones read too.
         num_layers: keep only so many of the first layers, for a smaller model of the same kind.
+        family: which family a Megatron checkpoint is of, where its arguments fit several (see `FAMILIES`).
 
     Raises:
         SourceNotFound: no checkpoint there.
@@ -168,6 +170,8 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
         tokenizer=asked,
         vocab_size=vocab_size,
         vocab_divisor=divisor * sizes.tensor_model_parallel_size,
+        dtype=DTYPE_CODES[dtype or "bf16"],
+        family=family,
     )
     if num_layers is not None:
         model = _shallow(model, num_layers)
@@ -178,7 +182,7 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
     written = bind(model.family.rules, arch)
     view = _view(model, written, to)
     if dtype is not None:
-        view = Cast(view, DTYPE_CODES[dtype])
+        view = Cast(view, DTYPE_CODES[dtype], model.float32_names(is_megatron=to != "hf"))
     destination = Path(dst)
     parts = _Parts(
         model=model,

@@ -28,7 +28,7 @@ class Span:
 
 
 Size = Callable[[Architecture], int]
-Layers = Literal["all", "dense", "experts"]
+Layers = Literal["all", "dense", "experts", "mtp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,11 @@ class Qkv(Op):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One correspondence; `{i}` in the names is the layer, `{e}` the expert."""
+    """One correspondence; `{i}` in the names is the layer, `{e}` the expert.
+
+    Layers that predict further tokens (`mtp`) follow the last one in Hugging Face's count; `{k}` counts them
+    alone, from 0.
+    """
 
     hf: tuple[str, ...]
     """The parts, in the operation's order."""
@@ -126,8 +130,12 @@ class Rule:
     twins: tuple[str, ...] = ()
     """Other names some layer flavour asks for; read, and written as a second name of the same bytes."""
     layers: Layers = "all"
-    """In which layers it holds."""
+    """In which layers it holds; `all` leaves out `mtp`."""
     when: Callable[[Architecture], bool] = lambda _arch: True
+    is_copy: bool = False
+    """True for a second Hugging Face name of what another rule maps: written, on reading only compared."""
+    is_float32: bool = False
+    """True for values that are float32 whatever the rest of the model is cast to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +148,8 @@ class Binding:
     spans: tuple[Span, ...]
     part_shapes: tuple[tuple[int, ...], ...]
     whole_shape: tuple[int, ...]
+    is_copy: bool = False
+    is_float32: bool = False
 
 
 def bind(
@@ -152,21 +162,28 @@ def bind(
         arch: the model.
         present: names in the Megatron checkpoint to read, by which a rule chooses among its aliases.
     """
-    applicable = [rule for rule in rules if rule.when(arch)]
-    layered = [rule for rule in applicable if "{i}" in rule.megatron]
-    first = applicable.index(layered[0]) if layered else 0
-    flat = [rule for rule in applicable if rule not in layered]
-    before = [rule for rule in flat if applicable.index(rule) < first]
-    behind = [rule for rule in flat if applicable.index(rule) >= first]
-    bound = [_bind(rule, arch, present) for rule in before]
+    applicable = [rule for rule in rules if rule.when(arch) and (rule.layers != "mtp" or arch.mtp_layers)]
+    layered = [index for index, rule in enumerate(applicable) if _is_layered(rule)]
+    first, last = (layered[0], layered[-1]) if layered else (0, -1)
+    bound = [_bind(rule, arch, present) for rule in applicable[:first]]
     bound += [
         _bind(rule, arch, present, layer, expert)
-        for layer in range(arch.num_layers)
-        for rule in layered
-        if rule.layers == "all" or (rule.layers == "experts") is arch.has_experts(layer)
+        for layer in range(arch.num_layers + arch.mtp_layers)
+        for rule in applicable[first : last + 1]
+        if _holds(rule, arch, layer)
         for expert in _experts(rule, arch)
     ]
-    return tuple(bound + [_bind(rule, arch, present) for rule in behind])
+    return tuple(bound + [_bind(rule, arch, present) for rule in applicable[last + 1 :]])
+
+
+def _is_layered(rule: Rule) -> bool:
+    return any("{i}" in name or "{k}" in name for name in (rule.megatron, *rule.hf))
+
+
+def _holds(rule: Rule, arch: Architecture, layer: int) -> bool:
+    if layer >= arch.num_layers or rule.layers == "mtp":
+        return layer >= arch.num_layers and rule.layers == "mtp"
+    return rule.layers == "all" or (rule.layers == "experts") is arch.has_experts(layer)
 
 
 def _experts(rule: Rule, arch: Architecture) -> range:
@@ -181,14 +198,19 @@ def _bind(
     layer: int = 0,
     expert: int = 0,
 ) -> Binding:
+    def named(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(name.format(i=layer, k=layer - arch.num_layers, e=expert) for name in names)
+
     columns = () if rule.columns is None else (rule.columns(arch),)
-    twins = tuple(name.format(i=layer, e=expert) for name in rule.twins)
-    names = [name.format(i=layer, e=expert) for name in (rule.megatron, *rule.aliases)] + [*twins]
+    twins = named(rule.twins)
+    names = (*named((rule.megatron, *rule.aliases)), *twins)
     return Binding(
-        hf=tuple(name.format(i=layer, e=expert) for name in rule.hf),
+        hf=named(rule.hf),
         megatron=next((name for name in names if name in present), names[0]),
         twins=twins,
         spans=rule.op.spans(arch),
         part_shapes=tuple((rows, *columns) for rows in rule.op.part_rows(arch)),
         whole_shape=(rule.op.whole_rows(arch), *columns),
+        is_copy=rule.is_copy,
+        is_float32=rule.is_float32,
     )
