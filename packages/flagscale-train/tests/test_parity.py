@@ -71,8 +71,6 @@ DEEPSEEK = [
 MODELS = {
     "dense": ["train.model.num_layers=4"],
     "experts": [*EXPERTS, f"{MODEL}moe_aux_loss_coeff=0.01"],
-    # The auxiliary loss counts the tokens of a rank, so it is another one where the sequence is split.
-    "experts-without-aux": [*EXPERTS, f"{MODEL}moe_aux_loss_coeff=0.0"],
     "latent": LATENT,
     "deepseek": DEEPSEEK,
 }
@@ -91,12 +89,15 @@ LAYOUTS = {
         "expert-alltoall": [*EXPERT, ALL_TO_ALL],
         "expert-allgather": [*EXPERT, ALL_GATHER],
     },
-    "experts-without-aux": {"sequence": [*SEQUENCE, ALL_TO_ALL]},
-    "latent": {"tensor": TENSOR, "sequence": SEQUENCE, "context": CONTEXT},
-    "deepseek": {"expert": [*EXPERT, ALL_TO_ALL], "pipeline": PIPELINE},
+    "latent": {"tensor": TENSOR, "sequence": SEQUENCE},
+    "deepseek": {
+        "expert": [*EXPERT, ALL_TO_ALL],
+        "pipeline": PIPELINE,
+        "sequence": [*SEQUENCE, ALL_TO_ALL],
+    },
 }
 CASES = [(model, layout) for model, layouts in LAYOUTS.items() for layout in layouts]
-WEIGHTS_ONLY = ("experts", "experts-without-aux", "deepseek")
+WEIGHTS_ONLY = ("experts", "deepseek")
 """Megatron keeps the experts' optimizer state apart under expert parallelism, so it starts anew."""
 
 
