@@ -25,7 +25,7 @@ tensor_parallel.model_parallel_cuda_manual_seed(1)
 config = TransformerConfig(
     num_layers=1, hidden_size=16, num_attention_heads=2, num_moe_experts=3, moe_ffn_hidden_size=8,
     moe_router_topk=2, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
-    add_bias_linear=False, use_cpu_initialization=True, bias_activation_fusion=False,
+    add_bias_linear=False, use_cpu_initialization=True, bias_activation_fusion=False, init_method_std=0.5,
 )
 groups = ProcessGroupCollection.use_mpu_process_groups()
 make = lambda grouped: TorchLayers().grouped_mlp_modules(grouped)(3, config, pg_collection=groups)
@@ -42,7 +42,7 @@ for experts in (sequential, grouped):
     (out * torch.randn_like(out)).sum().backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in experts.parameters()]
     results.append([out, hidden.grad, probs.grad, *grads])
-assert results[0][0].abs().max() > 1e-3
+assert results[0][0].abs().max() > 1
 print(max((a - b).abs().max().item() for a, b in zip(*results, strict=True)))
 """
 
@@ -57,4 +57,4 @@ def test_grouped_experts_compute_what_sequential_ones_do(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert float(done.stdout.splitlines()[-1]) < 1e-6
+    assert float(done.stdout.splitlines()[-1]) < 1e-5
