@@ -105,7 +105,7 @@ def environment(chip: str) -> dict[str, str]:
         return {}
     rendered = flagos_env(FlagOSProfile(), chip)
     chosen = {name: value for name, value in rendered.items() if name.startswith(("TE_FL_", "MG_FL_"))}
-    return {**dict(row.settings), **chosen, "FLAGSCALE_COLLECTIVE_BACKEND": row.collective_backend}
+    return {**dict(row.settings), **chosen}
 
 
 def _text(value: Any) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flagscale_config.command import parse
 from flagscale_config.command import run as run_command
 from flagscale_train.__about__ import __version__
 from flagscale_train.errors import InvalidInput
@@ -31,17 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    given, rest = parser().parse_known_args(words)
-    # Overrides may stand after options too, where argparse no longer takes them.
-    strange = [
-        word for word in rest if word.startswith("-") or "=" not in word or not hasattr(given, "overrides")
-    ]
-    if strange:
-        raise InvalidInput(
-            f"{strange[0]}: not an option of this command: see `flagscale-train {given.verb} --help`"
-        )
-    if rest:
-        given.overrides = [*given.overrides, *rest]
+    given = parse(parser(), words)
     action: Callable[[argparse.Namespace], int] = given.action
     return action(given)
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import flagscale_hw as hw
 from flagscale_config import load
-from flagscale_train.cause import killed_rank
 from flagscale_train.checkpoints import choose
 from flagscale_train.errors import InvalidInput, NotFound
 from flagscale_train.events import FILE_NAME, Progress, read
@@ -265,7 +264,7 @@ def events_of(found: hw.Run) -> list[dict[str, Any]]:
 
 def _killed(found: hw.Run) -> str:
     logs = sorted(log for folder in found.folders() for log in (folder / "logs").glob("train*.log"))
-    return next((text for text in map(killed_rank, logs) if text), "")
+    return next((text for text in map(hw.killed_rank, logs) if text), "")
 
 
 def logs(
