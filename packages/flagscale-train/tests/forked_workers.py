@@ -1,0 +1,73 @@
+"""Many trainings in little time: import torch and Megatron once, then fork the workers of one after another.
+
+`python forked_workers.py JOBS.json`: a list of objects with `name`, `entry` (a module of the worker), `argv`
+(Megatron's words), `processes`, `env` and `log`. Each worker is the real one, `main()` of that module; only
+torchrun is left out, whose starting of interpreters costs many times what these models take to train. Ends
+with the number of jobs that failed.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+
+def main(path):
+    jobs = json.loads(Path(path).read_text())
+    # Read once by torch and OpenMP, so it must be there before they are.
+    os.environ.update(TORCH_COMPILE_DISABLE="1", OMP_NUM_THREADS="1")
+    from flagscale_train.worker import cpu
+
+    cpu.install()
+    import megatron.training  # noqa: F401
+
+    from flagscale_train.worker import datasets, layers, logits, model, recorder, resume, session, step  # noqa: F401
+
+    entries = {"session": session.main, "logits": logits.main}
+    failed = 0
+    for job in jobs:
+        port = _free_port()
+        workers = [_fork(job, rank, port, entries[job["entry"]]) for rank in range(job["processes"])]
+        failed += max(os.waitpid(worker, 0)[1] for worker in workers) > 0
+    return failed
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _fork(job, rank, port, work):
+    worker = os.fork()
+    if worker:
+        return worker
+    code = 1
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        count = str(job["processes"])
+        os.environ.update(
+            job["env"],
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=count,
+            LOCAL_WORLD_SIZE=count,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        sys.argv = ["flagscale_train.worker", *job["argv"]]
+        code = work()
+    except BaseException:  # noqa: BLE001 -- nothing may return into the parent's work
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))
