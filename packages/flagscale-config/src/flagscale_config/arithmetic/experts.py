@@ -213,7 +213,8 @@ CHECKS: tuple[Check, ...] = (
     Rule(
         "moe_hybridep_num_sms",
         lambda o: (
-            o.has("moe_deepep_num_sms", "moe_hybridep_num_sms")
+            o.knows("moe_flex_dispatcher_num_sms")
+            and o.has("moe_deepep_num_sms", "moe_hybridep_num_sms")
             and not o.has("moe_flex_dispatcher_num_sms")
             and o["moe_deepep_num_sms"] != o["moe_hybridep_num_sms"]
         ),
