@@ -96,12 +96,30 @@ TEXT = st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1, max_s
 )
 
 
+WORD = st.text(st.characters(codec="ascii", categories=["Ll"]), min_size=1, max_size=6)
+LEAF = st.integers(-9, 9) | st.booleans() | WORD
+JSON = st.dictionaries(
+    WORD, LEAF | st.lists(LEAF, max_size=3) | st.dictionaries(WORD, LEAF, max_size=2), min_size=1
+)
+PATTERN = st.lists(st.sampled_from([0, 1]), min_size=1, max_size=5).map(tuple)
+
+
+def written_value_of(option):
+    """Return a strategy of values that the engine takes apart; None where only it knows its grammar."""
+    if option.kind == "json":
+        return None if option.keys else JSON
+    if option.type == "tuple":
+        return st.lists(st.integers(0, 9), min_size=2, max_size=2).map(tuple)
+    is_pattern = option.type == "expr" and option.kind == "value" and not option.choices
+    return PATTERN if is_pattern else None
+
+
 def value_of(option):
     """Return a strategy of values that the engine keeps as they are; None for those it computes with."""
     if option.is_switch:
         return st.booleans()
-    if option.kind == "json" or option.type in {"expr", "bool"}:
-        return None
+    if option.kind == "json" or option.type in {"expr", "bool", "tuple"}:
+        return written_value_of(option)
     one = {"int": st.integers(-(2**31), 2**31), "size": st.integers(1, 2**31), "float": st.floats(-1e9, 1e9)}
     single = st.sampled_from(option.choices) if option.choices else one.get(option.type, TEXT)
     if option.kind in {"list", "append"}:
@@ -140,7 +158,7 @@ def test_rendered_options_read_back_by_the_real_parser(engine, parsers, data):
         given_, found = options[item.name], back[item.attribute]
         if item.kind == "false":
             assert found is (not given_)
-        elif item.kind in {"list", "append"}:
+        elif item.kind in {"list", "append"} or isinstance(given_, tuple):
             assert tuple(found) == given_
         elif item.kind == "true" and not given_ and table.twin(item) is None:
             assert not found

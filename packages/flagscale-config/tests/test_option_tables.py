@@ -27,7 +27,7 @@ def test_every_version_of_every_table_is_whole(engine):
             assert name == option.name
             assert table.find(name) == (option, False)
             assert option.kind in {"true", "false", "pair", "value", "list", "json", "append", "optional"}
-            assert option.type in {"str", "int", "float", "bool", "expr", "size", "toggle"}
+            assert option.type in {"str", "int", "float", "bool", "expr", "tuple", "size", "toggle"}
             assert all(flag.startswith("-") for flag in option.flags)
             assert (option.negative is not None) == (option.kind == "pair")
             if option.default is not None and option.choices and option.kind == "value":

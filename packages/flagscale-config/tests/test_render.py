@@ -214,3 +214,17 @@ def test_tables_are_whole(engine):
         assert table.find(option.name) == (option, False)
     helped = [option for option in table.options.values() if option.help]
     assert len(helped) > 0.9 * len(table.options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "word"),
+    [
+        ("moe_layer_freq", [1, 0, 1], "[1,0,1]"),
+        ("moe_layer_freq", "([0] * 1 + [1] * 2)", "([0]*1+[1]*2)"),
+        ("moe_layer_freq", 2, "2"),
+        ("window_size", [128, 0], "(128,0)"),
+        ("window_size", "(128, 0)", "(128,0)"),
+    ],
+)
+def test_expressions_have_no_blanks_which_megatron_refuses(option, value, word):
+    assert render_megatron({option: value})[1] == word

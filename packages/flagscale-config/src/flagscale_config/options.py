@@ -69,7 +69,8 @@ class Option:
     `optional`: a flag with or without value."""
     type: str = "str"
     """`int`, `float`, `str`, `bool` (text the engine calls `bool` on), `size` (1k, 2M, ...), `toggle`
-    (`on`, `off`, perhaps `auto`), `expr` (text the engine parses itself)."""
+    (`on`, `off`, perhaps `auto`), `expr` (text that the engine parses itself) or
+    `tuple` (`(128,0)`, likewise)."""
     nargs: str | int | None = None
     choices: tuple[Any, ...] = ()
     default: Any = None
@@ -142,7 +143,9 @@ class Option:
 
     def _scalar(self, value: Any) -> OptionValue:
         if self.type == "expr" and isinstance(value, (list, tuple)):
-            value = json.dumps(list(value))
+            value = json.dumps(list(value), separators=(",", ":"))
+        if self.type == "tuple" and isinstance(value, (list, tuple)):
+            value = f"({','.join(map(str, value))})"
         if isinstance(value, (list, tuple, Mapping)):
             raise OptionError(f"takes one {_WORDS[self.type]} ({show(value)} given)")
         converted: OptionValue = _CONVERTERS[self.type](value)
@@ -222,6 +225,12 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _expression(value: Any) -> str:
+    """Return an expression without blanks, which Megatron refuses in patterns: `([0]*1+[1]*3)`."""
+    text = _text(value)
+    return "".join(text.split()) if text.lstrip()[:1] in ("[", "(") else text
+
+
 def _size(value: Any) -> int | str:
     if isinstance(value, str) and not value.lstrip("-").isdigit():
         if _SIZE.fullmatch(value):
@@ -241,7 +250,8 @@ _CONVERTERS: dict[str, Any] = {
     "int": _integer,
     "float": _number,
     "str": _text,
-    "expr": _text,
+    "expr": _expression,
+    "tuple": _expression,
     "bool": _text,
     "size": _size,
     "toggle": _toggle,
@@ -251,6 +261,7 @@ _WORDS = {
     "float": "number",
     "str": "text",
     "expr": "value",
+    "tuple": "tuple",
     "bool": "text",
     "size": "size",
     "toggle": "word",

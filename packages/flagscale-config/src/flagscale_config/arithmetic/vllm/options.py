@@ -77,10 +77,10 @@ class ModelNumbers:
         lengths = [self._text[name] for name in _LENGTHS if isinstance(self._text.get(name), int)]
         if not lengths:
             return None
-        limit = min(*lengths, self._tokenizer.get("model_max_length", float("inf")), float("inf"))
+        limit: float = min(*lengths, self._tokenizer.get("model_max_length", float("inf")), float("inf"))
         scaling = self._text.get("rope_parameters") or self._text.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        return limit * (1 if kind in _SCALED else scaling.get("factor") or 1)
+        return limit if kind in _SCALED else limit * float(scaling.get("factor") or 1)
 
 
 class VllmOptions(EngineOptions):
