@@ -5,17 +5,26 @@ from collections import Counter
 from pathlib import Path
 
 from flagscale_config import load
-from flagscale_hw import runtime
-from flagscale_serve import InvalidService, plan
+from flagscale_hw import Target, runtime
+from flagscale_serve import InvalidService, Node, plan
 
 TWO = Path(__file__).with_name("two_services.yaml")
-OURS = ("PYTHON", "HF_", "VLLM_NO_USAGE", "OMP_NUM", "VLLM_API_KEY", "VLLM_CPU", "VLLM_ENABLE_V1")
+OURS = (
+    "PYTHON",
+    "HF_",
+    "VLLM_NO_USAGE",
+    "OMP_NUM",
+    "VLLM_API_KEY",
+    "VLLM_CPU",
+    "VLLM_ENABLE_V1",
+    "VLLM_HOST_IP",
+)
 """Beginnings of variables that do not depend on the chip, or only on its being a CPU."""
 OF_NO_CHIP = {
     "need more devices": re.compile(
-        r"devices: \d+ asked for|resources\.num_gpus|no accelerator was found|several hosts"
+        r"devices: \d+ asked for|\d+ devices asked for|resources\.num_gpus|no accelerator was found"
     ),
-    "of another engine": re.compile(r"this version serves with"),
+    "need an accelerator": re.compile(r"engine `sglang`: needs an accelerator"),
 }
 """Refusals that have nothing to do with the kind of chip."""
 
@@ -26,7 +35,7 @@ def test_cell(chip, machine, experiments, golden, record_property):
     unexpected = []
     for name, experiment in experiments("serve").items():
         try:
-            made = plan(experiment, machine, python="python")
+            made = plan(experiment, machine, nodes=hosts_of(experiment, machine), python="python")
         except InvalidService as refusal:
             kinds = [kind for kind, text in OF_NO_CHIP.items() if text.search(str(refusal))]
             unexpected += [] if kinds else [f"{name}: {refusal}"]
@@ -39,6 +48,14 @@ def test_cell(chip, machine, experiments, golden, record_property):
     facts["two services"] = two_services(machine)
     golden("serve", facts)
     record_property("note", ", ".join(f"{number} {what}" for what, number in counts.items() if number))
+
+
+def hosts_of(experiment, machine):
+    """Let every host of an experiment be as this one."""
+    count = experiment.runner.num_nodes or 1
+    if experiment.runner.hostfile is None:
+        return ()
+    return tuple(Node(target=Target(name=f"host-{rank}"), machine=machine) for rank in range(count))
 
 
 def examine(facts, made, machine, experiment, name):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE_S = 120.0
+PATIENCE_S = 600.0
 TOOLS = ("ip", "ssh", "ssh-keygen", "sshd", "sbatch", "slurmctld", "munged")
 COMMAND = Path(sys.executable).with_name("flagscale-train")
 

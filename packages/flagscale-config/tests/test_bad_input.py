@@ -22,6 +22,15 @@ serve:
 """
 
 
+def refused(capsys):
+    """Check the file by the command, which must refuse it without a traceback."""
+    assert main(["check", "e.yaml"]) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert said.err.startswith("error: e.yaml")
+    assert said.out == ""
+
+
 def errors(source="e.yaml", overrides=()):
     """Return the errors as lines; each is one line that a terminal may print, with a place."""
     problems = check(source, overrides)
@@ -96,25 +105,28 @@ def test_a_file_with_any_bit_flipped(bit, project):
     ],
     ids=lambda item: repr(item)[:40],
 )
-def test_broken_bytes_and_values(raw, expected, project):
+def test_broken_bytes_and_values(raw, expected, project, capsys):
     project({"e.yaml": raw})
     found = errors()
     assert any(expected in line for line in found), found
+    refused(capsys)
 
 
-def test_a_merge_bomb(project):
+def test_a_merge_bomb(project, capsys):
     lines = ["a0: &a0 {k: 1}"]
     lines += [f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 9)}]}}" for level in range(1, 25)]
     project({"e.yaml": "\n".join(lines)})
     assert "more than 100000 values, aliases expanded" in errors()[0]
+    refused(capsys)
 
 
-def test_a_large_file_is_not_read(project):
+def test_a_large_file_is_not_read(project, capsys):
     path = project({"e.yaml": b""})
     with path.open("wb") as stream:
         stream.truncate(100 * 1024 * 1024)
     assert errors() == ["e.yaml: the file is larger than 1 MiB; this is not a configuration"]
     assert MAX_BYTES == 2**20
+    refused(capsys)
 
 
 def test_defaults_that_name_each_other(project):

@@ -1,5 +1,7 @@
 """A corpus of FlagScale-style files with every key that FlagScale's files have, and mutants of its leaves.
 
+The mutants of recipes are made by the same functions (`tests/test_recipes.py` of the repository).
+
 `corpus/keys.txt` lists the keys, `corpus/expected.json` what `check` says about each file. After a wanted
 change of a message, write the latter anew: `python test_corpus.py` in this folder.
 """
@@ -174,20 +176,28 @@ def leaves_of(node, path: tuple = ()):
             yield from leaves_of(item, (*path, index))
 
 
-def sources():
-    """Yield each file of the corpus with the experiment file that leads to it."""
-    for root in ROOTS:
-        tree = yaml.load((CORPUS / root).read_text(encoding="utf-8"), get_yaml_loader())
-        yield root, root
-        for choice in tree.get("defaults", []):
+def sources(folder: Path):
+    """Yield each file of a folder with the experiment file that leads to it."""
+    for path in sorted(folder.glob("*.yaml")):
+        yield path.name, path.name
+        for choice in defaults(path):
             if isinstance(choice, dict):
                 ((group, name),) = choice.items()
-                yield root, f"{group}/{name}.yaml"
+                yield path.name, f"{group}/{name}.yaml"
+                for base in defaults(folder / group / f"{name}.yaml"):
+                    if base != "_self_":
+                        yield path.name, f"{group}/{base}.yaml"
 
 
-def leaves(file: str) -> list[Leaf]:
+def defaults(path: Path) -> list:
+    """Return the defaults list of a file."""
+    tree = yaml.load(path.read_text(encoding="utf-8"), get_yaml_loader())
+    return tree.get("defaults", []) if isinstance(tree, dict) else []
+
+
+def leaves(folder: Path, file: str) -> list[Leaf]:
     """Return the leaves of a file, by their paths in the composed experiment."""
-    node = yaml.compose((CORPUS / file).read_text(encoding="utf-8"), get_yaml_loader())
+    node = yaml.compose((folder / file).read_text(encoding="utf-8"), get_yaml_loader())
     group = file.partition("/")[0]
     prefix = (group,) if group in GROUPS else ()
     return [leaf for leaf in leaves_of(node, prefix) if "defaults" not in leaf.path]
@@ -213,16 +223,20 @@ def value_edit(leaf: Leaf, new: str) -> tuple[int, int, str]:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """Return a function that checks a root file after one file has been changed."""
-    folder = tmp_path_factory.mktemp("mutants")
-    shutil.copytree(CORPUS, folder / "corpus")
+    """Return a function that checks a root file of the corpus after one file has been changed."""
+    return bench_for(CORPUS, tmp_path_factory.mktemp("mutants") / "corpus")
+
+
+def bench_for(folder: Path, copy: Path):
+    """Return a function that checks a root file of a folder's copy after one file has been changed."""
+    shutil.copytree(folder, copy)
 
     def run(root: str, file: str, edits):
-        path = folder / "corpus" / file
+        path = copy / file
         original = path.read_text(encoding="utf-8")
         path.write_text(edited(original, edits), encoding="utf-8")
         try:
-            problems = check(folder / "corpus" / root)
+            problems = check(copy / root)
         finally:
             path.write_text(original, encoding="utf-8")
         places = {}
@@ -292,14 +306,14 @@ def is_list(leaf: Leaf) -> bool:
     return isinstance(leaf.value, yaml.SequenceNode)
 
 
-def mutants():
+def mutants(folder: Path = CORPUS):
     """Yield (root, file, kind, leaves, edits, names) of all mutants, those that can go together in one."""
     seen, decided = set(), set()
-    for root, file in sources():
-        if file in seen or "placeholders" in file:  # a placeholder is reported, whatever its key
+    for root, file in sources(folder):
+        if file in seen:
             continue
         seen.add(file)
-        found = [leaf for leaf in leaves(file) if leaf.name not in decided]
+        found = [leaf for leaf in leaves(folder, file) if leaf.name not in decided]
         decided |= {leaf.name for leaf in found if COMMON.fullmatch(leaf.name)}
         for item in unknown_keys(found):
             yield (root, file, "unknown key", *item)

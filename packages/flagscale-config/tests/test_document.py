@@ -92,6 +92,59 @@ def test_interpolation_bombs_are_refused_quickly(project):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.parametrize(
+    ("written", "read", "said"),
+    [
+        ("yes", "true", "true"),
+        ("NO", "false", "false"),
+        ("On", "true", "true"),
+        ("off", "false", "false"),
+        ("0123", "83", None),
+        ("-010", "-8", None),
+        ("22:30", "1350", None),
+        ("1:30:00.5", "5400.5", None),
+    ],
+)
+def test_what_yaml_reads_otherwise_is_noted(written, read, said, project):
+    head = "experiment: {exp_name: a, task: {type: serve}}"
+    project({"e.yaml": f"{head}\nx:\n  y: {written}\n  z: ['', {written}]\n"})
+    notes = [problem for problem in check("e.yaml") if problem.severity == "note"]
+    message = f"YAML reads {written} as {read}; write {read}, or quote it if it is text"
+    assert [str(note) for note in notes] == [f"e.yaml:3:3: x.y: {message}", f"e.yaml:4:11: x.z.1: {message}"]
+    assert {(note.code, note.suggestion) for note in notes} == {("config/misread", said)}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "true",
+        "'yes'",
+        '"22:30"',
+        "0",
+        "00",
+        "007",
+        "1_000",
+        "0x1f",
+        "1e-5",
+        "08",
+        "y",
+        "12:99",
+        "2024-01-01",
+        ".5",
+        "~",
+    ],
+)
+def test_what_yaml_reads_as_it_looks_is_not(written, project):
+    project({"e.yaml": f"experiment: {{exp_name: a, task: {{type: serve}}}}\nx: {written}\n"})
+    assert [problem for problem in check("e.yaml") if problem.code == "config/misread"] == []
+
+
+def test_a_key_that_yaml_reads_otherwise_is_noted(project):
+    project({"e.yaml": "on: {1: a}\n'off': 1\n"})
+    (note,) = [problem for problem in check("e.yaml") if problem.code == "config/misread"]
+    assert str(note) == "e.yaml:1:1: on: YAML reads the key on as true; write true, or quote it if it is text"
+
+
 def test_huge_files_are_not_read(project):
     project({"e.yaml": b"a: 1\n" + b"#" * MAX_BYTES})
     (first,) = complaints("e.yaml")
@@ -131,9 +184,9 @@ def test_a_file_may_be_named_without_its_suffix(tiny):
         ("a: ${b}\nb: ${a}\n", "a: cannot resolve '${b}': it refers to itself"),
         ("a: {x: '${a}'}\n", "a.x: cannot resolve '${a}': it refers to itself"),
         ("a: ${nothing.here}\n", "a: cannot resolve '${nothing.here}': 'nothing.here' not found"),
-        ("a: ${oc.env:FLAGSCALE_SURELY_UNSET}\n", "Environment variable 'FLAGSCALE_SURELY_UNSET' not found"),
+        ("a: ${oc.env:FLAGSCALE_SURELY_UNSET}\n", "variable FLAGSCALE_SURELY_UNSET is not set; set it"),
         ("a: ${made.up:1}\n", "a: cannot resolve '${made.up:1}': Unsupported interpolation type made.up"),
-        ("a: ${env:FLAGSCALE_SURELY_UNSET}\n", "Environment variable 'FLAGSCALE_SURELY_UNSET' not found"),
+        ("a: ${env:FLAGSCALE_SURELY_UNSET}\n", "variable FLAGSCALE_SURELY_UNSET is not set; set it"),
         ("a: ${b\n", "a: '${b' is not an interpolation: "),
     ],
 )

@@ -114,11 +114,62 @@ def test_numbers_of_nodes(tiny):
     assert load(tiny, ["experiment.runner.nnodes=null"]).runner.num_nodes == 1
     with_hosts = load(tiny, ["experiment.runner.nnodes=null", "+experiment.runner.hostfile=hosts"]).runner
     assert (with_hosts.num_nodes, with_hosts.world_size) == (None, None)
-    (line,) = lines(tiny, "experiment.runner.nnodes=some")
-    assert (
-        line.endswith("experiment.runner.nnodes: must be a number, or min:max ('some' given)")
-        or "integer" in line
+
+
+@pytest.mark.parametrize(
+    "given", ["some", "'4:2'", "'0:2'", "0", "-1", "'1:'", "'1:2:3'", "1.5", "true", "[2]"]
+)
+def test_a_number_of_nodes_that_is_none_is_refused(given, tiny):
+    (line,) = lines(tiny, f"experiment.runner.nnodes={given}")
+    assert "experiment.runner.nnodes: must be a number of at least 1, or 'min:max' with min <= max (" in line
+
+
+def test_a_range_of_nodes_without_quotes_is_a_number_to_yaml(edited):
+    found = check(edited("conf/tiny.yaml", "nnodes: 1", "nnodes: 2:4"))
+    (note,) = [problem for problem in found if problem.severity == "note"]
+    assert str(note) == (
+        "conf/tiny.yaml:7:31: experiment.runner.nnodes: YAML reads 2:4 as 124; write 124, "
+        "or quote it if it is text"
     )
+
+
+MISSPELT = """
+    experiment: {exp_name: a, task: {type: %s}, runner: {nods: '???', deploy: {prt: xxx}}}
+    train:
+      system: {micro_batch_size: 1, tensor_model_paralel_size: '???', hetero_devce_types: '???'}
+      model: {num_layrs: '${layers:??}', multiple_of: '???', use_mcore_models: '???', num_layers: '???'}
+    serve: [{serve_id: a, modle: '???', engine_args: {modle: '???', dtpe: null, model: '???'}}]
+    rl: {trainer: {nnods: '???', nnodes: '???'}, tainer: '???', data: '???'}
+    """
+
+
+@pytest.mark.parametrize(
+    ("task", "misspelt", "unsupported"),
+    [
+        (
+            "train",
+            {"system.tensor_model_paralel_size", "system.hetero_devce_types", "model.num_layrs"},
+            {"model.multiple_of"},
+        ),
+        ("serve", {"0.modle", "0.engine_args.modle", "0.engine_args.dtpe"}, set()),
+        ("rl", {"trainer.nnods", "tainer"}, set()),
+    ],
+)  # fmt: skip
+def test_a_misspelt_key_is_named_even_if_its_value_is_still_to_be_given(task, misspelt, unsupported, project):
+    project({"e.yaml": MISSPELT % task})
+    found = check("e.yaml")
+
+    def keys(code):
+        return {problem.key for problem in found if problem.code == code}
+
+    runner = {"experiment.runner.nods", "experiment.runner.deploy.prt"}
+    assert keys("config/unknown-key") == runner | {f"{task}.{key}" for key in misspelt}
+    assert keys("config/unsupported") == {f"{task}.{key}" for key in unsupported}
+    asked = keys("config/required")
+    assert keys("config/unknown-key") - {f"{task}.0.engine_args.dtpe"} <= asked
+    hints = {problem.key: problem.suggestion for problem in found if problem.code == "config/unknown-key"}
+    assert hints["experiment.runner.nods"] == "nnodes"
+    assert [key for key, hint in hints.items() if hint is None] == ["rl.tainer"] * (task == "rl")
 
 
 def test_old_places_are_read_and_noted(tiny):

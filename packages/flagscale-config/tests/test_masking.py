@@ -115,6 +115,7 @@ def test_secrets_in_texts_are_masked(text):
         "git clone ssh://git@host/x",
         "a: 1, b=2",
         "token parallel 8",
+        "multi-token prediction",
         "basic training",
     ],
 )

@@ -186,7 +186,7 @@ def test_other_bytes_stay(project, tmp_path):
         ("runner: {type: torchrun, backend: torchrun}", "runner: {backend: torchrun}"),
         ("runner: {type: torchrun}", "runner: {backend: torchrun}"),
         ("seed: 1, seed: 1", "seed: 1"),
-        ("seed: 1, seed: 2", "seed: 1, seed: 2"),
+        ("seed: 010, envs: {A: yes, on: off}", "seed: 010, envs: {A: true, on: false}"),
     ],
 )
 def test_mappings_in_braces_are_edited_too(before, after, project, tmp_path):
@@ -194,6 +194,17 @@ def test_mappings_in_braces_are_edited_too(before, after, project, tmp_path):
     project({"e.yaml": shape.format(before)})
     migrate("e.yaml", write=True)
     assert (tmp_path / "e.yaml").read_text() == shape.format(after)
+
+
+def test_a_key_given_twice_with_different_values_is_refused(old, project, tmp_path, capsys):
+    twice = OLD["conf/train/old.yaml"].replace("  seq_length: 512\n  ffn", "  seq_length: 1024\n  ffn")
+    project({**OLD, "conf/train/old.yaml": twice})
+    assert cli.main(["migrate", "--write", old]) == 2
+    assert capsys.readouterr().err == (
+        "error: conf/train/old.yaml:14:3: train.model.seq_length: duplicate key; first given at line 12; "
+        "keep one: the values differ, and only you know which is meant [config/duplicate-key]\n"
+    )
+    assert texts(tmp_path) == {**OLD, "conf/train/old.yaml": twice}
 
 
 def test_a_block_without_a_runner_gets_one(project, tmp_path):

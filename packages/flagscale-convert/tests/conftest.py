@@ -131,6 +131,20 @@ class Shape:
             **self.args_experts(),
         }
 
+    def trainer_args(self, *, per_layer: bool = False) -> dict[str, Any]:
+        """The same as plain JSON, for a process of Megatron."""
+        return {
+            **{name: value for name, value in self.args().items() if name != "params_dtype"},
+            "group_query_attention": self.groups != self.heads,
+            "use_rope_scaling": "llama3" in str(self.config),
+            "rope_scaling_factor": 8.0,
+            "rotary_base": self.config.get("rope_theta", 50000),
+            "rotary_seq_len_interpolation_factor": 4.0 if "linear" in str(self.config) else None,
+            "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            **({"moe_layer_freq": [1] * self.layers} if per_layer else {}),
+        }
+
     def args_experts(self) -> dict[str, Any]:
         if self.family not in EXPERT_NAMES:
             return {"num_experts": None}

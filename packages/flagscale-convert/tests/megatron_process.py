@@ -49,7 +49,8 @@ def expert_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def build(args: argparse.Namespace, tensor_parallel: int) -> Any:
+def build(args: argparse.Namespace, tensor_parallel: int, *, sizes: Any = (), **stage: Any) -> Any:
+    """Build one model chunk; `sizes` overrides the configuration, `stage` goes to the model."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
@@ -71,16 +72,20 @@ def build(args: argparse.Namespace, tensor_parallel: int) -> Any:
         attention_dropout=0.0,
         hidden_dropout=0.0,
         use_cpu_initialization=True,
-        tensor_model_parallel_size=tensor_parallel,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        **expert_options(args),
+        **{"tensor_model_parallel_size": tensor_parallel, **expert_options(args), **dict(sizes)},
     )
     spec = (
-        get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+        get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=False,
+            normalization="RMSNorm",
+            **{name: stage[name] for name in ("vp_stage", "pp_rank") if name in stage},
+        )
         if args.num_experts  # as the trainer chooses
         else get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization="RMSNorm")
     )
@@ -96,6 +101,7 @@ def build(args: argparse.Namespace, tensor_parallel: int) -> Any:
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         parallel_output=False,
+        **{name: value for name, value in stage.items() if name != "pp_rank"},
     ).eval()
 
 

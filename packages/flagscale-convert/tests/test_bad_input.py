@@ -47,12 +47,6 @@ def test_bin_files_are_refused_with_advice(make, shape):
     assert caught.value.exit_code == 2
 
 
-def test_per_rank_checkpoints_are_refused_with_advice(tmp_path):
-    (tmp_path / "iter_0000001" / "mp_rank_00").mkdir(parents=True)
-    with pytest.raises(Unsupported, match="ckpt-format torch_dist"):
-        inspect(tmp_path)
-
-
 def test_git_lfs_pointers_are_recognised(make, shape):
     source = make.hf(shape())
     (source / "model.safetensors").write_text(

@@ -161,3 +161,35 @@ def test_ctrl_c_is_130(make, shape, tmp_path):
     assert "run the same command again" in err
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_reshard_and_the_ways_to_compare(make, shape, tmp_path, capsys):
+    root, ranks, dist = make.megatron(shape(layers=4)), str(tmp_path / "ranks"), str(tmp_path / "dist")
+    sizes = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    assert main(["reshard", str(root), ranks, "--to", "torch", *sizes]) == 0
+    assert main(["reshard", ranks, dist, "--megatron-version", "0.16"]) == 0
+    assert (tmp_path / "dist" / "release" / "common.pt").exists()
+    capsys.readouterr()
+    assert main(["verify", str(root), dist]) == 0
+    assert capsys.readouterr().out.endswith("every bit\n")
+    assert main(["verify", ranks, dist, "--mode", "cover"]) == 0
+    assert capsys.readouterr().out == "equal: 47 tensors, names, types and shapes\n"
+    assert main(["inspect", ranks, "--hashes", "--values"]) == 0
+    found = capsys.readouterr().out
+    assert "format      torch (TP 2, PP 2)" in found
+    assert "suspicious" not in found
+
+
+def test_reshard_needs_a_megatron_checkpoint(make, shape, tmp_path, capsys):
+    assert main(["reshard", str(make.hf(shape())), str(tmp_path / "out")]) == 2
+    assert "is a Hugging Face model, which has no ranks: use run --to torch_dist" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_as_events(make, shape, tmp_path, capsys):
+    assert main(["run", str(make.hf(shape())), str(tmp_path / "out"), "--to", "torch_dist", "--json"]) == 0
+    captured = capsys.readouterr()
+    last = json.loads(captured.err.splitlines()[-1])
+    assert last["event"] == "progress"
+    assert last["done_bytes"] == last["total_bytes"] > 0
+    assert json.loads(captured.out)["missing"] == []

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import shutil
 import signal
+import subprocess
 
 import pytest
 
@@ -195,3 +198,87 @@ def test_interrupt_stops_soon_and_keeps_what_is_whole(make, shape, tmp_path):
         convert(make_plan(source, out, to="hf", shard_bytes=150_000), progress=interrupt)
     assert_not_whole(out)
     assert convert(make_plan(source, out, to="hf", shard_bytes=150_000)).resumed_bytes > 0
+
+
+KILLED_AT_A_SYSTEM_CALL = """
+import os, signal, sys
+from pathlib import Path
+from flagscale_convert import ParallelLayout, make_plan, convert
+sizes = ParallelLayout(tensor_model_parallel_size=2) if sys.argv[3] == "torch" else None
+plan = make_plan(sys.argv[1], sys.argv[2], to=sys.argv[3], shard_bytes=60_000, parallel=sizes)
+left = int(sys.argv[4])
+def counted(function):
+    def call(*args, **options):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+    return call
+os.pwrite, os.fsync, Path.replace = counted(os.pwrite), counted(os.fsync), counted(Path.replace)
+convert(plan)
+print(left)
+"""
+
+
+@pytest.mark.parametrize("to", ["hf", "torch_dist", "torch"])
+def test_killed_at_random_moments(make, shape, python, tmp_path, to):
+    """Attempts killed at random writes, flushes and moves; the last one, left alone, ends byte-identical."""
+    model = shape(layers=4, heads=4)
+    source = make.megatron(model) if to == "hf" else make.hf(model)
+    whole = tmp_path / "whole"
+    done = python(KILLED_AT_A_SYSTEM_CALL, source, whole, to, 1_000_000)
+    calls = 1_000_000 - int(done.stdout)
+    generator = random.Random(f"killed {to}")
+    out, rounds = tmp_path / "out", 0
+    while rounds < 7:
+        done = python(KILLED_AT_A_SYSTEM_CALL, source, out, to, generator.randrange(calls))
+        if done.returncode == 0:  # earlier attempts had done so much that the moment never came
+            shutil.rmtree(out)
+            continue
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        rounds += 1
+        if list(out.glob("*")) or (out / ".flagscale-convert").exists():
+            marks = ("config.json", "latest_checkpointed_iteration.txt")
+            half_made = [name for name in marks if (out / name).exists()]
+            if not half_made or (out / ".flagscale-convert").exists():
+                assert_not_whole(out)
+    assert python(KILLED_AT_A_SYSTEM_CALL, source, out, to, 1_000_000).returncode == 0
+    assert not (out / ".flagscale-convert").exists()
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
+    for path in files:
+        assert (out / path).read_bytes() == (whole / path).read_bytes(), path
+
+
+def test_a_disk_that_is_really_full(make, shape, tmp_path):
+    """A file system of one megabyte, where this process may mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    try:
+        source = make.hf(shape(layers=4))
+        plan = make_plan(source, small / "out", to="torch_dist", shard_bytes=150_000)
+        assert plan.total_bytes < 900_000
+        (small / "ballast").write_bytes(bytes(700_000))
+        with pytest.raises(WriteFailed, match="nothing was written"):
+            convert(plan)
+        # Room when asked, none when written: another process takes it in between.
+        (small / "ballast").unlink()
+
+        def fill(done, total):
+            if done > total // 3 and not (small / "ballast").exists():
+                (small / "ballast").write_bytes(bytes(shutil.disk_usage(small).free))
+
+        with pytest.raises(WriteFailed, match="the disk is full"):
+            convert(plan, progress=fill, workers=1)
+        assert_not_whole(small / "out")
+        (small / "ballast").unlink()
+        assert convert(plan).resumed_bytes > 0
+        assert verify(source, small / "out").is_equal
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)

@@ -45,20 +45,6 @@ EXPERTS = {
 }
 
 
-def megatron_args(model, *, per_layer=False):
-    return {
-        **{name: value for name, value in model.args().items() if name != "params_dtype"},
-        "group_query_attention": model.groups != model.heads,
-        "use_rope_scaling": "llama3" in str(model.config),
-        "rope_scaling_factor": 8.0,
-        "rotary_base": model.config.get("rope_theta", 50000),
-        "rotary_seq_len_interpolation_factor": 4.0 if "linear" in str(model.config) else None,
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        **({"moe_layer_freq": [1] * model.layers} if per_layer else {}),
-    }
-
-
 def transformers_logits(folder, tokens):
     from transformers import AutoModelForCausalLM
 
@@ -108,7 +94,7 @@ def run_all(shape, size, root: Path, models=MODELS):
                 "do": "save",
                 "path": f"{root}/{name}-trained",
                 "logits": f"{root}/{name}-saved",
-                "args": megatron_args(model, per_layer=layers == "per-layer"),
+                "args": model.trainer_args(per_layer=layers == "per-layer"),
             },
         ]
     (root / "request").write_text(

@@ -260,6 +260,14 @@ def test_trap_a_slice_of_a_card_has_the_memory_of_the_slice(tree):
     assert (device.name, device.memory_total_bytes) == ("Tesla V100-PCIE-16GB", 3000 << 20)
 
 
+def test_trap_a_slice_may_hide_how_busy_it_is(tree):
+    tree.device("nvidia")
+    columns = "index, name, memory.total [MiB], memory.used [MiB], utilization.gpu [%]"
+    tree.prints(columns, "0, Tesla V100-PCIE-16GB, 3000 MiB, 12 MiB, [N/A]")
+    (device,) = tree.detect().devices
+    assert (device.memory_used_bytes, device.utilisation_percent) == (12 << 20, None)
+
+
 def test_trap_the_hygon_table_has_neither_model_nor_size(tree):
     tree.device("hygon")
     health = "HCU[0] : Bus Id : 0000:37:00.0 : Critical\nHCU[1] : Bus Id : 0000:38:00.0 : Healthy\n"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -112,7 +112,7 @@ def test_the_doctor_finds_an_index_that_cannot_be_written(monkeypatch, capsys):
 
 
 def command(*words: str, **options: object) -> subprocess.Popen[str]:
-    words = (sys.executable, "-m", "flagscale_hw.cli", *words)
+    words = (sys.executable, "-m", "flagscale_hw", *words)
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -127,7 +127,7 @@ def test_a_reader_that_leaves_is_no_error():
     ("redirect", "code", "text"), [(">&-", 0, ""), ("<&-", 0, ""), (">/dev/full", 4, "No space left")]
 )
 def test_odd_outputs_are_no_bug(redirect, code, text):
-    line = f'"{sys.executable}" -m flagscale_hw.cli --json {redirect}'
+    line = f'"{sys.executable}" -m flagscale_hw --json {redirect}'
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code
     assert text in done.stderr
@@ -135,13 +135,16 @@ def test_odd_outputs_are_no_bug(redirect, code, text):
 
 
 def test_help_is_quick():
+    """By the processor's time, for on a busy machine the clock tells of the others."""
+
     def seconds() -> float:
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with command("--help") as process:
             assert "usage: flagscale-hw" in process.stdout.read()
-        return time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.6
+    assert min(seconds() for _ in range(3)) < 0.6
 
 
 def test_the_version():

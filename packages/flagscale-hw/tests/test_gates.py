@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from flagscale_hw.backend import backends
-from flagscale_hw.detection import FORCED_VARIABLE, ROOT_VARIABLE, detect, presence
+from flagscale_hw.detection import FORCED_VARIABLE, detect, presence
+from flagscale_hw.host import ROOT_VARIABLE
 
 CAPTURES = Path(__file__).parent / "captures"
 NVIDIA_SHIM = (CAPTURES / "nvidia-query.txt").read_text()

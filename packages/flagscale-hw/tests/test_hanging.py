@@ -62,7 +62,9 @@ def test_a_tool_that_hangs_costs_the_timeout_once_and_leaves_nothing(tree, keepe
     tree.tool(STUCK.format(root=tree.root), TOOLS[chip])
     started = time.monotonic()
     machine = tree.detect(timeout_s=1.5)
-    assert time.monotonic() - started < 30  # several questions, one deadline; the machine may be busy
+    assert (
+        time.monotonic() - started < keeper.patience_s
+    )  # several questions, one deadline; the machine may be busy
     assert machine.devices == ()
     assert "no answer within 1.5 s; it was killed" in machine.problems[0].text
     assert len(machine.problems) == 1 or (tree.root / "started").exists()

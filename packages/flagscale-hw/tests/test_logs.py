@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flagscale_hw import LogLine
+from flagscale_hw import LogLine, killed_rank
 
 
 def test_following_merges_and_ends_with_the_run(keeper):
@@ -63,9 +63,74 @@ RuntimeError: Engine core initialization failed. See root cause above.
 """
 
 
+TORCHRUN = """E1123 17:00:01.1 2391 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode: 1)
+Traceback (most recent call last):
+  File "torchrun", line 8, in <module>
+    sys.exit(main())
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+train.py FAILED
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-01_00:00:21
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : {code} (pid: 3553)
+  error_file: <N/A>
+  traceback : {said}
+============================================================
+"""
+QUIET = TORCHRUN.format(
+    code=1, said="To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html"
+)
+KILLED = TORCHRUN.format(code=-9, said="Signal 9 (SIGKILL) received by PID 3553")
+ECHO = WORKER.replace(
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "x.DistError: reset"
+)
+PYDANTIC = """Traceback (most recent call last):
+  File "serve.py", line 1, in <module>
+    Config()
+pydantic_core._pydantic_core.ValidationError: 1 validation error for Config
+max_model_len
+  Input should be a valid integer [type=int_parsing, input_value='x', input_type=str]
+    For further information visit https://errors.pydantic.dev/2.12/v/int_parsing
+"""
+STATE = """[rank0]: Traceback (most recent call last):
+[rank0]:   File "load.py", line 1, in <module>
+[rank0]: RuntimeError: Error(s) in loading state_dict for Linear:
+[rank0]: \tMissing key(s) in state_dict: "bias".
+"""
+BARE = """Traceback (most recent call last):
+  File "check.py", line 3, in check
+    assert world_size % tp == 0
+           ^^^^^^^^^^^^^^^^^^^^
+AssertionError
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
+        ("tokenizer.json: not found\n" + QUIET, "tokenizer.json: not found"),
+        (
+            ECHO + KILLED,
+            "rank 1 was killed by signal 9 (SIGKILL), which the kernel does when memory is short",
+        ),
+        (
+            PYDANTIC,
+            (
+                "pydantic_core._pydantic_core.ValidationError: 1 validation error for Config: max_model_len: "
+                "Input should be a valid integer"
+            ),
+        ),
+        (
+            STATE + QUIET,
+            'RuntimeError: Error(s) in loading state_dict for Linear: Missing key(s) in state_dict: "bias".',
+        ),
+        (BARE + QUIET, "AssertionError: assert world_size % tp == 0"),
+        ("no space left\n" + "=" * 60 + "\n", "no space left"),
+        ("=" * 60 + "\n", ""),
         (WORKER, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
         (HANDLED + WORKER, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
         (CHAINED, "ValueError: No available memory for the cache blocks."),
@@ -78,8 +143,46 @@ RuntimeError: Engine core initialization failed. See root cause above.
 def test_the_first_cause_is_found(keeper, tmp_path, text, cause):
     (tmp_path / "text").write_text(text)
     status = keeper.finish(keeper.shell(f"cat {tmp_path}/text; exit 1"))
-    assert status.reason == f"a: exited with code 1: {cause}"
+    assert status.reason == "a: exited with code 1" + (f": {cause}" if cause else "")
 
 
 def test_a_silent_death_has_no_invented_cause(keeper):
     assert keeper.finish(keeper.shell("exit 7")).reason == "a: exited with code 7"
+
+
+TABLE = """
+RuntimeError: Connection reset by peer
+============================================================
+Failures:
+[1]:
+  time      : 2026-01-01_00:00:24
+  host      : localhost
+  rank      : 0 (local_rank: 0)
+  exitcode  : {other} (pid: 3552)
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-01_00:00:21
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : {root} (pid: 3553)
+  traceback : Signal 9 (SIGKILL) received by PID 3553
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "root", "said"),
+    [
+        (1, -9, "rank 1 was killed by signal 9 (SIGKILL), which the kernel does when memory is short"),
+        (-15, -11, "rank 1 was killed by signal 11 (SIGSEGV)"),
+        (-15, 1, ""),
+        (1, 1, ""),
+    ],
+)
+def test_the_killed_rank_is_named(tmp_path, other, root, said):
+    log = tmp_path / "train.log"
+    log.write_text("x" * 100_000 + TABLE.format(other=other, root=root))
+    assert killed_rank(log) == said
+
+
+def test_no_log_no_cause(tmp_path):
+    assert killed_rank(tmp_path / "none") == ""

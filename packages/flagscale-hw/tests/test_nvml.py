@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 
+import pytest
+
 from flagscale_hw.backends.nvml import describe
 
 LOST, NOT_SUPPORTED, DENIED = 15, 3, 4
@@ -17,8 +19,10 @@ class FakeLibrary:
         self._init = init
         self._cut = cut
         self._lost = lost
+        self.rows, self.errors = (3, 0, 0, 0), 0
         texts = {
             LOST: b"GPU is lost",
+            NOT_SUPPORTED: b"Not Supported",
             DENIED: b"Insufficient Permissions",
             9: b"Driver Not Loaded",
             6: b"Not Found",
@@ -76,6 +80,16 @@ class FakeLibrary:
         now._obj.value, later._obj.value = 1, 0
         return 0
 
+    def nvmlDeviceGetRemappedRows(self, handle, *values):
+        for value, told in zip(values, self.rows, strict=True):
+            value._obj.value = told
+        return NOT_SUPPORTED if handle.value == 101 else 0
+
+    def nvmlDeviceGetTotalEccErrors(self, handle, kind, since, count):
+        assert (kind.value, since.value) == (1, 0)
+        count._obj.value = self.errors
+        return NOT_SUPPORTED if handle.value == 101 else 0
+
     def nvmlDeviceGetMigMode(self, handle, now, later):
         now._obj.value, later._obj.value = int(handle.value in self._cut), 1
         return 0
@@ -122,11 +136,38 @@ def test_facts_come_through_and_a_field_that_fails_is_none():
         "serial": "165",
         "is_ecc_on": True,
         "is_sliced": False,
+        "health": "ok",
+        "health_reasons": [],
     }
     assert devices[1]["power_w"] is None
+    assert devices[1]["health"] is None  # it tells nothing of its memory
     assert [message["problem"] for message in messages if "problem" in message] == [
         {"where": "nvidia 1 power_w", "text": "nvmlDeviceGetPowerUsage: Insufficient Permissions"}
     ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "errors", "health", "reasons"),
+    [
+        ((0, 1, 0, 0), 0, "ok", []),  # replaced already
+        ((0, 1, 1, 0), 0, "degraded", ["a broken row of its memory is replaced at the next reset"]),
+        ((0, 0, 0, 0), 2, "degraded", ["2 uncorrected memory errors since the driver was loaded"]),
+        (
+            (0, 9, 0, 1),
+            1,
+            "bad",
+            [
+                "a broken row of its memory could not be replaced: the card must be",
+                "1 uncorrected memory errors since the driver was loaded",
+            ],
+        ),
+    ],
+)
+def test_health_is_that_of_the_memory(rows, errors, health, reasons):
+    library = FakeLibrary()
+    library.rows, library.errors = rows, errors
+    device = next(message["device"] for message in describe(library) if "device" in message)
+    assert (device["health"], device["health_reasons"]) == (health, reasons)
 
 
 def test_a_lost_card_keeps_its_place():

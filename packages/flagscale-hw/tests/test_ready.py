@@ -186,8 +186,8 @@ def test_a_run_that_is_getting_ready_can_be_stopped(keeper):
     )
     keeper.until(lambda: run.status().processes[0].pid)
     started = time.monotonic()
-    assert run.stop(30.0).state == "stopped"
-    assert time.monotonic() - started < 25  # the probe's helper obeys the first signal too
+    assert run.stop(600.0).state == "stopped"
+    assert time.monotonic() - started < keeper.patience_s  # the probe's helper obeys the first signal too
 
 
 def test_a_prober_that_was_killed_is_replaced(keeper, answering):

@@ -56,14 +56,14 @@ def test_patience_is_kept(keeper):
 
 
 def test_a_second_stop_can_be_more_urgent(keeper):
-    run, members = keeper.start_tree(stop=StopPolicy(grace_s=300.0))
+    run, members = keeper.start_tree(stop=StopPolicy(grace_s=600.0))
     first = threading.Thread(target=run.stop)
     first.start()
     keeper.until(lambda: run.status().state == "stopping")
     assert keeper.survivors(members) == [pid for pid, _ in members]
     started = time.monotonic()
     assert open_run(run.dir).stop(grace_s=0.0).state == "stopped"
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < keeper.patience_s
     first.join()
 
 

@@ -137,7 +137,7 @@ def test_a_card_that_drops_off_does_not_end_it():
 
 
 def test_ctrl_c_ends_the_verb_quietly():
-    words = [sys.executable, "-m", "flagscale_hw.cli", "--timeout", "60", "watch", "--interval", "0.2"]
+    words = [sys.executable, "-m", "flagscale_hw", "--timeout", "60", "watch", "--interval", "0.2"]
     # Shells start background jobs with Ctrl-C ignored, which is inherited.
     start = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "

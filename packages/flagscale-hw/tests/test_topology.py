@@ -184,6 +184,6 @@ def test_the_verb(capsys):
 
 def test_the_verb_in_a_pipe_is_plain():
     with faked_host("nvidia", 2):
-        words = [sys.executable, "-m", "flagscale_hw.cli", "--timeout", "60"]
+        words = [sys.executable, "-m", "flagscale_hw", "--timeout", "60"]
         done = subprocess.run(words, capture_output=True, text=True, check=True, env=None)
     assert "\x1b" not in done.stdout

@@ -62,7 +62,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        if self.path == "/v1/models":
+        if self.path == "/metrics":
+            self.send_response(200)
+            self.end_headers()
+            lines = [
+                'vllm:num_requests_running{engine="0",model_name="m"} 2.0',
+                'vllm:num_requests_running{engine="1",model_name="m"} 1.0',
+                "vllm:num_requests_waiting 4.0",
+                "vllm:kv_cache_usage_perc 0.25",
+                f"vllm:generation_tokens_total {100 * (time.monotonic() - BORN)}",
+            ]
+            self.wfile.write("\n".join(["# HELP x", *lines, ""]).encode())
+        elif self.path == "/v1/models":
             self.answer(200, {"object": "list", "data": [{"id": "from-the-list"}]})
         else:
             self.answer(200, {"status": "ok"})
@@ -80,8 +91,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(400, {"error": {"message": "13 is unlucky", "code": 400}})
         elif body.get("stream"):
             self.stream(body)
+        elif "messages" in body:
+            message = {"role": "assistant", "content": body["messages"][-1]["content"].upper()}
+            self.answer(200, {"choices": [{"message": message}], "usage": {"completion_tokens": 3}})
         else:
-            self.answer(200, {"choices": [{"text": "!"}], "usage": {"completion_tokens": 1}})
+            text = body["prompt"].upper()
+            self.answer(200, {"choices": [{"text": text}], "usage": {"completion_tokens": 1}})
 
     def stream(self, body):
         self.send_response(200)

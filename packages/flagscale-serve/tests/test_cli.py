@@ -13,7 +13,7 @@ import pytest
 
 import flagscale_serve
 
-VERBS = ("plan", "run", "status", "logs", "stop", "list", "chat")
+VERBS = ("plan", "run", "status", "logs", "stop", "list", "chat", "generate")
 
 
 def test_help_names_every_verb_quickly(shell):

@@ -171,8 +171,9 @@ def test_before_start_runs_in_front_of_the_engine_as_the_users_own_text(serve_fi
     assert "/m; rm -rf x" in process.argv
 
 
-@pytest.mark.parametrize("engine", ["sglang", "llama_cpp"])
-def test_an_engine_without_adapter_is_refused(serve_file, engine):
-    path = serve_file(f"- serve_id: a\n  engine: {engine}\n  engine_args: {{model: /m}}\n")
-    with pytest.raises(InvalidService, match=f"'{engine}': this version serves with transformers and vllm"):
-        plan(load(path), MACHINES["cpu"])
+def test_an_unknown_engine_is_refused_with_those_that_are_known(serve_file):
+    path = serve_file("- serve_id: a\n  engine_args: {model: /m}\n")
+    with pytest.raises(
+        InvalidService, match=r"'llamafile': not known: llama_cpp, sglang, transformers, vllm"
+    ):
+        plan(load(path), MACHINES["cpu"], engine="llamafile")

@@ -129,14 +129,7 @@ def test_two_instances_cannot_have_one_port(serve_file):
 
 
 REFUSED = {
-    "several hosts": ("runner:\n  hostfile: hosts.txt", "experiment.runner.hostfile: 'hosts.txt'"),
-    "several nodes": ("runner:\n  nnodes: 2", "experiment.runner.nnodes: 2"),
-    "cloud": ("runner:\n  type: cloud", "experiment.runner.type: 'cloud'"),
-    "docker": ("runner:\n  docker: box", "experiment.runner.docker: 'box'"),
-    "prefill and decode": (
-        "runner:\n  deploy:\n    prefill_decode_disaggregation: true",
-        "prefill_decode_disaggregation: True",
-    ),
+    "Ray's environment": ("runner:\n  runtime_env: {pip: [x]}", "experiment.runner.runtime_env: {'pip'"),
     "composition": ("runner:\n  deploy:\n    enable_composition: true", "enable_composition: True"),
     "after the stop": ("cmds:\n  after_stop: rm -f x", "experiment.cmds.after_stop: 'rm -f x'"),
 }
@@ -152,10 +145,65 @@ def test_what_cannot_be_done_is_refused_by_name(serve_file, case):
     assert caught.value.exit_code == 2
 
 
-def test_replicas_are_refused(serve_file):
-    path = serve_file(ONE + "  resources:\n    num_replicas: 2\n")
-    with pytest.raises(InvalidService, match="num_replicas: 2: several replicas"):
+def test_copies_are_instances_behind_a_router_at_the_public_port(serve_file):
+    path = serve_file(ONE + "    port: 8001\n  resources:\n    num_replicas: 3\n")
+    service = service_of(path)
+    assert [(one.name, one.port) for one in service.instances] == [
+        ("vllm_model-1", None),
+        ("vllm_model-2", None),
+        ("vllm_model-3", None),
+    ]
+    (front,) = service.fronts
+    assert (front.name, front.port, front.policy) == ("vllm_model-router", 8001, "cache_aware")
+    assert front.members == tuple(one.name for one in service.instances)
+
+
+@pytest.mark.parametrize(
+    "resources", ["num_replicas: auto", "min_replicas: 1, max_replicas: 4", "num_replicas: 0"]
+)
+def test_a_number_of_copies_that_changes_is_refused(serve_file, resources):
+    path = serve_file(ONE + f"  resources: {{{resources}}}\n")
+    with pytest.raises(InvalidService, match=resources.replace(": ", r":? ").partition(",")[0]):
         service_of(path)
+
+
+def test_prefill_and_decode_are_instances_of_one_item(serve_file):
+    path = serve_file(
+        ONE,
+        experiment="""
+        runner:
+          deploy:
+            prefill_decode_disaggregation: true
+            prefill_num: 2
+            decode_num: 1
+            prefill_address: auto
+            decode_address: host-b
+            prefill_decode_strategy: robin
+            pd_proxy_port: 30001
+            port: 9000
+        """,
+    )
+    service = service_of(path)
+    assert [(one.name, one.role, one.wanted_host) for one in service.instances] == [
+        ("vllm_model-prefill-1", "prefill", None),
+        ("vllm_model-prefill-2", "prefill", None),
+        ("vllm_model-decode-1", "decode", "host-b"),
+    ]
+    (front,) = service.fronts
+    assert (front.policy, front.port, front.registry_port) == ("round_robin", 9000, 30001)
+
+
+def test_an_engines_own_words_for_what_the_service_settles(serve_file):
+    path = serve_file(
+        """
+        - serve_id: a
+          engine: sglang
+          engine_args_specific: {sglang: {model_path: /models/own, tp: 8}}
+        """
+    )
+    (instance,) = service_of(path).instances
+    assert instance.model == "/models/own"
+    assert instance.settled == {"tp_size": 8}
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "-x", "a--b", "x@main"])

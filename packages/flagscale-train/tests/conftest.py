@@ -1,7 +1,11 @@
 """A tiny experiment in FlagScale's two-level layout, and its data."""
 
+import json
 import random
+import subprocess
+import sys
 from array import array
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +101,30 @@ def experiment_file(tmp_path):
 @pytest.fixture(scope="session")
 def write_experiment():
     return _write_experiment
+
+
+@pytest.fixture(scope="session")
+def run_forked():
+    """Run jobs of `forked_workers.py` in one process that imports Megatron once."""
+
+    def run(folder, jobs):
+        request = folder / "jobs.json"
+        request.write_text(json.dumps(jobs))
+        script = Path(__file__).with_name("forked_workers.py")
+        done = subprocess.run(
+            [sys.executable, script, request], capture_output=True, text=True, timeout=1500, check=False
+        )
+        logs = "".join(f"\n{job['name']}:\n{tail(Path(job['log']))}" for job in jobs)
+        assert done.returncode == 0, f"{done.stderr[-2000:]}{logs}"
+
+    def tail(log):
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else ["no log"]
+        return "\n".join(line for line in lines[-12:] if "rror" in line)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def recorded_experiment():
+    """Two runs as they were: one whose supervisor was killed, one that resumed and finished."""
+    return Path(__file__).with_name("recorded") / "killed-and-resumed"

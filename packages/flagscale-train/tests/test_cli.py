@@ -75,7 +75,7 @@ def test_overrides_may_stand_after_options(experiment_file, capsys):
         (["plan", "EXPERIMENT", "experiment.task.type=serve"], 2, "serve"),
         (["plan", "EXPERIMENT", "train.data.data_path=/none/x"], 2, "/none/x.bin is missing"),
         (["plan", "EXPERIMENT", "+train.system.load=/none/ckpt"], 2, "/none/ckpt: no whole checkpoint"),
-        (["plan", "EXPERIMENT", "--jsno"], 2, "--jsno: not an option"),
+        (["plan", "EXPERIMENT", "--jsno"], 2, "unrecognized arguments: --jsno"),
         (["status", "EXPERIMENT"], 3, "never run"),
         (["stop", "EXPERIMENT"], 3, "never run"),
         (["logs", "EXPERIMENT"], 3, "never run"),
@@ -172,6 +172,7 @@ def test_the_flags_are_these():
         "logits": ["--load", "--output", "--tokens"],
         "status": ["--json"],
         "logs": ["--follow"],
+        "report": ["--output"],
         "list": ["--json"],
         "data": [],
     }
@@ -186,6 +187,8 @@ def test_the_flags_are_these():
             "--tokenizer",
             "--workers",
         ],
+        "inspect": ["--count", "--json", "--tokenizer"],
+        "merge": ["--output", "--overwrite"],
         "train-tokenizer": ["--json", "--key", "--output", "--overwrite", "--vocab-size"],
     }
 

@@ -81,6 +81,21 @@ def test_the_cpu_gets_gloo_and_plain_layers_and_the_gpu_its_own():
     assert "TORCH_COMPILE_DISABLE" not in on_gpu.processes[0].env
 
 
+def test_one_queue_per_device_is_for_all_but_fsdp_which_refuses_it():
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    assert planned(chip="nvidia").processes[0].env[name] == "1"
+    sharded = planned(
+        "qwen3/tiny",
+        "+train.system.use_torch_fsdp2=true",
+        "++train.system.no_gradient_accumulation_fusion=true",
+        "++train.system.use_distributed_optimizer=false",
+        "++train.model.untie_embeddings_and_output_weights=true",
+        chip="nvidia",
+    )
+    assert "--use-torch-fsdp2" in options(sharded)
+    assert name not in sharded.processes[0].env
+
+
 def test_what_is_not_installed_is_not_asked_for():
     with_apex = options(
         planned(chip="nvidia", findings=Findings(installed=frozenset({"transformer_engine", "apex"})))

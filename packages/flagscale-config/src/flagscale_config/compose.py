@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path as FilePath
 from typing import Any
@@ -134,35 +134,42 @@ def _compose(repository: FolderRepository, overrides: list[Override]) -> Compose
     )
     config = OmegaConf.create({})
     places: Places = {}
+    prefixes: dict[FilePath, Path] = {}
     for default in listing.defaults:
-        _merge(config, places, *_packaged(repository, default))
-    problems = [problem for document in repository.documents.values() for problem in _about(document)]
+        prefix, content, content_places = _packaged(repository, default)
+        prefixes[repository.document(default.config_path).path] = prefix
+        _merge(config, places, content, content_places)
+    problems = [
+        problem
+        for document in repository.documents.values()
+        for problem in _about(document, prefixes.get(document.path, ()))
+    ]
     OmegaConf.set_struct(config, value=True)  # as Hydra does: a plain override may not add a key
     problems += apply_overrides(config, places, listing.config_overrides)
     files = tuple(document.path for document in repository.documents.values())
     return Composed(config, places, root.path, problems, files)
 
 
-def _packaged(repository: FolderRepository, default: Any) -> tuple[DictConfig, Places]:
-    """Return a file's content below its package, and where its values are."""
-    result = repository.load_config(default.config_path)
+def _packaged(repository: FolderRepository, default: Any) -> tuple[Path, DictConfig, Places]:
+    """Return a file's package (the path it stands below), its content there, and where its values are."""
+    config_path = default.config_path
+    result = repository.load_config(config_path)
     if result is None:
-        raise ValueError(f"no such file: {shown_path(repository.file_of(default.config_path))}")
-    document = repository.document(default.config_path)
+        raise ValueError(f"no such file: {shown_path(repository.file_of(config_path))}")
     package = default.package if default.package is not None else result.header["package"]
     prefix: Path = tuple(package.split(".")) if package else ()
+    document = repository.document(config_path)
     first = document.places[()]
     places: Places = {prefix[:length]: first for length in range(1 if prefix else 0, len(prefix) + 1)}
     for path, place in document.places.items():
         if path and path[0] != "defaults":
             places[(*prefix, *path)] = place
     # The content is read once, by the merge that follows, so it need not be copied into its package.
-    outer: DictConfig = (
-        OmegaConf.create({}, flags={"no_deepcopy_set_nodes": True}) if package else result.config
-    )
-    if package:
-        OmegaConf.update(outer, package, result.config, merge=False)
-    return outer, places
+    if not prefix:
+        return prefix, result.config, places
+    outer = OmegaConf.create({}, flags={"no_deepcopy_set_nodes": True})
+    OmegaConf.update(outer, package, result.config, merge=False)
+    return prefix, outer, places
 
 
 def _merge(config: DictConfig, places: Places, new: DictConfig, new_places: Places) -> None:
@@ -180,15 +187,18 @@ def _merge(config: DictConfig, places: Places, new: DictConfig, new_places: Plac
     merge_places(places, new_places, new)
 
 
-def _about(document: Document) -> list[Problem]:
+def _about(document: Document, prefix: Path) -> list[Problem]:
     """Return what reading a file showed, and a note where its defaults list lacks `_self_`."""
+    problems = [
+        replace(problem, key=dotted((*prefix, problem.key)).rstrip(".")) for problem in document.problems
+    ]
     listed = document.data.get("defaults") if isinstance(document.data, dict) else None
     if not isinstance(listed, list) or not listed or "_self_" in listed:
-        return list(document.problems)
+        return problems
     message = "has no `_self_`: this file wins over the files named here; write `_self_` where you mean it"
     place = document.places.get(("defaults",))
     note = Problem(code="config/no-self", message=message, key="defaults", origin=place, severity="note")
-    return [*document.problems, note]
+    return [*problems, note]
 
 
 def _check_files(repository: FolderRepository, overrides: list[Override]) -> None:

@@ -41,6 +41,9 @@ _NUMBERS = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
 _SCALARS = frozenset(
     f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "binary", "timestamp")
 )
+_WORDS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+_CLOCK = re.compile(r"[-+]?[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_LEADING_ZERO = re.compile(r"[-+]?0[0-7_]*")
 MAX_DIGITS = 400  # more than any number of use, less than Python takes a second over
 
 
@@ -133,11 +136,17 @@ class _Walk:
         """Return where a node starts."""
         return Origin(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
 
-    def add(self, code: str, node: Any, message: str, path: KeyPath, severity: str = "error") -> None:
+    def add(self, code: str, node: Any, message: str, path: KeyPath) -> None:
         """Add a problem with a node."""
+        self.problems.append(Problem(code=code, message=message, key=dotted(path), origin=self.origin(node)))
+
+    def note(
+        self, code: str, place: Origin, message: str, path: KeyPath, suggestion: str | None = None
+    ) -> None:
+        """Add a note about a value that is read all the same."""
         key = dotted(path)
         self.problems.append(
-            Problem(code=code, message=message, key=key, origin=self.origin(node), severity=severity)
+            Problem(code=code, message=message, key=key, origin=place, severity="note", suggestion=suggestion)
         )
 
     def visit(self, node: Any, path: KeyPath) -> None:
@@ -175,6 +184,7 @@ class _Walk:
                 kept.append((key_node, value_node))
                 first[key_node.value] = key_node
                 self.places[(*path, key_node.value)] = self.origin(key_node)
+                self._misread(key_node, (*path, key_node.value), self.origin(key_node), is_key=True)
                 self.visit(value_node, (*path, key_node.value))
         node.value = kept
 
@@ -209,6 +219,18 @@ class _Walk:
             self._replace(node, path, f"a number of {len(node.value)} characters; quote it if it is text")
         elif "${" in node.value:
             self._interpolation(node, path)
+        else:
+            self._misread(node, path, self.places.get(path, self.origin(node)))
+
+    def _misread(self, node: Any, path: KeyPath, place: Origin, *, is_key: bool = False) -> None:
+        """Note what YAML 1.1, and so Hydra, reads as something else than most people do."""
+        read = _otherwise(node)
+        if read is not None:
+            what = f"the key {node.value}" if is_key else node.value
+            message = f"YAML reads {what} as {read}; write {read}, or quote it if it is text"
+            # `migrate` writes what is suggested for a value; what a number means only the user knows.
+            is_switch = read in {"true", "false"} and not is_key
+            self.note("config/misread", place, message, path, read if is_switch else None)
 
     def _replace(self, node: Any, path: KeyPath, message: str, code: str = "config/value") -> None:
         """Report a scalar that cannot be read, and read null."""
@@ -227,7 +249,7 @@ class _Walk:
         if _REMOVED_ENV.search(text):
             node.value = _REMOVED_ENV.sub("${oc.env:", text)
             message = "`${env:X}` is no longer known to OmegaConf and is read as `${oc.env:X}`; write that"
-            self.add("config/removed-resolver", node, message, path, severity="note")
+            self.note("config/removed-resolver", self.origin(node), message, path)
         if SIMPLE_INTERPOLATION_PATTERN.match(node.value):
             return
         try:
@@ -238,13 +260,34 @@ class _Walk:
             self._replace(node, path, message, "config/interpolation")
 
 
+def _otherwise(node: Any) -> str | None:
+    """Return what YAML reads for `yes`, `0123` (octal) and `22:30` (base 60); None for anything else."""
+    kind, text = node.tag.rpartition(":")[2], str(node.value)
+    if kind == "bool":
+        return _WORDS.get(text.lower())
+    if kind == "int" and _LEADING_ZERO.fullmatch(text):
+        read = int(text.replace("_", ""), 8)
+        return str(read) if read != int(text.replace("_", "")) else None
+    if kind in {"int", "float"} and _CLOCK.fullmatch(text):
+        constructor = yaml.constructor.SafeConstructor()
+        is_int = kind == "int"
+        return str((constructor.construct_yaml_int if is_int else constructor.construct_yaml_float)(node))
+    return None
+
+
+_CURES = {
+    "'\\t'": "; indent with spaces, YAML allows no tabs there",
+    "found '?'": "; quote it inside braces and brackets: '???'",
+}
+
+
 def _syntax_error(file: str, error: Any) -> ConfigError:
     """Turn PyYAML's complaint into one line."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = Origin(file, mark.line + 1, mark.column + 1) if mark else Origin(file)
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"
     context = getattr(error, "context", None)
-    hint = "; indent with spaces, YAML allows no tabs there" if "'\\t'" in str(what) else ""
+    hint = next((cure for sign, cure in _CURES.items() if sign in str(what)), "")
     return _fail("config/syntax", place, f"YAML syntax: {what}{f' {context}' if context else ''}{hint}")
 
 

@@ -239,7 +239,6 @@ def _compress(builder: _Builder) -> Schema:
     reference = builder.model(Compression)
     data = builder.definitions["CompressData"]["properties"]
     data["tokenzier_args"] = {**data["tokenizer_args"], "deprecated": True}
-    builder.definitions["Compression"]["properties"]["defaults"] = _DEFAULTS
     return reference
 
 
@@ -325,4 +324,8 @@ def file_schema(kind: str) -> Schema:
     title, build = FILES[kind]
     builder = _Builder()
     schema = build(builder)
+    for part in schema.get("anyOf", [schema]):
+        mapping = builder.definitions[part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+        if "properties" in mapping:  # a file that is a list composes nothing
+            mapping["properties"].setdefault("defaults", _DEFAULTS)
     return {"title": title, **schema, "$defs": builder.definitions}

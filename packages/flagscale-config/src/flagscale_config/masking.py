@@ -50,7 +50,7 @@ _VALUE = r"\"[^\"]*\"|'[^']*'|[^\s,;&{}\[\])\"']+"
 _PAIR = re.compile(
     rf"(?P<key>[\w.-]*\w)(?P<sign>[\"']?\s?[:=]\s?)(?P<value>(?:bearer\s+|basic\s+)?(?:{_VALUE}))", re.I
 )
-_FLAG = re.compile(rf"(?P<key>--?[\w-]+)(?P<sign>\s+)(?P<value>(?!-)(?:{_VALUE}))")
+_FLAG = re.compile(rf"(?P<key>(?<![\w-])--?[\w-]+)(?P<sign>\s+)(?P<value>(?!-)(?:{_VALUE}))")
 _YAML_KEY = re.compile(r"(?P<key>[\w.-]+)[\"']?\s*:(?=\s|$)")
 _BLOCK = re.compile(r"^\s*(-\s+)?[\"']?(?P<key>[\w.-]+)[\"']?\s*:\s*([|>][-+0-9]*\s*|[&!]\S*\s*)?(#.*)?$")
 

@@ -76,6 +76,9 @@ class _Reader:
             found = self.table.find(_own()["renamed"].get(name, name))
             # A path still to be given takes part in no arithmetic; a number or a switch may.
             self.is_incomplete |= found is None or found[0].is_switch or found[0].type != "str"
+            is_elsewhere = name in HETERO_OPTIONS or (self.script is not None and name in self.script)
+            if found is None and not is_elsewhere and self._is_ours(name, path):
+                self._unknown(name, path)
             return
         if name in HETERO_OPTIONS:
             self.hetero[name] = (value, path)

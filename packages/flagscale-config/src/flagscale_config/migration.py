@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import unified_diff
 from os import PathLike
 from pathlib import Path
@@ -72,11 +72,14 @@ def migrate(source: str | PathLike[str], *, write: bool = False) -> tuple[Migrat
         The files that change; empty when there is nothing to do.
 
     Raises:
-        ConfigError: the files cannot be composed or written; nothing has been written then.
+        ConfigError: the files cannot be composed or written, or a key is given twice with different values;
+            nothing has been written then.
     """
     path = find(source).absolute()
-    files = tuple(dict.fromkeys(file.absolute() for file in compose(path).files))
+    composed = compose(path)
+    files = tuple(dict.fromkeys(file.absolute() for file in composed.files))
     before = {file: file.read_bytes().decode("utf-8") for file in files}
+    _refuse_contradictions(composed.problems, before)
     with tempfile.TemporaryDirectory(prefix="flagscale-migrate-") as name:
         copies = _Copies(Path(name).resolve(), path, before)
         changes = copies.migrate()
@@ -89,6 +92,25 @@ def migrate(source: str | PathLike[str], *, write: bool = False) -> tuple[Migrat
     if write:
         _write(changed)
     return changed
+
+
+def _refuse_contradictions(problems: Sequence[Problem], texts: Mapping[Path, str]) -> None:
+    """Refuse files in which a key is given twice with different values.
+
+    Raises:
+        ConfigError: with every such key.
+    """
+    trees = {shown_path(file): Tree(text.removeprefix(_BOM)) for file, text in texts.items()}
+    found = []
+    for problem in problems:
+        if problem.code == "config/duplicate-key" and problem.origin is not None:
+            tree = trees[problem.origin.file]
+            pair = tree.at(problem.origin.line, problem.origin.column)
+            if pair is None or _remove_repetition(tree, pair, problem) is None:
+                why = "the values differ, and only you know which is meant"
+                found.append(replace(problem, message=f"{problem.message}: {why}"))
+    if found:
+        raise ConfigError(found)
 
 
 class _Copies:
@@ -227,6 +249,7 @@ def _add_self(tree: Tree, pair: Pair, _problem: Problem) -> Edit | None:
 _RULES: dict[str, Callable[[Tree, Pair, Problem], Edit | None]] = {
     "config/dropped": _remove,
     "config/duplicate-key": _remove_repetition,
+    "config/misread": _replace_value,
     "config/no-self": _add_self,
     "config/none-text": _null,
     "config/renamed": _rename,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
@@ -13,6 +14,7 @@ from flagscale_config.places import Path, dotted
 
 __all__ = ["MISSING", "is_incomplete", "resolve"]
 
+_UNSET = re.compile(r"Environment variable '(\w+)' not found")
 MAX_VALUES = 50_000
 MAX_DEPTH = 60
 
@@ -112,6 +114,12 @@ class _Resolver:
     def unresolved(self, path: Path, text: Any, error: Exception) -> None:
         reason = "it refers to itself" if isinstance(error, RecursionError) else str(error).split("\n", 1)[0]
         reason = reason.removeprefix("Interpolation key ")
+        unset = _UNSET.search(reason)
+        if unset is not None:
+            name = unset[1]
+            reason = (
+                f"the environment variable {name} is not set; set it, or write ${{oc.env:{name},default}}"
+            )
         if "recursive interpolation" in reason.lower() or "to parent node" in reason:
             reason = "it refers to itself"
         self.report("config/interpolation", path, f"cannot resolve {text!r}: {reason}", text)

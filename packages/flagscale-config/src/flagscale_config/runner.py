@@ -6,9 +6,11 @@ versions (heartbeat, tracing, profilers) are typed here too, whether or not a ru
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from flagscale_config.base import (
     Bool,
@@ -188,6 +190,20 @@ class CliArgs(Model):
     """Engine options, as a mapping or JSON text."""
 
 
+_RANGE = re.compile(r"([0-9]{1,6})(?::([0-9]{1,6}))?")
+
+
+def _hosts(value: Any) -> Any:
+    """Refuse what is neither a number of hosts nor a range of them."""
+    found = _RANGE.fullmatch(str(value))
+    if found is None or not 1 <= int(found[1]) <= int(found[2] or found[1]):
+        raise PydanticCustomError("hosts", "must be a number of at least 1, or 'min:max' with min <= max")
+    return value
+
+
+_Hosts = Annotated[Positive | Annotated[str, Field(pattern=f"^{_RANGE.pattern}$")], BeforeValidator(_hosts)]
+
+
 class Runner(Model):
     """Where and how processes are started."""
 
@@ -197,7 +213,7 @@ class Runner(Model):
     """Launcher of training processes."""
     hostfile: Text | None = None
     """Path of the list of hosts; none means this host."""
-    nnodes: Positive | Annotated[str, Field(pattern=r"^\d+(:\d+)?$")] | None = None
+    nnodes: _Hosts | None = None
     """Number of hosts, or `min:max`; all hosts of the hostfile by default."""
     nproc_per_node: Positive | None = None
     """Processes per host; the host's slots by default."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from flagscale_config.errors import show
 from flagscale_config.findings import Findings
 from flagscale_config.places import Path
-from flagscale_config.resolve import MISSING
+from flagscale_config.resolve import MISSING, is_incomplete
 from flagscale_config.suggest import Hint, models_in, suggestion
 
 __all__ = ["read_field", "read_model"]
@@ -46,6 +46,8 @@ def _absent(tree: Any, location: Sequence[str | int]) -> bool:
 
 def read_model(model: type[_M], tree: Mapping[str, Any], path: Path, findings: Findings) -> _M | None:
     """Return a section as its model; None when it is wrong, every fault reported with its place."""
+    if is_incomplete(tree):
+        _report_misspelt(model, tree, path, findings)
     try:
         return model.model_validate(_given(tree))
     except ValidationError as error:
@@ -58,6 +60,16 @@ def read_model(model: type[_M], tree: Mapping[str, Any], path: Path, findings: F
                 seen.add(location)
                 _report(item, (*path, *location), model, findings)
     return None
+
+
+def _report_misspelt(model: type[BaseModel], tree: Mapping[str, Any], path: Path, findings: Findings) -> None:
+    """Report unknown keys whose values the user still has to give: the model is not shown those."""
+    try:
+        model.model_validate(tree)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            if item["type"] == "extra_forbidden" and item["input"] is MISSING:
+                _report(item, (*path, *_location(item["loc"], tree)), model, findings)
 
 
 def read_field(model: type[BaseModel], name: str, value: Any, path: Path, findings: Findings) -> Any:
@@ -143,7 +155,7 @@ def _words(item: Any) -> str:
         "dict_type": "must be a mapping",
         "mapping_type": "must be a mapping",
         "tuple_type": "must be a list",
-        "string_pattern_mismatch": "must be a number, or min:max",
+        "string_pattern_mismatch": "must be the name of a class, such as transformers.AutoModel",
     }
     if kind in simple:
         return simple[kind]

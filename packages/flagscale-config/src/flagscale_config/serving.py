@@ -140,8 +140,8 @@ def typed_options(
     typed: dict[str, Any] = {}
     for key, value in _joined(tree).items():
         here = (*path, key if key in tree else next(word for word in tree if word.startswith(f"{key}.")))
-        found = None if value is None or is_incomplete(value) else _option(key, table, here, findings, own)
-        if found is None:
+        found = _option(key, table, here, findings, own)
+        if found is None or value is None or is_incomplete(value):
             continue
         try:
             coerced = found[0].coerce(value)

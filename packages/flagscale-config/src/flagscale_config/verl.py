@@ -19,6 +19,7 @@ from flagscale_config.findings import Findings
 from flagscale_config.places import Path
 from flagscale_config.reinforcement import ReinforcementLearning
 from flagscale_config.resolve import is_incomplete
+from flagscale_config.suggest import Hint
 
 __all__ = ["read_rl", "verl_keys", "verl_tree"]
 
@@ -162,14 +163,14 @@ class _Reader:
         return False
 
     def _read(self, name: str, value: Any, path: Path) -> None:
-        if is_incomplete(value):
-            return
         if self.keys is not None and name not in self.keys:
-            if any(key.startswith(f"{name}.") for key in self.keys):
+            if not any(key.startswith(f"{name}.") for key in self.keys):
+                self._unknown(name, path, self.keys)
+            elif not is_incomplete(value):
                 message = f"must be a mapping ({show(value)} given)"
                 self.findings.error("config/value", path, message, value)
-            else:
-                self._unknown(name, path, self.keys)
+            return
+        if is_incomplete(value):
             return
         kind = self.keys[name] if self.keys is not None else "any"
         if value is not None and not _fits(value, kind):
@@ -192,7 +193,8 @@ class _Reader:
             hint = f"; did you mean {near[0]}?"
         elif elsewhere:
             hint = f"; it belongs under {' or '.join(key.rpartition('.')[0] for key in elsewhere[:3])}"
-        self.findings.error("config/unknown-key", path, f"unknown key{hint}")
+        meant = Hint(suggestion=near[0] if near else None)
+        self.findings.error("config/unknown-key", path, f"unknown key{hint}", hint=meant)
 
 
 def _fits(value: Any, kind: str) -> bool:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flagscale_convert.execution import Progress, Report, convert
     from flagscale_convert.families import FAMILIES, Family
     from flagscale_convert.inspection import Inspection, inspect
+    from flagscale_convert.parallel import ParallelLayout
     from flagscale_convert.plan import Plan, make_plan
     from flagscale_convert.verification import Difference, VerifyReport, verify
 
@@ -36,6 +37,7 @@ __all__ = [
     "Difference",
     "Family",
     "Inspection",
+    "ParallelLayout",
     "Plan",
     "Progress",
     "Report",
@@ -59,6 +61,7 @@ _HOMES = {
     "FAMILIES": "families",
     "Family": "families",
     "Inspection": "inspection",
+    "ParallelLayout": "parallel",
     "Plan": "plan",
     "Progress": "execution",
     "Report": "execution",

@@ -15,7 +15,7 @@ import numpy as np
 from flagscale_convert.rules import Binding
 from flagscale_convert.tensors import Source, TensorInfo
 
-__all__ = ["Arrangement", "Comparison", "as_huggingface", "as_megatron", "compare_names"]
+__all__ = ["Arrangement", "Comparison", "as_canonical", "as_huggingface", "as_megatron", "compare_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,27 @@ def as_megatron(source: Source, bindings: Iterable[Binding]) -> Arrangement:
         pieces = [_Piece(span.row, span.rows, binding.hf[span.part], span.part_row) for span in binding.spans]
         info = TensorInfo(parts[0].dtype, binding.whole_shape)
         arranged[binding.megatron] = _Arranged(info, tuple(sorted(pieces, key=lambda piece: piece.row)))
+    return Arrangement(source, arranged)
+
+
+def as_canonical(source: Source, bindings: Sequence[Binding], written: Sequence[Binding]) -> Arrangement:
+    """See a Megatron source under the names, and with the vocabulary padding, that are written.
+
+    Args:
+        source: logical tensors under the names of any dialect.
+        bindings: the family's rules as bound to the source.
+        written: the same rules as bound to the destination.
+    """
+    infos = source.tensors()
+    arranged = {}
+    for ours, theirs in zip(written, bindings, strict=True):
+        whole = infos.get(theirs.megatron)
+        if whole is None:
+            continue
+        # The rows that carry something come first in every operation; what is behind them is padding.
+        rows = sum(span.rows for span in theirs.spans)
+        piece = _Piece(0, rows, theirs.megatron, 0)
+        arranged[ours.megatron] = _Arranged(TensorInfo(whole.dtype, ours.whole_shape), (piece,))
     return Arrangement(source, arranged)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from flagscale_convert.__about__ import __version__
 if TYPE_CHECKING:
     from flagscale_convert.inspection import Inspection
     from flagscale_convert.plan import Plan
+    from flagscale_convert.verification import VerifyReport
 
 __all__ = ["main"]
 
@@ -61,8 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     run = _add_conversion(
         verbs, common, "run", _run, "convert; run again to finish an interrupted conversion"
     )
-    run.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DST")
-    run.add_argument("--workers", type=_positive, default=2, metavar="N", help="threads (default 2)")
+    reshard = _add_conversion(
+        verbs, common, "reshard", _reshard, "divide a Megatron checkpoint for other parallel sizes"
+    )
+    for writer in (run, reshard):
+        writer.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DST")
+        writer.add_argument("--workers", type=_positive, default=2, metavar="N", help="threads (default 2)")
+        writer.add_argument(
+            "--shard",
+            type=_shard,
+            default=(1, 1),
+            metavar="K/N",
+            help="write part K of N, for N hosts that share DST; the last to finish puts all in place",
+        )
     _add_verify(verbs, common)
     families = verbs.add_parser("families", parents=[common], help="list what can be converted")
     families.set_defaults(verb=_families)
@@ -75,18 +88,29 @@ def _add_inspect(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     inspect.add_argument("path", metavar="PATH", type=Path)
     inspect.add_argument("--values", action="store_true", help="read the weights too: NaN, infinity, zeros")
+    inspect.add_argument(
+        "--hashes", action="store_true", help="check every file against the manifest beside it"
+    )
     inspect.set_defaults(verb=_inspect)
 
 
 def _add_verify(verbs: Any, common: argparse.ArgumentParser) -> None:
     verify = verbs.add_parser(
-        "verify", parents=[common], help="compare two checkpoints of any formats, bit by bit"
+        "verify", parents=[common], help="compare two checkpoints of any formats and parallel layouts"
     )
     verify.add_argument("a", metavar="A", type=Path)
     verify.add_argument("b", metavar="B", type=Path)
     verify.add_argument(
         "--vocab-size", type=_positive, metavar="N", help="true vocabulary, if A or B does not tell it"
     )
+    verify.add_argument(
+        "--mode",
+        choices=("cover", "bitwise", "stats", "logits"),
+        default="bitwise",
+        help="cover: names, types, shapes; bitwise (default); stats: values, for casts; logits: what both"
+        " compute, run by transformers",
+    )
+    verify.add_argument("--layers", type=_positive, metavar="N", help="compare only the first N layers")
     verify.set_defaults(verb=_verify)
 
 
@@ -104,7 +128,17 @@ def _add_conversion(
     parser.add_argument(
         "dst", metavar="DST", type=Path, help="directory to write; must not hold anything yet"
     )
-    parser.add_argument("--to", choices=("hf", "torch_dist"), required=True, help="format to write")
+    if name == "reshard":
+        parser.add_argument(
+            "--to", choices=("torch_dist", "torch"), default="torch_dist", help="format (default torch_dist)"
+        )
+    else:
+        parser.add_argument(
+            "--to",
+            choices=("hf", "torch_dist", "torch"),
+            required=True,
+            help="format to write; torch is Megatron's of one file per rank",
+        )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="carry the tokenizer in DIR along")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="cast weights (default: as stored)")
     parser.add_argument(
@@ -116,9 +150,9 @@ def _add_conversion(
     parser.add_argument(
         "--vocab-divisor",
         type=_positive,
-        default=128,
         metavar="N",
-        help="torch_dist pads the vocabulary to a multiple (default 128)",
+        help="Megatron pads the vocabulary to a multiple of N times the tensor-parallel size (default: as"
+        " SRC, else 128)",
     )
     parser.add_argument(
         "--layers",
@@ -126,8 +160,45 @@ def _add_conversion(
         default="auto",
         help="how torch_dist stores layers; per-layer if the run's moe_layer_freq is a list (default auto)",
     )
+    _add_megatron(parser)
     parser.set_defaults(verb=verb)
     return parser
+
+
+_SIZES = {
+    "tensor_model_parallel_size": "ranks that share each layer",
+    "pipeline_model_parallel_size": "stages",
+    "expert_model_parallel_size": "groups of experts",
+    "expert_tensor_parallel_size": "ranks that share each expert (default: as tensor)",
+    "virtual_pipeline_model_parallel_size": "chunks of each stage",
+    "num_layers_in_first_pipeline_stage": "if not as many as in the others",
+    "num_layers_in_last_pipeline_stage": "if not as many as in the others",
+}
+
+
+def _add_megatron(parser: argparse.ArgumentParser) -> None:
+    """Add Megatron's own options for parallel sizes and flavours, under Megatron's names."""
+    group = parser.add_argument_group(
+        "Megatron, under its own names",
+        "sizes matter to --to torch; to torch_dist for vocabulary padding only",
+    )
+    for name, text in _SIZES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=_positive, metavar="N", help=text)
+    group.add_argument(
+        "--transformer-impl",
+        choices=("transformer_engine", "local"),
+        default="transformer_engine",
+        help="whose layers will load --to torch (default transformer_engine)",
+    )
+    group.add_argument(
+        "--moe-grouped-gemm", action="store_true", help="--to torch will be loaded with that option"
+    )
+    group.add_argument(
+        "--megatron-version",
+        choices=("0.16", "0.19"),
+        default="0.19",
+        help="oldest megatron-core to load --to torch_dist (default 0.19)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -135,6 +206,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return value
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text}: write K/N, with K from 1 to N")
+    return int(number), int(count)
 
 
 def _size(text: str) -> int:
@@ -176,9 +254,30 @@ def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def _events() -> Iterator[Callable[[int, int], None]]:
+    """Write progress to stderr as a line of JSON each second and at the end."""
+    started = told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told < 1 and done != total:
+            return
+        told = now
+        rate = done / max(now - started, 1e-9)
+        left = round((total - done) / rate, 1) if rate else None
+        event = {"event": "progress", "done_bytes": done, "total_bytes": total}
+        print(json.dumps({**event, "bytes_per_second": round(rate), "seconds_left": left}), file=sys.stderr)
+
+    yield tell
+
+
 def _make_plan(arguments: argparse.Namespace) -> Plan:
+    from flagscale_convert.parallel import ParallelLayout
     from flagscale_convert.plan import make_plan
 
+    sizes = {name: getattr(arguments, name) for name in _SIZES if getattr(arguments, name) is not None}
     return make_plan(
         arguments.src,
         arguments.dst,
@@ -189,6 +288,10 @@ def _make_plan(arguments: argparse.Namespace) -> Plan:
         vocab_size=arguments.vocab_size,
         vocab_divisor=arguments.vocab_divisor,
         layers=arguments.layers,
+        parallel=ParallelLayout(**sizes) if sizes else None,
+        transformer_impl=arguments.transformer_impl,
+        moe_grouped_gemm=arguments.moe_grouped_gemm,
+        megatron_version=arguments.megatron_version,
     )
 
 
@@ -223,16 +326,34 @@ def _print_plan(plan: Plan) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    return _carry_out(arguments, _make_plan(arguments))
+
+
+def _reshard(arguments: argparse.Namespace) -> int:
+    from flagscale_convert.errors import Unsupported
+
+    plan = _make_plan(arguments)
+    if not plan.model.is_megatron:
+        raise Unsupported(
+            f"{arguments.src}: is a Hugging Face model, which has no ranks: use run --to {plan.to}"
+        )
+    return _carry_out(arguments, plan)
+
+
+def _carry_out(arguments: argparse.Namespace, plan: Plan) -> int:
     from flagscale_convert.execution import convert
     from flagscale_convert.tensors import format_bytes
 
-    plan = _make_plan(arguments)
     for note in plan.notes if not arguments.json else ():
         print(f"note: {note}", file=sys.stderr)
     try:
-        with _progress("convert") as progress:
+        with _events() if arguments.json else _progress("convert") as progress:
             report = convert(
-                plan, progress=progress, workers=arguments.workers, overwrite=arguments.overwrite
+                plan,
+                progress=progress,
+                workers=arguments.workers,
+                overwrite=arguments.overwrite,
+                shard=arguments.shard,
             )
     except KeyboardInterrupt:
         print("stopped: what is whole was kept, run the same command again to finish", file=sys.stderr)
@@ -246,13 +367,15 @@ def _run(arguments: argparse.Namespace) -> int:
         f"{report.destination}: {report.num_parameters:,} parameters, {format_bytes(report.written_bytes)} in"
         f" {report.seconds:.1f} s ({rate}/s){resumed}"
     )
+    if report.missing:
+        print(f"{len(report.missing)} files are left to other shards; {report.missing[0]} is one of them")
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from flagscale_convert.inspection import inspect
 
-    found = inspect(arguments.path, values=arguments.values)
+    found = inspect(arguments.path, values=arguments.values, hashes=arguments.hashes)
     if arguments.json:
         _print_json(found.to_dict())
     else:
@@ -270,6 +393,8 @@ def _print_inspection(found: Inspection) -> None:
         print(f"iteration   {found.iteration}")
     print(f"family      {found.family or 'none that can be converted'}")
     print(f"parameters  {found.num_parameters:,}")
+    if found.published is not None:
+        print(f"published   {found.published[1]:,} ({found.published[0]})")
     print(f"tensors     {found.num_tensors}, {format_bytes(found.model_bytes)} ({dtypes})")
     if found.optimizer_tensors:
         print(f"optimizer   {found.optimizer_tensors} tensors, {format_bytes(found.optimizer_bytes)}")
@@ -283,15 +408,21 @@ def _print_inspection(found: Inspection) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from flagscale_convert.tensors import format_bytes
     from flagscale_convert.verification import verify
 
     with _progress("verify") as progress:
-        report = verify(arguments.a, arguments.b, vocab_size=arguments.vocab_size, progress=progress)
+        report = verify(
+            arguments.a,
+            arguments.b,
+            mode=arguments.mode,
+            vocab_size=arguments.vocab_size,
+            num_layers=arguments.layers,
+            progress=progress,
+        )
     if arguments.json:
         _print_json(report.to_dict())
     elif report.is_equal:
-        print(f"equal: {report.num_tensors} tensors, {format_bytes(report.compared_bytes)}, every bit")
+        print(f"equal: {report.num_tensors} tensors, {_how_equal(report)}")
     else:
         print(f"different: {len(report.differences)} findings in {report.num_tensors} tensors compared")
         for found in report.differences[:10]:
@@ -299,6 +430,19 @@ def _verify(arguments: argparse.Namespace) -> int:
         if len(report.differences) > 10:
             print(f"  and {len(report.differences) - 10} more")
     return 0 if report.is_equal else _MISMATCH
+
+
+def _how_equal(report: VerifyReport) -> str:
+    from flagscale_convert.tensors import format_bytes
+
+    if report.mode == "cover":
+        return "names, types and shapes"
+    if report.logits is not None:
+        return f"logits within {report.logits[0]:.1e} of {report.logits[1]:.1f}"
+    if report.mode == "stats":
+        apart = max((entry.max_abs for entry in report.stats), default=0.0)
+        return f"{format_bytes(report.compared_bytes)}, within rounding (largest difference {apart:.3g})"
+    return f"{format_bytes(report.compared_bytes)}, every bit"
 
 
 def _families(arguments: argparse.Namespace) -> int:

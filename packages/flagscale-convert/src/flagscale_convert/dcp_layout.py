@@ -17,15 +17,20 @@ from typing import Any
 
 from flagscale_convert.architecture import Architecture
 from flagscale_convert.dcp_metadata import Location
+from flagscale_convert.errors import Unsupported
 from flagscale_convert.layout import FilePlan, Item
 from flagscale_convert.pickling import Call, Global, New, Pairs, Persistent, dump
 from flagscale_convert.tensors import TORCH_NAMES, TensorInfo
 from flagscale_convert.torch_dist import COMMON_STATE
 from flagscale_convert.torch_zip import TensorFrame, object_archive
 
-__all__ = ["METADATA_JSON", "lay_out_torch_dist"]
+__all__ = ["METADATA_JSON", "lay_out_torch_dist", "pickled_run", "pickled_tensor"]
 
 METADATA_JSON = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
+_LEGACY_METADATA_JSON = (
+    b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1,'
+    b' "common_backend": "torch", "common_backend_version": 1}'
+)
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^(mlp\.experts\.experts\.)(\d+)\.(.+)$")
 _ATTENTION_STATES = (
@@ -75,6 +80,7 @@ def lay_out_torch_dist(  # noqa: PLR0913 - one caller, most by keyword
     is_stacked: bool,
     folder: str,
     shard_bytes: int,
+    is_legacy: bool = False,
 ) -> tuple[tuple[FilePlan, ...], dict[str, bytes]]:
     """Lay out a checkpoint.
 
@@ -86,15 +92,18 @@ def lay_out_torch_dist(  # noqa: PLR0913 - one caller, most by keyword
         is_stacked: whether layers share one tensor; they must then be alike.
         folder: iteration directory in the destination.
         shard_bytes: a data file gets no further chunk beyond this.
+        is_legacy: arguments in `common.pt`, as up to megatron-core 0.16, which newer ones read too.
 
     Returns:
-        The data files, and `.metadata` and `metadata.json` by path.
+        The data files, and the small ones by path.
     """
     entries = _entries(infos, _Naming(arch, is_stacked), twins)
     storage: _Storage = {}
     files = _data_files(entries, folder, shard_bytes, storage)
     objects = _extra_states(arch, is_stacked=is_stacked)
-    objects[COMMON_STATE] = _common_state(args, entries, is_stacked=is_stacked)
+    common = _common_state(args, next(iter(entries.values())).dtype, is_stacked=is_stacked)
+    if not is_legacy:
+        objects[COMMON_STATE] = object_archive(dump([common]))
     files.append(_object_file(objects, f"__0_{len(files)}.distcp", folder, storage))
     described: dict[str, Any] = {
         name: _describe(entry) for stored, entry in entries.items() for name in (stored, *entry.twins)
@@ -108,8 +117,9 @@ def lay_out_torch_dist(  # noqa: PLR0913 - one caller, most by keyword
         "version": "1.0.0",
     }
     return tuple(files), {
+        **({f"{folder}/common.pt": object_archive(dump(common))} if is_legacy else {}),
         f"{folder}/.metadata": dump(New(Global(_DCP, "Metadata"), metadata)),
-        f"{folder}/metadata.json": METADATA_JSON,
+        f"{folder}/metadata.json": _LEGACY_METADATA_JSON if is_legacy else METADATA_JSON,
     }
 
 
@@ -258,14 +268,25 @@ def _extra_states(arch: Architecture, *, is_stacked: bool) -> dict[str, bytes]:
     return dict.fromkeys(names, empty)
 
 
-def _common_state(args: Mapping[str, Any], entries: Mapping[str, _Entry], *, is_stacked: bool) -> bytes:
-    dtype = next(iter(entries.values())).dtype
+def pickled_run(args: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Describe a run that has not trained yet: its arguments, format version and iteration 0.
+
+    Args:
+        args: Megatron's arguments, dtype excepted.
+        dtype: safetensors code of the weights.
+    """
     run = {**args, "params_dtype": _dtype(dtype), "bf16": dtype == "BF16", "fp16": dtype == "F16"}
-    common = {
+    return {
         "args": New(Global("argparse", "Namespace"), run),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
+    }
+
+
+def _common_state(args: Mapping[str, Any], dtype: str, *, is_stacked: bool) -> dict[str, Any]:
+    return {
+        **pickled_run(args, dtype),
         # Megatron builds its names by these; whatever its own arguments are, they then fit the file.
         "content_metadata": {
             "distrib_optim_sharding_type": "fully_reshardable",
@@ -273,21 +294,32 @@ def _common_state(args: Mapping[str, Any], entries: Mapping[str, _Entry], *, is_
             **({} if is_stacked else {"non_homogeneous_layers": True}),
         },
     }
-    return object_archive(dump([common]))
 
 
 def _frame(chunk: _Chunk) -> TensorFrame:
     """Frame a chunk as `torch.save` would frame a contiguous CPU tensor."""
+    return TensorFrame(
+        dump(pickled_tensor(chunk.dtype, chunk.sizes)), TensorInfo(chunk.dtype, chunk.sizes).size_bytes
+    )
+
+
+def pickled_tensor(dtype: str, shape: tuple[int, ...], *, key: str = "0") -> Call:
+    """Describe a contiguous CPU tensor as torch pickles it.
+
+    Args:
+        dtype: safetensors code.
+        shape: its axes.
+        key: names its bytes in the archive.
+    """
+    if dtype not in _STORAGES:
+        raise Unsupported(f"dtype ({dtype}): Megatron checkpoints are written in {', '.join(_STORAGES)}")
     strides, step = [], 1
-    for size in reversed(chunk.sizes):
+    for size in reversed(shape):
         strides.append(step)
         step *= size
-    storage = Persistent(
-        ("storage", Global("torch", _STORAGES[chunk.dtype]), "0", "cpu", math.prod(chunk.sizes))
-    )
+    storage = Persistent(("storage", Global("torch", _STORAGES[dtype]), key, "cpu", math.prod(shape)))
     hooks = Call(Global("collections", "OrderedDict"), ())
-    rebuilt = Call(
+    return Call(
         Global("torch._utils", "_rebuild_tensor_v2"),
-        (storage, 0, chunk.sizes, tuple(reversed(strides)), False, hooks),
+        (storage, 0, shape, tuple(reversed(strides)), False, hooks),
     )
-    return TensorFrame(dump(rebuilt), TensorInfo(chunk.dtype, chunk.sizes).size_bytes)

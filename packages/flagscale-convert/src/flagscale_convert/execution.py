@@ -16,6 +16,7 @@ import numpy as np
 
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.layout import FilePlan, Item
+from flagscale_convert.manifest import Checksum, is_written_by
 from flagscale_convert.model import require_fit
 from flagscale_convert.plan import Plan
 from flagscale_convert.staging import Staging, write_failure
@@ -25,6 +26,7 @@ from flagscale_convert.verification import first_difference
 __all__ = ["Progress", "Report", "convert"]
 
 _BUFFER_BYTES = 16 << 20
+_NOTHING: tuple[str, ...] = ()
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all, from any thread, one call at a time."""
 
@@ -41,6 +43,8 @@ class Report:
     """Bytes an earlier, unfinished attempt had written already."""
     seconds: float
     notes: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    """Files that other hosts have yet to write; the last of them puts everything in place."""
 
     def to_dict(self) -> dict[str, Any]:
         """Give the report as plain data."""
@@ -52,6 +56,7 @@ class Report:
             "resumed_bytes": self.resumed_bytes,
             "seconds": round(self.seconds, 3),
             "notes": list(self.notes),
+            "missing": list(self.missing),
         }
 
 
@@ -60,7 +65,12 @@ class _Cancelled(Exception):
 
 
 def convert(
-    plan: Plan, *, progress: Progress | None = None, workers: int = 2, overwrite: bool = False
+    plan: Plan,
+    *,
+    progress: Progress | None = None,
+    workers: int = 2,
+    overwrite: bool = False,
+    shard: tuple[int, int] = (1, 1),
 ) -> Report:
     """Carry out a plan.
 
@@ -73,9 +83,12 @@ def convert(
         progress: told about bytes done.
         workers: threads, at least 1; more than two help on fast disks only.
         overwrite: replace an earlier checkpoint in the destination.
+        shard: this host's number, from 1, and how many hosts there are; each writes its part of the files
+            into the destination, which they share, and the one that finds all parts written puts them in
+            place.
 
     Raises:
-        Unsupported: the plan has problems.
+        Unsupported: the plan has problems, or there is no such shard.
         DestinationRefused: the destination holds something else.
         SourceDamaged: the source ends early or changed.
         WriteFailed: the destination could not be written.
@@ -84,24 +97,42 @@ def convert(
     require_fit(plan.model, plan.source)
     for one, other in plan.must_equal:
         _require_equal(plan, one, other)
-    staging = Staging(plan, overwrite=overwrite)
-    with staging.opened():
-        done = sum(file.size_bytes for file in plan.files if staging.is_done(file.path))
-        counter = _Counter(sum(file.size_bytes for file in plan.files), done, progress)
-        for file in plan.files:
-            if not staging.is_done(file.path):
-                _write_file(plan.view, file, staging.folder / file.path, counter, workers)
-                staging.mark_done(file.path)
-        staging.commit()
+    if not 1 <= shard[0] <= shard[1]:
+        raise Unsupported(f"shard ({shard[0]}/{shard[1]}): a number from 1 to {shard[1]} is needed")
+    staging = Staging(plan, overwrite=overwrite, shard=shard)
+    total = sum(file.size_bytes for file in staging.files)
+    is_late = shard[1] > 1 and not staging.folder.exists()
+    if is_late and is_written_by(plan.destination, plan.digest):
+        done, missing = total, _NOTHING  # the other hosts have finished this one's part too
+    else:
+        done, missing = _write_all(plan, staging, total, progress, workers)
     return Report(
         destination=plan.destination,
-        files=(*(file.path for file in plan.files), *plan.copies, *plan.texts),
+        files=(*(file.path for file in staging.files), *(() if missing else (*plan.copies, *plan.texts))),
         num_parameters=plan.num_parameters,
-        written_bytes=plan.total_bytes - done,
+        written_bytes=total - done + (0 if missing else plan.total_bytes - plan.file_bytes),
         resumed_bytes=done,
         seconds=time.monotonic() - started,
         notes=plan.notes,
+        missing=missing,
     )
+
+
+def _write_all(
+    plan: Plan, staging: Staging, total: int, progress: Progress | None, workers: int
+) -> tuple[int, tuple[str, ...]]:
+    """Write what is left; give the bytes that were there already, and the files others have yet to write."""
+    with staging.opened():
+        left = [file for file in staging.files if not staging.is_done(file.path)]
+        done = total - sum(file.size_bytes for file in left)
+        counter = _Counter(total, done, progress)
+        for file in left:
+            checksum = _write_file(plan.view, file, staging.folder / file.path, counter, workers)
+            staging.mark_done(file.path, checksum)
+        missing = staging.missing()
+        if not missing:
+            staging.commit()
+    return done, missing
 
 
 def _require_equal(plan: Plan, one: str, other: str) -> None:
@@ -138,7 +169,7 @@ class _Counter:
                 self._progress(self._done, self._total)
 
 
-def _write_file(view: Source, file: FilePlan, path: Path, counter: _Counter, workers: int) -> None:
+def _write_file(view: Source, file: FilePlan, path: Path, counter: _Counter, workers: int) -> Checksum:
     """Write one file by several threads, each a tensor at a time, roughly from front to back."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,24 +179,41 @@ def _write_file(view: Source, file: FilePlan, path: Path, counter: _Counter, wor
     try:
         _write_at(descriptor, path, file.head, 0)
         counter.add(len(file.head))
-        with ThreadPoolExecutor(max(1, workers), thread_name_prefix="convert") as pool:
-            futures = [pool.submit(_write_item, view, item, descriptor, path, counter) for item in file.items]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                # Also reached by Ctrl-C: threads stop at their next buffer.
-                counter.is_cancelled = any(not future.done() for future in futures)
-                pool.shutdown(cancel_futures=True)
-            _raise_first(futures)
+        checksums = _write_items(view, file, descriptor, path, counter, workers)
+        whole = Checksum.of(file.head)
+        for item, checksum in zip(file.items, checksums, strict=True):
+            head, tail = item.frame.render(checksum.crc) if item.frame is not None else (b"", b"")
+            whole = whole + Checksum.of(head) + checksum + Checksum.of(tail)
+        if file.archive is not None:
+            tail = file.archive.tail([checksum.crc for checksum in checksums])
+            _write_at(descriptor, path, tail, file.size_bytes - len(tail))
+            counter.add(len(tail))
+            whole += Checksum.of(tail)
         try:
             os.fsync(descriptor)
         except OSError as error:
             raise write_failure(path, error) from error
     finally:
         os.close(descriptor)
+    return whole
 
 
-def _raise_first(futures: list[Future[None]]) -> None:
+def _write_items(
+    view: Source, file: FilePlan, descriptor: int, path: Path, counter: _Counter, workers: int
+) -> list[Checksum]:
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="convert") as pool:
+        futures = [pool.submit(_write_item, view, item, descriptor, path, counter) for item in file.items]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            # Also reached by Ctrl-C: threads stop at their next buffer.
+            counter.is_cancelled = any(not future.done() for future in futures)
+            pool.shutdown(cancel_futures=True)
+        _raise_first(futures)
+    return [future.result() for future in futures]
+
+
+def _raise_first(futures: list[Future[Checksum]]) -> None:
     """Raise what really went wrong, not that the others were stopped because of it."""
     errors = [future.exception() for future in futures if not future.cancelled()]
     for error in errors:
@@ -173,7 +221,8 @@ def _raise_first(futures: list[Future[None]]) -> None:
             raise error
 
 
-def _write_item(view: Source, item: Item, descriptor: int, path: Path, counter: _Counter) -> None:
+def _write_item(view: Source, item: Item, descriptor: int, path: Path, counter: _Counter) -> Checksum:
+    """Write one tensor and what stands around it; give the checksum of its data."""
     info = view.tensors()[item.tensor]
     rows_at_once = max(1, _BUFFER_BYTES // max(1, info.row_bytes))
     buffer: np.ndarray = np.empty((min(rows_at_once, info.rows), info.row_bytes), np.uint8)
@@ -181,8 +230,7 @@ def _write_item(view: Source, item: Item, descriptor: int, path: Path, counter: 
     for start in range(0, info.rows, rows_at_once):
         rows = buffer[: min(rows_at_once, info.rows - start)]
         view.read_rows(item.tensor, start, rows)
-        if item.frame is not None:
-            checksum = zlib.crc32(rows, checksum)
+        checksum = zlib.crc32(rows, checksum)
         _write_at(descriptor, path, rows, position)
         position += rows.size
         counter.add(rows.size)
@@ -191,6 +239,7 @@ def _write_item(view: Source, item: Item, descriptor: int, path: Path, counter: 
         _write_at(descriptor, path, head, item.offset - len(head))
         _write_at(descriptor, path, tail, position)
         counter.add(len(head) + len(tail))
+    return Checksum(info.size_bytes, checksum)
 
 
 def _write_at(descriptor: int, path: Path, data: bytes | np.ndarray, offset: int) -> None:

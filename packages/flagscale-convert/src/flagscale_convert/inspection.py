@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from flagscale_convert.architecture import Architecture
 from flagscale_convert.cast import to_float
 from flagscale_convert.errors import ConvertError
 from flagscale_convert.locate import Opened, open_checkpoint
+from flagscale_convert.manifest import MANIFEST, check_manifest
+from flagscale_convert.megatron_source import MegatronSource
 from flagscale_convert.model import understand
+from flagscale_convert.mp_rank import MpRankSource
+from flagscale_convert.published import published_like
 from flagscale_convert.tensors import Source, TensorInfo
-from flagscale_convert.torch_dist import TorchDistSource
 
 __all__ = ["Inspection", "inspect"]
 
@@ -29,7 +33,7 @@ class Inspection:
 
     path: Path
     format: str
-    """`hf` or `torch_dist`."""
+    """`hf`, `torch_dist` or `torch` (one file per rank)."""
     iteration: int | None
     dialect: str
     """How tensors are stored: `stacked` or `per-layer` and a prefix, `sharded` or `single file`."""
@@ -42,6 +46,8 @@ class Inspection:
     """Tensors per dtype."""
     optimizer_tensors: int
     optimizer_bytes: int
+    published: tuple[str, int] | None
+    """Repository and parameter count of the published model of this shape, if there is one."""
     notes: tuple[str, ...]
     suspicions: tuple[str, ...]
     """Findings that deserve a look; empty for a healthy checkpoint."""
@@ -59,12 +65,13 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def inspect(path: str | PathLike[str], *, values: bool = False) -> Inspection:
+def inspect(path: str | PathLike[str], *, values: bool = False, hashes: bool = False) -> Inspection:
     """Look at a checkpoint.
 
     Args:
         path: a model directory, an iteration directory or a training directory.
         values: read every weight as well and report NaN, infinity and tensors of zeros.
+        hashes: read every file and compare it with the manifest beside the checkpoint.
 
     Raises:
         SourceNotFound: no checkpoint there.
@@ -74,10 +81,20 @@ def inspect(path: str | PathLike[str], *, values: bool = False) -> Inspection:
     opened = open_checkpoint(Path(path))
     source = opened.source
     infos = source.tensors()
-    family, architecture, parameters, notes, suspicions = _understand(opened, infos)
+    arch, architecture, parameters, notes, suspicions = _understand(opened, infos)
     if values:
         suspicions += _strange_values(source)
-    megatron = source if isinstance(source, TorchDistSource) else None
+        if isinstance(source, MpRankSource):
+            suspicions += [f"`{name}`: ranks have different copies" for name in source.copies_that_differ()]
+    if hashes:
+        root = opened.directory if (opened.directory / MANIFEST).exists() else opened.root
+        suspicions += check_manifest(root)
+    published = None if arch is None else published_like(arch)
+    if published is not None and published[1] != parameters:
+        suspicions.append(
+            f"{parameters:,} parameters: {published[0]}, of the same shape, has {published[1]:,}"
+        )
+    megatron = source if isinstance(source, MegatronSource) else None
     if megatron is not None:
         suspicions += _strange_states(megatron)
     return Inspection(
@@ -85,7 +102,7 @@ def inspect(path: str | PathLike[str], *, values: bool = False) -> Inspection:
         format=opened.format,
         iteration=None if megatron is None else megatron.common.iteration,
         dialect=_dialect(opened),
-        family=family,
+        family=None if arch is None else arch.family,
         architecture=architecture,
         num_parameters=parameters,
         num_tensors=len(infos),
@@ -93,6 +110,7 @@ def inspect(path: str | PathLike[str], *, values: bool = False) -> Inspection:
         dtypes=dict(Counter(info.dtype for info in infos.values())),
         optimizer_tensors=0 if megatron is None else len(megatron.optimizer_tensors),
         optimizer_bytes=0 if megatron is None else megatron.optimizer_bytes,
+        published=published,
         notes=(*opened.notes, *notes),
         suspicions=tuple(suspicions),
     )
@@ -100,7 +118,7 @@ def inspect(path: str | PathLike[str], *, values: bool = False) -> Inspection:
 
 def _understand(
     opened: Opened, infos: Mapping[str, TensorInfo]
-) -> tuple[str | None, dict[str, Any], int, tuple[str, ...], list[str]]:
+) -> tuple[Architecture | None, dict[str, Any], int, tuple[str, ...], list[str]]:
     """Read the architecture; one that cannot be converted is itself a finding, not an error."""
     try:
         model = understand(opened)
@@ -115,20 +133,19 @@ def _understand(
     }
     if arch.experts is not None:
         described |= {f"expert_{name}": value for name, value in asdict(arch.experts).items()}
-    return arch.family, described, model.num_parameters, model.notes, list(model.problems)
+    return arch, described, model.num_parameters, model.notes, list(model.problems)
 
 
 def _dialect(opened: Opened) -> str:
     source = opened.source
-    if isinstance(source, TorchDistSource):
-        stacked = "stacked" if source.is_stacked else "per-layer"
-        return f"{stacked}, prefix `{source.prefix}`" if source.prefix else stacked
+    if isinstance(source, MegatronSource):
+        return source.dialect
     shards = len(list(opened.directory.glob("*.safetensors")))
     return "single file" if shards == 1 else f"{shards} shards"
 
 
-def _strange_states(source: TorchDistSource) -> list[str]:
-    if source.extra_states:
+def _strange_states(source: MegatronSource) -> list[str]:
+    if source.extra_states or source.format != "torch_dist":
         return []
     return ["no `_extra_state` objects: Megatron's default strictness refuses to load this checkpoint"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flagscale_convert.huggingface import INDEX, SINGLE
 from flagscale_convert.tensors import TensorInfo
-from flagscale_convert.torch_zip import TensorFrame
+from flagscale_convert.torch_zip import ArchiveFrame, MemberFrame, TensorFrame
 
 __all__ = ["FilePlan", "Item", "lay_out_safetensors"]
 
@@ -20,8 +20,8 @@ class Item:
     tensor: str
     offset: int
     """Where its data begins in the file."""
-    frame: TensorFrame | None = None
-    """The archive around it, in `.distcp` files; its head ends where the data begins."""
+    frame: TensorFrame | MemberFrame | None = None
+    """What stands around it in torch's archives; its head ends where the data begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class FilePlan:
     size_bytes: int
     head: bytes
     items: tuple[Item, ...]
+    archive: ArchiveFrame | None = None
+    """Writes what stands at the end, once every tensor's checksum is known."""
 
 
 def lay_out_safetensors(

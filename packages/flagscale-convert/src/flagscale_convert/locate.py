@@ -8,6 +8,8 @@ from pathlib import Path
 
 from flagscale_convert.errors import SourceDamaged, SourceNotFound, Unsupported
 from flagscale_convert.huggingface import CONFIG, INDEX, SINGLE, HuggingFaceSource, read_json
+from flagscale_convert.megatron_source import MegatronSource
+from flagscale_convert.mp_rank import MpRankSource
 from flagscale_convert.torch_dist import TorchDistSource
 
 __all__ = ["STAGING", "TRACKER", "Opened", "open_checkpoint"]
@@ -26,14 +28,14 @@ class Opened:
     """What the user named, or the training directory around it."""
     directory: Path
     """Where the tensors are."""
-    source: HuggingFaceSource | TorchDistSource
+    source: HuggingFaceSource | MegatronSource
     notes: tuple[str, ...] = ()
     """Findings such as a newer, unfinished iteration that was passed over."""
 
     @property
     def format(self) -> str:
-        """`hf` or `torch_dist`."""
-        return "hf" if isinstance(self.source, HuggingFaceSource) else "torch_dist"
+        """`hf`, `torch_dist` or `torch` (one file per rank)."""
+        return "hf" if isinstance(self.source, HuggingFaceSource) else self.source.format
 
 
 def open_checkpoint(path: Path) -> Opened:
@@ -74,19 +76,15 @@ def _open_model(path: Path) -> Opened:
 
 
 def _open_iteration(path: Path) -> Opened:
+    root = path.parent if _ITERATION.fullmatch(path.name) or path.name == "release" else path
     if any(path.glob("mp_rank_*")):
-        raise Unsupported(
-            f"{path}: is in Megatron's per-rank format (mp_rank_*): only torch_dist is read: load it with"
-            " Megatron and"
-            " save it again with `--ckpt-format torch_dist`"
-        )
+        return Opened(root, path, MpRankSource(path))
     if not (path / "metadata.json").exists() or not (path / ".metadata").exists():
         missing = "metadata.json" if (path / ".metadata").exists() else ".metadata"
         raise SourceDamaged(f"{path}: has no {missing}: the save did not finish: use an older iteration")
     backend = read_json(path / "metadata.json").get("sharded_backend")
     if backend != "torch_dist":
         raise Unsupported(f"{path / 'metadata.json'}: sharded_backend ({backend}): only torch_dist is read")
-    root = path.parent if _ITERATION.fullmatch(path.name) or path.name == "release" else path
     return Opened(root, path, TorchDistSource(path))
 
 

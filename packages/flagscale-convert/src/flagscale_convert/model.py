@@ -14,10 +14,10 @@ from flagscale_convert.hf_config import read_config
 from flagscale_convert.huggingface import CONFIG, HuggingFaceSource, read_json
 from flagscale_convert.locate import Opened
 from flagscale_convert.megatron_args import read_args
+from flagscale_convert.megatron_source import MegatronSource
 from flagscale_convert.rules import Binding, bind
 from flagscale_convert.tensors import Source
 from flagscale_convert.tokenizer import find_tokenizer
-from flagscale_convert.torch_dist import TorchDistSource
 
 __all__ = ["Model", "require_fit", "understand"]
 
@@ -70,7 +70,7 @@ def understand(
     Raises:
         Unsupported: an architecture or value that cannot be converted.
     """
-    if isinstance(opened.source, TorchDistSource):
+    if isinstance(opened.source, MegatronSource):
         return _understand_megatron(opened, opened.source, tokenizer, vocab_size)
     return _understand_huggingface(opened, opened.source, vocab_divisor)
 
@@ -137,7 +137,7 @@ def _divide_fused(
 
 
 def _understand_megatron(
-    opened: Opened, source: TorchDistSource, tokenizer: Path | None, vocab_size: int | None
+    opened: Opened, source: MegatronSource, tokenizer: Path | None, vocab_size: int | None
 ) -> Model:
     saved = source.common.args
     named = saved.get("tokenizer_model")

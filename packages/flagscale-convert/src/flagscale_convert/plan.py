@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flagscale_convert.architecture import Architecture
-from flagscale_convert.arrange import as_huggingface, as_megatron
+from flagscale_convert.arrange import as_canonical, as_huggingface, as_megatron
 from flagscale_convert.cast import Cast
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.hf_config import write_config
@@ -20,15 +20,19 @@ from flagscale_convert.huggingface import CONFIG
 from flagscale_convert.layout import FilePlan, lay_out_safetensors
 from flagscale_convert.locate import TRACKER, open_checkpoint
 from flagscale_convert.megatron_args import write_args
+from flagscale_convert.megatron_source import MegatronSource
 from flagscale_convert.model import Model, understand
-from flagscale_convert.rules import bind
+from flagscale_convert.mp_rank_layout import Implementation
+from flagscale_convert.parallel import ParallelLayout
+from flagscale_convert.rules import Binding, bind
 from flagscale_convert.tensors import Source
 from flagscale_convert.tokenizer import Tokenizer, find_tokenizer
 
-__all__ = ["DTYPE_CODES", "Format", "Layers", "Plan", "make_plan"]
+__all__ = ["DTYPE_CODES", "Format", "Layers", "MegatronVersion", "Plan", "make_plan"]
 
-Format = Literal["hf", "torch_dist"]
+Format = Literal["hf", "torch_dist", "torch"]
 Layers = Literal["auto", "stacked", "per-layer"]
+MegatronVersion = Literal["0.16", "0.19"]
 DTYPE_CODES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _RELEASE = "release"
 _TOKENIZER_FOLDER = "tokenizer"
@@ -67,7 +71,12 @@ class Plan:
     def total_bytes(self) -> int:
         """Bytes of all files to write."""
         carried = sum(path.stat().st_size for path in self.copies.values())
-        return sum(file.size_bytes for file in self.files) + sum(map(len, self.texts.values())) + carried
+        return self.file_bytes + sum(map(len, self.texts.values())) + carried
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the big files."""
+        return sum(file.size_bytes for file in self.files)
 
     @property
     def num_parameters(self) -> int:
@@ -104,22 +113,35 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
     dtype: str | None = None,
     shard_bytes: int = 5_000_000_000,
     vocab_size: int | None = None,
-    vocab_divisor: int = 128,
+    vocab_divisor: int | None = None,
     layers: Layers = "auto",
+    parallel: ParallelLayout | None = None,
+    transformer_impl: Implementation = "transformer_engine",
+    moe_grouped_gemm: bool = False,
+    megatron_version: MegatronVersion = "0.19",
+    num_layers: int | None = None,
 ) -> Plan:
     """Plan a conversion.
 
     Args:
         src: a Hugging Face model directory, a Megatron iteration directory or a training directory.
         dst: directory to write; need not exist.
-        to: `hf` or `torch_dist`.
+        to: `hf`, `torch_dist` or `torch` (one file per rank).
         tokenizer: directory whose tokenizer is carried along; else the one the checkpoint names, if there.
         dtype: `bf16`, `fp16` or `fp32`; None keeps what is stored.
         shard_bytes: largest size of a file, if no single tensor is larger.
         vocab_size: true vocabulary, when the checkpoint does not tell it or tells it wrong.
-        vocab_divisor: `torch_dist` pads the vocabulary to a multiple of this.
+        vocab_divisor: Megatron pads the vocabulary to a multiple of this times the tensor-parallel size;
+            None takes what the source's run was told, else 128.
         layers: how `torch_dist` stores layers: `stacked` in one tensor, `per-layer`, or `auto`: stacked if
             they are alike. Megatron asks for one tensor per layer when its `moe_layer_freq` is a list.
+        parallel: sizes to write for. `torch` has a file for each rank of it; `torch_dist` loads under any
+            sizes with the same padded vocabulary. None: no parallelism, and a Megatron source's padding is
+            kept.
+        transformer_impl: whose names `torch` has, as Megatron's option of that name.
+        moe_grouped_gemm: whether `torch` has experts as Megatron's option of that name keeps them.
+        megatron_version: `0.16` has the arguments of `torch_dist` in `common.pt`, which newer ones read too.
+        num_layers: keep only so many of the first layers, for a smaller model of the same kind.
 
     Raises:
         SourceNotFound: no checkpoint there.
@@ -127,34 +149,53 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
         Unsupported: a format, architecture or option that cannot be converted.
         UnsafePickle: a pickle in it names something no checkpoint needs.
     """
-    if to not in ("hf", "torch_dist"):
-        raise Unsupported(f"to ({to}): hf or torch_dist")
+    for name, value, choices in (
+        ("to", to, Format),
+        ("layers", layers, Layers),
+        ("transformer_impl", transformer_impl, Implementation),
+        ("megatron_version", megatron_version, MegatronVersion),
+    ):
+        if value not in get_args(choices):
+            raise Unsupported(f"{name} ({value}): one of {', '.join(get_args(choices))}")
     if dtype is not None and dtype not in DTYPE_CODES:
         raise Unsupported(f"dtype ({dtype}): one of {', '.join(DTYPE_CODES)}")
-    if layers not in get_args(Layers):
-        raise Unsupported(f"layers ({layers}): one of {', '.join(get_args(Layers))}")
     opened = open_checkpoint(Path(src))
     asked = None if tokenizer is None else Path(tokenizer)
-    model = understand(opened, tokenizer=asked, vocab_size=vocab_size, vocab_divisor=vocab_divisor)
-    hf_view: Source = as_huggingface(model.source, model.bindings) if model.is_megatron else model.source
+    sizes = parallel or ParallelLayout()
+    divisor = vocab_divisor or _saved_divisor(opened.source)
+    model = understand(
+        opened,
+        tokenizer=asked,
+        vocab_size=vocab_size,
+        vocab_divisor=divisor * sizes.tensor_model_parallel_size,
+    )
+    if num_layers is not None:
+        model = _shallow(model, num_layers)
+    arch = model.architecture
+    if parallel is not None or to == "torch":
+        arch = _padded(arch, divisor * sizes.tensor_model_parallel_size)
     # What is written has the names of one dialect, whatever those of the source are.
-    written = bind(model.family.rules, model.architecture)
-    view: Source = _only_bound(hf_view, model) if to == "hf" else as_megatron(hf_view, written)
+    written = bind(model.family.rules, arch)
+    view = _view(model, written, to)
     if dtype is not None:
         view = Cast(view, DTYPE_CODES[dtype])
     destination = Path(dst)
     parts = _Parts(
-        model,
-        view,
-        destination,
-        shard_bytes,
-        vocab_divisor,
-        find_tokenizer(asked, model.tokenizer_places),
-        _is_stacked(model.architecture, layers),
+        model=model,
+        arch=arch,
+        view=view,
+        destination=destination,
+        shard_bytes=shard_bytes,
+        vocab_divisor=divisor,
+        tokenizer=find_tokenizer(asked, model.tokenizer_places),
+        is_stacked=_is_stacked(arch, layers),
+        layout=sizes,
+        implementation=transformer_impl,
+        grouped_experts=moe_grouped_gemm,
+        is_legacy=megatron_version == "0.16",
     )
-    files, texts, copies = (
-        ((), {}, {}) if model.problems else parts.hf() if to == "hf" else parts.torch_dist()
-    )
+    makers = {"hf": parts.hf, "torch_dist": parts.torch_dist, "torch": parts.torch}
+    files, texts, copies = ((), {}, {}) if model.problems else makers[to]()
     plan = Plan(
         source=opened.directory,
         destination=destination,
@@ -169,9 +210,43 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
         must_equal=model.must_equal,
         digest="",
         model=model,
-        view=view,
+        view=parts.view,
     )
     return replace(plan, digest=_digest(plan, parts))
+
+
+def _saved_divisor(source: Any) -> int:
+    """Tell what a run's vocabulary is padded to a multiple of; Megatron's default is 128."""
+    saved = (
+        source.common.args.get("make_vocab_size_divisible_by") if isinstance(source, MegatronSource) else None
+    )
+    return saved if isinstance(saved, int) and saved > 0 else 128
+
+
+def _shallow(model: Model, num_layers: int) -> Model:
+    """Cut a model to its first layers."""
+    arch = model.architecture
+    num_layers = max(1, min(num_layers, arch.num_layers))
+    experts = arch.experts
+    if experts is not None:
+        dense = tuple(layer for layer in experts.dense_layers if layer < num_layers)
+        experts = replace(experts, dense_layers=dense)
+    arch = replace(arch, num_layers=num_layers, experts=experts)
+    present = model.source.tensors() if model.is_megatron else ()
+    return replace(model, architecture=arch, bindings=bind(model.family.rules, arch, present))
+
+
+def _padded(arch: Architecture, multiple: int) -> Architecture:
+    return replace(arch, padded_vocab_size=-(-arch.vocab_size // multiple) * multiple)
+
+
+def _view(model: Model, written: Sequence[Binding], to: Format) -> Source:
+    """See the source as the destination will have it, dtype and ranks apart."""
+    if model.is_megatron:
+        if to == "hf":
+            return as_huggingface(model.source, model.bindings)
+        return as_canonical(model.source, model.bindings, written)
+    return _only_bound(model.source, model) if to == "hf" else as_megatron(model.source, written)
 
 
 def _is_stacked(arch: Architecture, layers: Layers) -> bool:
@@ -185,22 +260,26 @@ def _is_stacked(arch: Architecture, layers: Layers) -> bool:
 
 def _only_bound(view: Source, model: Model) -> Source:
     """Leave out of a Hugging Face source what carries nothing, by seeing it through the rules and back."""
-    if model.is_megatron:
-        return view
     return as_huggingface(as_megatron(view, model.bindings), model.bindings)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Parts:
-    """What the two layouts share."""
+    """What the layouts share."""
 
     model: Model
+    arch: Architecture
+    """The model as it is written: its vocabulary may be padded otherwise than the source's."""
     view: Source
     destination: Path
     shard_bytes: int
     vocab_divisor: int
     tokenizer: Tokenizer | None
     is_stacked: bool
+    layout: ParallelLayout
+    implementation: Implementation
+    grouped_experts: bool
+    is_legacy: bool
     notes: list[str] = field(default_factory=list)
 
     def hf(self) -> tuple[tuple[FilePlan, ...], dict[str, bytes], dict[str, Path]]:
@@ -225,23 +304,48 @@ class _Parts:
         from flagscale_convert.dcp_layout import lay_out_torch_dist
 
         copies = self._carried(f"{_TOKENIZER_FOLDER}/")
-        arch = self.model.architecture
-        tokenizer = str((self.destination / _TOKENIZER_FOLDER).absolute()) if copies else None
-        args = write_args(
-            arch, tokenizer=tokenizer, vocab_divisor=self.vocab_divisor, is_stacked=self.is_stacked
-        )
-        written = bind(self.model.family.rules, arch)
+        written = bind(self.model.family.rules, self.arch)
         twins = {binding.megatron: binding.twins for binding in written if binding.twins}
         files, texts = lay_out_torch_dist(
             self.view.tensors(),
-            arch,
-            args,
+            self.arch,
+            self._args(copies),
             twins=twins,
             is_stacked=self.is_stacked,
             folder=_RELEASE,
             shard_bytes=self.shard_bytes,
+            is_legacy=self.is_legacy,
         )
         return files, {**texts, TRACKER: _RELEASE.encode()}, copies
+
+    def torch(self) -> tuple[tuple[FilePlan, ...], dict[str, bytes], dict[str, Path]]:
+        """Lay out a training directory with one `release` checkpoint of a file per rank."""
+        from flagscale_convert.mp_rank_layout import lay_out_mp_rank
+
+        copies = self._carried(f"{_TOKENIZER_FOLDER}/")
+        args = {
+            **self._args(copies),
+            "ckpt_format": "torch",
+            "moe_grouped_gemm": self.grouped_experts,
+            "transformer_impl": self.implementation,
+        }
+        files, self.view = lay_out_mp_rank(
+            self.view,
+            self.arch,
+            args,
+            self.layout,
+            implementation=self.implementation,
+            grouped_experts=self.grouped_experts,
+            folder=_RELEASE,
+        )
+        return files, {TRACKER: _RELEASE.encode()}, copies
+
+    def _args(self, copies: Mapping[str, Path]) -> dict[str, Any]:
+        tokenizer = str((self.destination / _TOKENIZER_FOLDER).absolute()) if copies else None
+        args = write_args(
+            self.arch, tokenizer=tokenizer, vocab_divisor=self.vocab_divisor, is_stacked=self.is_stacked
+        )
+        return {**args, **self.layout.to_args()}
 
     def _carried(self, folder: str) -> dict[str, Path]:
         if self.tokenizer is None:
@@ -256,11 +360,16 @@ def _json(value: Mapping[str, Any]) -> bytes:
 def _digest(plan: Plan, parts: _Parts) -> str:
     """Name a conversion by its sources (names, sizes, times) and by the layout of what it writes."""
     sources = sorted(
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in plan.source.iterdir()
+        (str(path.relative_to(plan.source)), path.stat().st_size, path.stat().st_mtime_ns)
+        for pattern in ("*", "mp_rank_*/*")
+        for path in plan.source.glob(pattern)
         if path.is_file()
     )
     dtypes = sorted({info.dtype for info in plan.view.tensors().values()})
     layout = [(file.path, file.size_bytes) for file in plan.files]
     described = json.dumps([plan.to, str(plan.source.resolve()), sources, dtypes, layout, parts.is_stacked])
+    written = hashlib.sha256()
+    for data in (*(file.head for file in plan.files), *plan.texts.values()):
+        written.update(data)
+    described += written.hexdigest()
     return hashlib.sha256(described.encode()).hexdigest()

@@ -15,7 +15,15 @@ import numpy as np
 
 from flagscale_convert.errors import Unsupported
 
-__all__ = ["DTYPES", "TORCH_NAMES", "Source", "TensorInfo", "dtype_from_torch", "format_bytes"]
+__all__ = [
+    "DTYPES",
+    "TORCH_NAMES",
+    "Source",
+    "TensorInfo",
+    "dtype_from_storage",
+    "dtype_from_torch",
+    "format_bytes",
+]
 
 DTYPES: Mapping[str, int] = {
     "BOOL": 1,
@@ -60,6 +68,32 @@ def dtype_from_torch(name: str, *, where: str) -> str:
         return _FROM_TORCH[name]
     except KeyError:
         raise Unsupported(f"{where}: dtype (torch.{name}): allowed are {', '.join(_FROM_TORCH)}") from None
+
+
+_STORAGES = {
+    "BoolStorage": "BOOL",
+    "ByteStorage": "U8",
+    "CharStorage": "I8",
+    "ShortStorage": "I16",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "IntStorage": "I32",
+    "FloatStorage": "F32",
+    "LongStorage": "I64",
+    "DoubleStorage": "F64",
+}
+
+
+def dtype_from_storage(path: str, *, where: str) -> str:
+    """Name the element type of a pickled storage class (`torch.FloatStorage`) by its safetensors code.
+
+    Raises:
+        Unsupported: no such type is read.
+    """
+    try:
+        return _STORAGES[path.rpartition(".")[2]]
+    except KeyError:
+        raise Unsupported(f"{where}: storage ({path}): allowed are {', '.join(_STORAGES)}") from None
 
 
 @dataclass(frozen=True, slots=True)

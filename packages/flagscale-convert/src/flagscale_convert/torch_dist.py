@@ -19,29 +19,21 @@ from typing import Any
 
 import numpy as np
 
-from flagscale_convert import torch_zip, unpickle
+from flagscale_convert import torch_zip
+from flagscale_convert.boxes import Box, read_box
 from flagscale_convert.dcp_metadata import Chunk, DcpMetadata, Location, read_metadata
 from flagscale_convert.errors import SourceDamaged
+from flagscale_convert.megatron_source import CommonState, MegatronSource
 from flagscale_convert.positioned import PositionedFiles
 from flagscale_convert.tensors import DTYPES, TensorInfo
 
-__all__ = ["COMMON_STATE", "CommonState", "TorchDistSource"]
+__all__ = ["COMMON_STATE", "TorchDistSource"]
 
 COMMON_STATE = "common_state/shard_0_1"
 _PREFIX = re.compile(r"^(?:model\.|module\.)+(?=decoder\.|embedding\.|output_layer\.|mtp\.)")
 _STACKED = re.compile(r"^decoder\.layers\.(?!\d+\.)(?P<rest>.+)$")
 _GROUPED = re.compile(r"^(?P<head>.+\.mlp\.experts\.experts\.)(?P<rest>linear_fc[12]\..+)$")
 _OPTIMIZER = re.compile(r"^(?:optimizer\b|chained_\d+\.|opt_param_scheduler)")
-
-
-@dataclass(frozen=True, slots=True)
-class CommonState:
-    """What a checkpoint says about itself."""
-
-    args: Mapping[str, Any]
-    """Megatron's arguments of the run that saved it; values of other libraries' types are inert records."""
-    iteration: int | None
-    checkpoint_version: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +53,7 @@ class _Located:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class TorchDistSource:
+class TorchDistSource(MegatronSource):
     """One iteration directory of a `torch_dist` checkpoint as a source of logical tensors.
 
     Args:
@@ -72,6 +64,8 @@ class TorchDistSource:
         SourceDamaged: half-written or truncated.
         UnsafePickle: a pickle in it names something no checkpoint needs.
     """
+
+    format = "torch_dist"
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -101,6 +95,12 @@ class TorchDistSource:
     def extra_states(self) -> tuple[str, ...]:
         """Names of the `_extra_state` objects."""
         return tuple(name for name in self.metadata.objects if "._extra_state" in name)
+
+    @property
+    def dialect(self) -> str:
+        """`stacked` or `per-layer`, and a prefix if there is one."""
+        stacked = "stacked" if self.is_stacked else "per-layer"
+        return f"{stacked}, prefix `{self.prefix}`" if self.prefix else stacked
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name every logical model tensor."""
@@ -174,13 +174,7 @@ class TorchDistSource:
             state = {}
         if isinstance(state, list | tuple):
             state = state[0] if state else {}
-        common = unpickle.as_mapping(state)
-        iteration, version = common.get("iteration"), common.get("checkpoint_version")
-        return CommonState(
-            unpickle.as_mapping(common.get("args")),
-            iteration if isinstance(iteration, int) else None,
-            float(version) if isinstance(version, int | float) else None,
-        )
+        return CommonState.read(state)
 
     def read_object(self, name: str) -> Any:
         """Read a saved object as plain containers and inert records."""
@@ -219,34 +213,26 @@ class TorchDistSource:
         filled = 0
         axes = len(stored.at)
         for chunk in self._chunks.get(stored, ()):
-            skipped = 0
+            offsets, sizes = chunk.offsets[axes:] or (0,), chunk.sizes[axes:] or (1,)
+            if offsets[0] >= start + len(out) or offsets[0] + sizes[0] <= start:
+                continue
+            skipped = 0  # what other layers and experts of the same chunk take before this one
             for axis, index in enumerate(stored.at):
                 skipped += (index - chunk.offsets[axis]) * math.prod(chunk.sizes[axis + 1 :])
-            offsets, sizes = chunk.offsets[axes:], chunk.sizes[axes:]
-            box = _Box(offsets or (0,), sizes or (1,), item_bytes, skipped * item_bytes)
-            filled += self._read_box(name, chunk, box, start, out)
+            box = Box(
+                file=chunk.location.file,
+                offset=self._payload(name, chunk).offset + skipped * item_bytes,
+                first_row=offsets[0],
+                num_rows=sizes[0],
+                column_byte=(offsets[1] if len(offsets) > 1 else 0) * item_bytes,
+                row_bytes=math.prod(sizes[1:]) * item_bytes,
+            )
+            filled += read_box(self.files, box, start, out, what=f"`{name}`")
         if filled != out.size:
             raise SourceDamaged(
                 f"{self.directory}: `{name}`: chunks give {filled} of {out.size} bytes of rows {start} to"
                 f" {start + len(out)}: the checkpoint has gaps or overlaps: use an older iteration"
             )
-
-    def _read_box(self, name: str, chunk: Chunk, box: _Box, start: int, out: np.ndarray) -> int:
-        first = max(start, box.first_row)
-        last = min(start + len(out), box.first_row + box.num_rows)
-        if first >= last:
-            return 0
-        payload = self._payload(name, chunk)
-        offset = payload.offset + box.skip_bytes + (first - box.first_row) * box.row_bytes
-        target = out[first - start : last - start, box.column_byte : box.column_byte + box.row_bytes]
-        what = f"`{name}`"
-        if target.flags.c_contiguous:
-            self.files.read_into(chunk.location.file, offset, target, what=what)
-        else:
-            scratch = np.empty(target.shape, np.uint8)
-            self.files.read_into(chunk.location.file, offset, scratch, what=what)
-            target[...] = scratch
-        return (last - first) * box.row_bytes
 
     def _payload(self, name: str, chunk: Chunk) -> torch_zip.Payload:
         location = chunk.location
@@ -264,33 +250,6 @@ class TorchDistSource:
             with self._located.lock:
                 self._located.payloads[location] = known
         return known
-
-
-@dataclass(frozen=True, slots=True)
-class _Box:
-    """A chunk of at most two axes, in rows and bytes."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    item_bytes: int
-    skip_bytes: int
-    """What other layers and experts of the same chunk take before this one."""
-
-    @property
-    def first_row(self) -> int:
-        return self.offsets[0]
-
-    @property
-    def num_rows(self) -> int:
-        return self.sizes[0]
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.sizes[1:]) * self.item_bytes
-
-    @property
-    def column_byte(self) -> int:
-        return (self.offsets[1] if len(self.offsets) > 1 else 0) * self.item_bytes
 
 
 def _any_overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:

@@ -8,24 +8,37 @@ bytes that come later. Neither needs torch.
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flagscale_convert import unpickle
 from flagscale_convert.errors import SourceDamaged, Unsupported
-from flagscale_convert.tensors import TensorInfo
+from flagscale_convert.tensors import TensorInfo, dtype_from_storage
 
-__all__ = ["Payload", "TensorFrame", "find_tensor", "object_archive", "read_object"]
+__all__ = [
+    "ArchiveFrame",
+    "MemberFrame",
+    "Payload",
+    "SavedObject",
+    "TensorFrame",
+    "find_tensor",
+    "object_archive",
+    "open_object",
+    "read_object",
+]
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
+_MAX16 = 0xFFFF
 _MAX32 = 0xFFFFFFFF
 _ALIGNMENT = 64
 _DOS_DATE_1980 = 0x21
@@ -112,6 +125,71 @@ def read_object(descriptor: int, offset: int, length: int, *, where: str) -> Any
     return unpickle.load(_read_member(archive, "data.pkl", where), where=where)
 
 
+@dataclass(frozen=True)
+class SavedObject:
+    """What `torch.save` pickled, with its tensors left where they lie."""
+
+    value: Any
+    _archive: _Archive
+    _descriptor: int
+    _where: str
+
+    def locate(self, record: Any, name: str) -> tuple[TensorInfo, Payload] | None:
+        """Find the bytes of a tensor in it.
+
+        Args:
+            record: what stands for the tensor in `value`.
+            name: names the tensor in messages.
+
+        Returns:
+            Its type and place; None when the record is no tensor.
+
+        Raises:
+            SourceDamaged: its bytes are not where the archive's directory says.
+            Unsupported: it is not stored contiguously, or in a type that is not read.
+        """
+        where = f"{self._where}: {name}"
+        if not (isinstance(record, unpickle.Record) and record.path.startswith("torch._utils._rebuild_")):
+            return None
+        key, start, shape, stride = _tensor_arguments(record, where)
+        if math.prod(shape) and not _is_contiguous(shape, stride):
+            raise Unsupported(f"{where}: strides ({list(stride)}): only contiguous tensors are read in place")
+        info = TensorInfo(dtype_from_storage(_storage_type(record), where=where), shape)
+        place = f"{self._archive.root}/data/{key}"
+        return info, _member_payload(self._archive, self._descriptor, place, start, info, where)
+
+
+def open_object(descriptor: int, length: int, *, where: str) -> SavedObject:
+    """Open a file `torch.save` wrote.
+
+    Args:
+        descriptor: the open file.
+        length: its size in bytes.
+        where: names it in messages.
+
+    Raises:
+        SourceDamaged: it is no whole archive.
+        UnsafePickle: the pickle names something no checkpoint holds.
+        Unsupported: it was written on a big-endian machine.
+    """
+    archive = _open(descriptor, 0, length, where)
+    _require_little_endian(archive, where)
+    value = unpickle.load(_read_member(archive, "data.pkl", where), where=where)
+    return SavedObject(value, archive, descriptor, where)
+
+
+def _storage_type(record: unpickle.Record) -> str:
+    """Name the class of a tensor's storage, as checked by `_tensor_arguments`."""
+    inner = record.args[0] if record.path == "torch._utils._rebuild_parameter" else record
+    return str(getattr(inner.args[0][1], "path", inner.args[0][1]))
+
+
+def _require_little_endian(archive: _Archive, where: str) -> None:
+    names = set(archive.zip.namelist())
+    if f"{archive.root}/byteorder" in names and _read_member(archive, "byteorder", where) != b"little":
+        raise Unsupported(f"{where}: byte order (big): only little-endian checkpoints can be read")
+
+
 def find_tensor(descriptor: int, offset: int, length: int, info: TensorInfo, *, where: str) -> Payload:
     """Find the bytes of the one tensor saved at that place, after checking that it is the expected one.
 
@@ -129,9 +207,7 @@ def find_tensor(descriptor: int, offset: int, length: int, info: TensorInfo, *, 
         raise SourceDamaged(f"{where}: stored shape ({list(shape)}): the metadata says {list(info.shape)}")
     if info.num_elements and not _is_contiguous(shape, stride):
         raise Unsupported(f"{where}: strides ({list(stride)}): only contiguous tensors can be read in place")
-    names = set(archive.zip.namelist())
-    if f"{archive.root}/byteorder" in names and _read_member(archive, "byteorder", where) != b"little":
-        raise Unsupported(f"{where}: byte order (big): only little-endian checkpoints can be read")
+    _require_little_endian(archive, where)
     return _member_payload(archive, descriptor, f"{archive.root}/data/{storage_key}", start, info, where)
 
 
@@ -240,6 +316,60 @@ def _members(pickled: bytes) -> tuple[bytes, bytes, int]:
     return data, directory, len(members)
 
 
+@dataclass(frozen=True, slots=True)
+class MemberFrame:
+    """The header before one tensor of an archive of many."""
+
+    name: str
+    size_bytes: int
+    position: int
+    """Where the header begins in the file."""
+
+    def render(self, crc: int) -> tuple[bytes, bytes]:
+        """Write what stands before the data, and nothing behind it."""
+        return _headers(self.name, self.size_bytes, crc, self.position)[0], b""
+
+    def entry(self, crc: int) -> bytes:
+        """Write its line in the archive's directory."""
+        return _headers(self.name, self.size_bytes, crc, self.position)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveFrame:
+    """A file as `torch.save` writes an object with many tensors, their bytes coming later."""
+
+    pickled: bytes
+    """`data.pkl`; storage number n is the n-th size."""
+    sizes: tuple[int, ...]
+
+    @property
+    def head(self) -> bytes:
+        """What the file begins with."""
+        return _members(self.pickled)[0]
+
+    def members(self) -> tuple[tuple[int, MemberFrame], ...]:
+        """Give each tensor's place in the file and its header."""
+        position = len(self.head)
+        members = []
+        for number, size in enumerate(self.sizes):
+            frame = MemberFrame(f"archive/data/{number}", size, position)
+            position += len(frame.render(0)[0])
+            members.append((position, frame))
+            position += size
+        return tuple(members)
+
+    def tail(self, checksums: Sequence[int]) -> bytes:
+        """Write the directory, given the CRC-32 of every tensor; its length does not depend on them."""
+        head, directory, count = _members(self.pickled)
+        end = len(head)
+        entries = [directory]
+        for (position, frame), crc in zip(self.members(), checksums, strict=True):
+            entries.append(frame.entry(crc))
+            end = position + frame.size_bytes
+        written = b"".join(entries)
+        return written + _end(count + len(self.sizes), len(written), end)
+
+
 def _headers(name: str, size: int, crc: int, offset: int) -> tuple[bytes, bytes]:
     """Write the local header, padded so that the data is aligned, and the entry of the directory."""
     is_big = size >= _MAX32
@@ -249,16 +379,22 @@ def _headers(name: str, size: int, crc: int, offset: int) -> tuple[bytes, bytes]
     extra = struct.pack("<2H2Q", 1, 16, size, size) if is_big else b""
     padding = -(offset + _LOCAL.size + len(encoded) + len(extra) + 4) % _ALIGNMENT
     padded = extra + struct.pack("<2s1H", b"FB", padding) + b"Z" * padding
+    if offset >= _MAX32:
+        listed = (struct.pack("<2Q", size, size) if is_big else b"") + struct.pack("<Q", offset)
+        extra = struct.pack("<2H", 1, len(listed)) + listed
     shared = (version, 0, 0, 0, _DOS_DATE_1980, crc, size32, size32, len(encoded))
     local = _LOCAL.pack(b"PK\x03\x04", *shared, len(padded)) + encoded + padded
-    central = _CENTRAL.pack(b"PK\x01\x02", version, *shared, len(extra), 0, 0, 0, 0, offset) + encoded + extra
+    offset32 = min(offset, _MAX32)
+    central = _CENTRAL.pack(b"PK\x01\x02", version, *shared, len(extra), 0, 0, 0, 0, offset32)
+    central += encoded + extra
     return local, central
 
 
 def _end(count: int, directory_bytes: int, directory_offset: int) -> bytes:
-    if directory_offset < _MAX32:
+    if directory_offset < _MAX32 and count < _MAX16:
         return _END.pack(b"PK\x05\x06", 0, 0, count, count, directory_bytes, directory_offset, 0)
+    count16 = min(count, _MAX16)
     end64_offset = directory_offset + directory_bytes
     end64 = _END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, directory_bytes, directory_offset)
     locator = _LOCATOR64.pack(b"PK\x06\x07", 0, end64_offset, 1)
-    return end64 + locator + _END.pack(b"PK\x05\x06", 0, 0, count, count, directory_bytes, _MAX32, 0)
+    return end64 + locator + _END.pack(b"PK\x05\x06", 0, 0, count16, count16, directory_bytes, _MAX32, 0)

@@ -1,4 +1,4 @@
-"""Compare two checkpoints of any formats bit by bit, through the rules, without writing anything."""
+"""Compare two checkpoints of any formats through the rules, without writing anything."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from flagscale_convert.arrange import as_huggingface, as_megatron
+from flagscale_convert.comparison import TensorStats, measure
+from flagscale_convert.errors import Unsupported
 from flagscale_convert.locate import Opened, open_checkpoint
 from flagscale_convert.model import Model, require_fit, understand
 from flagscale_convert.tensors import DTYPES, Source, TensorInfo
 
-__all__ = ["Difference", "VerifyReport", "first_difference", "verify"]
+__all__ = ["Difference", "Mode", "VerifyReport", "first_difference", "verify"]
+
+Mode = Literal["cover", "bitwise", "stats", "logits"]
+_LOGIT_TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit, that float32 arithmetic explains."""
 
 _BUFFER_BYTES = 8 << 20
 
@@ -39,6 +45,11 @@ class VerifyReport:
     num_tensors: int
     compared_bytes: int
     differences: tuple[Difference, ...]
+    mode: Mode = "bitwise"
+    stats: tuple[TensorStats, ...] = ()
+    """Of every tensor, in mode `stats`."""
+    logits: tuple[float, float] | None = None
+    """Largest difference and largest logit, in mode `logits`."""
 
     @property
     def is_equal(self) -> bool:
@@ -49,9 +60,12 @@ class VerifyReport:
         """Give the report as plain data."""
         return {
             "is_equal": self.is_equal,
+            "mode": self.mode,
             "num_tensors": self.num_tensors,
             "compared_bytes": self.compared_bytes,
             "differences": [{"tensor": found.tensor, "what": found.what} for found in self.differences],
+            "stats": [entry.to_dict() for entry in self.stats],
+            "logits": None if self.logits is None else list(self.logits),
         }
 
 
@@ -59,43 +73,107 @@ def verify(
     a: str | PathLike[str],
     b: str | PathLike[str],
     *,
+    mode: Mode = "bitwise",
     vocab_size: int | None = None,
+    num_layers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Compare two checkpoints, each Hugging Face or torch_dist.
+    """Compare two checkpoints of any formats and parallel layouts.
 
-    Compared are the configuration (what shapes the model and what it computes) and every bit of every tensor,
-    under their Hugging Face names; padding rows of the vocabulary mean nothing and are not compared.
+    Compared are the configuration (what shapes the model and what it computes) and the tensors under their
+    Hugging Face names; padding rows of the vocabulary mean nothing and are not compared.
 
     Args:
         a: one checkpoint.
         b: the other.
+        mode: `cover` compares names, types and shapes and reads no weights; `bitwise` every bit; `stats`
+            values, for checkpoints of different types: elements further apart than rounding explains are
+            differences; `logits` what both compute, run by transformers.
         vocab_size: true vocabulary, where a checkpoint does not tell it.
+        num_layers: compare only so many of the first layers, which `logits` needs for large models.
         progress: told about bytes compared and bytes in all.
 
     Raises:
         SourceNotFound: no checkpoint there.
         SourceDamaged: half-written or truncated.
-        Unsupported: an architecture that is not known.
+        Unsupported: an architecture that is not known, or (`logits`) transformers cannot run it.
     """
+    if mode not in get_args(Mode):
+        raise Unsupported(f"mode ({mode}): one of {', '.join(get_args(Mode))}")
     model_a, model_b = _understand_both(open_checkpoint(Path(a)), open_checkpoint(Path(b)), vocab_size)
     require_fit(model_a, Path(a))
     require_fit(model_b, Path(b))
     view_a, view_b = _view(model_a), _view(model_b)
-    found = [*_compare_architectures(model_a, model_b)]
-    infos_a, infos_b = view_a.tensors(), view_b.tensors()
-    found += _compare_infos(infos_a, infos_b)
-    shared = [name for name, info in infos_a.items() if infos_b.get(name) == info]
+    infos_a, infos_b = (
+        _first_layers(view_a.tensors(), num_layers),
+        _first_layers(view_b.tensors(), num_layers),
+    )
+    found = _compare_architectures(model_a, model_b)
+    found += _compare_infos(infos_a, infos_b, with_dtypes=mode in ("cover", "bitwise"))
+    shared = [name for name, info in infos_a.items() if name in infos_b and infos_b[name].shape == info.shape]
+    if mode == "logits":
+        return _verify_logits(a, b, found, len(shared), num_layers, vocab_size)
+    if mode == "cover":
+        return VerifyReport(len(shared), 0, tuple(found), mode)
     total = sum(infos_a[name].size_bytes for name in shared)
     done = 0
+    stats: list[TensorStats] = []
     for name in shared:
-        element = first_difference(view_a, name, view_b, name)
-        if element is not None:
-            found.append(Difference(name, f"first differs at element {list(element)}"))
+        found += _compare_tensor(view_a, view_b, name, stats if mode == "stats" else None)
         done += infos_a[name].size_bytes
         if progress is not None:
             progress(done, total)
-    return VerifyReport(len(shared), total, tuple(found))
+    return VerifyReport(len(shared), total, tuple(found), mode, tuple(stats))
+
+
+def _compare_tensor(
+    one: Source, other: Source, name: str, stats: list[TensorStats] | None
+) -> list[Difference]:
+    """Compare the values of a tensor, where they are measured, or its bits."""
+    measured = None if stats is None else measure(one, other, name)
+    if measured is not None and stats is not None:
+        stats.append(measured)
+        return [Difference(name, _beyond(measured))] if measured.num_beyond else []
+    if one.tensors()[name] != other.tensors()[name]:
+        return []
+    element = first_difference(one, name, other, name)
+    return [] if element is None else [Difference(name, f"first differs at element {list(element)}")]
+
+
+def _beyond(measured: TensorStats) -> str:
+    return (
+        f"{measured.num_beyond} elements are further apart than rounding explains: by up to"
+        f" {measured.max_abs:.3g}, cosine {measured.cosine:.6f}"
+    )
+
+
+def _first_layers(infos: Mapping[str, TensorInfo], num_layers: int | None) -> dict[str, TensorInfo]:
+    """Leave out the layers behind the first ones."""
+
+    def is_kept(name: str) -> bool:
+        head, _, rest = name.partition("model.layers.")
+        number = rest.partition(".")[0]
+        return num_layers is None or head != "" or not number.isdecimal() or int(number) < num_layers
+
+    return {name: info for name, info in infos.items() if is_kept(name)}
+
+
+def _verify_logits(
+    a: str | PathLike[str],
+    b: str | PathLike[str],
+    found: list[Difference],
+    num_tensors: int,
+    num_layers: int | None,
+    vocab_size: int | None,
+) -> VerifyReport:
+    from flagscale_convert.logits import logits_difference
+
+    if any("against" in difference.what and "configuration" not in difference.tensor for difference in found):
+        return VerifyReport(num_tensors, 0, tuple(found), "logits")
+    difference, largest = logits_difference(a, b, num_layers=num_layers, vocab_size=vocab_size)
+    if not difference <= _LOGIT_TOLERANCE * largest:
+        found.append(Difference("logits", f"differ by up to {difference:.3g}, the largest is {largest:.3g}"))
+    return VerifyReport(num_tensors, 0, tuple(found), "logits", (), (difference, largest))
 
 
 def _understand_both(one: Opened, other: Opened, vocab_size: int | None) -> tuple[Model, Model]:
@@ -124,12 +202,14 @@ def _compare_architectures(one: Model, other: Model) -> list[Difference]:
     ]
 
 
-def _compare_infos(one: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> list[Difference]:
+def _compare_infos(
+    one: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo], *, with_dtypes: bool
+) -> list[Difference]:
     found = [Difference(name, "only in the first") for name in one if name not in other]
     found += [Difference(name, "only in the second") for name in other if name not in one]
     for name, info in one.items():
-        if name in other and other[name] != info:
-            theirs = other[name]
+        theirs = other.get(name, info)
+        if theirs.shape != info.shape or (with_dtypes and theirs != info):
             found.append(
                 Difference(
                     name, f"{info.dtype} {list(info.shape)} against {theirs.dtype} {list(theirs.shape)}"

@@ -12,6 +12,7 @@ from flagscale_hw.__about__ import __version__
 
 TYPE_CHECKING = False  # as typing's own, whose import would cost more than all the rest
 if TYPE_CHECKING:
+    from flagscale_hw.cause import killed_rank
     from flagscale_hw.chips import CHIPS, Runtime, runtime
     from flagscale_hw.detection import detect
     from flagscale_hw.environment import env
@@ -72,6 +73,7 @@ __all__ = [
     "env",
     "flagos_env",
     "judge",
+    "killed_rank",
     "launch",
     "list_runs",
     "literal",
@@ -89,6 +91,7 @@ __all__ = [
 # No home may bear the name of something in it: importing the submodule would put the module in the name's
 # place.
 _HOMES = {
+    "cause": ("killed_rank",),
     "chips": ("CHIPS", "Runtime", "runtime"),
     "detection": ("detect",),
     "environment": ("env",),

@@ -2,15 +2,17 @@
 
 Launchers print their own traceback after that of the rank which failed, and servers print "see root cause
 above"; so the *earliest* exception of the last burst of tracebacks is taken, and exceptions which only
-report that a child failed are passed over.
+report that a child failed are passed over. A rank that was killed writes nothing, and the tracebacks of the
+others are echoes of it: torchrun's closing table is what names it.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
-__all__ = ["first_cause", "is_consequence", "last_lines"]
+__all__ = ["first_cause", "is_consequence", "killed_rank", "last_lines"]
 
 _TAIL_BYTES = 256 * 1024
 _TRACEBACK = "Traceback (most recent call last):"
@@ -24,6 +26,12 @@ _ECHO = re.compile(
     r"|timed out waiting|Rendezvous|TCPStore|SignalException|signal 15 \(SIGTERM\)|peer (is )?(gone|lost)"
     r"|recv\w* failed|send\w* failed"
 )
+_KILLED = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: -(\d+) ", re.MULTILINE)
+_NO_WORDS = re.compile(r"[\W_]*|[EWI]\d{4} .*torch/distributed/.*")
+"""Frames and rules, and what torchrun writes about its children."""
+_GOES_ON = re.compile(r":$|\bvalidation errors? for \S+$")
+"""A message whose first line only announces the rest, such as pydantic's."""
+_PYDANTIC_TAIL = re.compile(r" \[type=.*")
 _BURST_LINES = 80
 _LINE_LIMIT = 400
 
@@ -47,18 +55,46 @@ def first_cause(log: Path, *, offset: int = 0) -> str:
         offset: byte at which the attempt in question began.
     """
     lines = _tail(log, offset)
+    if killed := _killed(lines):
+        return killed
     chosen = ""
+    first = len(lines)
     nearest = len(lines)
-    for number, text in reversed(_exceptions(lines)):
-        if nearest - number > _BURST_LINES:
+    for start, end, text in reversed(_exceptions(lines)):
+        if nearest - end > _BURST_LINES:
             break
-        nearest = number
+        first, nearest = start, end
         if not text.split(":")[0].endswith(_REPORTS_ONLY):
             chosen = text
     if chosen:
         return chosen[:_LINE_LIMIT]
-    rest = [line.strip() for line in lines if line.strip()]
+    # Only launchers spoke of errors, so what the process itself said last is the best there is.
+    said = [line.strip() for line in lines[:first] if not _NO_WORDS.fullmatch(line)]
+    rest = said or [line.strip() for line in lines if not _NO_WORDS.fullmatch(line)]
     return rest[-1][:_LINE_LIMIT] if rest else ""
+
+
+def killed_rank(log: Path) -> str:
+    """Name the first rank that a signal ended, as a sentence; empty if torchrun's table names none.
+
+    SIGTERM is left out: torchrun itself sends it to those that are left when one has failed.
+    """
+    return _killed(_tail(log, 0))
+
+
+def _killed(lines: list[str]) -> str:
+    for rank, number in _KILLED.findall("\n".join(lines)):
+        if int(number) != signal.SIGTERM:
+            hint = ", which the kernel does when memory is short" if int(number) == signal.SIGKILL else ""
+            return f"rank {rank} was killed by signal {number} ({_name(int(number))}){hint}"
+    return ""
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unnamed"
 
 
 def is_consequence(reason: str) -> bool:
@@ -82,27 +118,46 @@ def _tail(log: Path, offset: int) -> list[str]:
     return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
 
 
-def _exceptions(lines: list[str]) -> list[tuple[int, str]]:
-    """Return line number and text of the exception that ends each traceback."""
+def _exceptions(lines: list[str]) -> list[tuple[int, int, str]]:
+    """Return the first and the last line of each traceback, and the exception that ends it."""
     found = []
-    for number, line in enumerate(lines):
+    for start, line in enumerate(lines):
         place = line.find(_TRACEBACK)
         if place >= 0:
-            ending = _exception_after(lines, number, line[:place])
-            if ending is not None:
-                found.append(ending)
+            prefix = line[:place]
+            end = _end_of(lines, start, prefix)
+            if end is not None:
+                found.append((start, end, _message(lines, start, end, prefix)))
     return found
 
 
-def _exception_after(lines: list[str], start: int, prefix: str) -> tuple[int, str] | None:
-    """Follow one traceback whose lines carry a prefix such as `[rank0]: ` to the exception at its end."""
+def _end_of(lines: list[str], start: int, prefix: str) -> int | None:
+    """Follow one traceback, whose lines carry a prefix such as `[rank0]: `, to the exception at its end."""
     for number in range(start + 1, min(start + 2000, len(lines))):
-        text = lines[number]
-        text = text[len(prefix) :] if text.startswith(prefix) else text
+        text = lines[number].removeprefix(prefix)
         if not text.strip() or text[0].isspace():
             continue
         if _EXCEPTION.match(text):
-            return number, text.strip()
+            return number
         if not prefix:
             return None
     return None
+
+
+def _message(lines: list[str], start: int, end: int, prefix: str) -> str:
+    """Return what an exception says in one line, with what its first line leaves out."""
+
+    def plain(number: int) -> str:
+        return lines[number].removeprefix(prefix).strip()
+
+    text = plain(end)
+    after = [plain(number) for number in range(end + 1, min(end + 3, len(lines)))]
+    if _GOES_ON.search(text) and after and not text.split(":")[0].endswith(_REPORTS_ONLY):
+        more = [_PYDANTIC_TAIL.sub("", part).rstrip(":") for part in after if not _NO_WORDS.fullmatch(part)]
+        return ": ".join([text.rstrip(":"), *more])
+    if ":" not in text:  # an assertion without a message says nothing but itself
+        code = [
+            line for number in range(start, end) if not re.match(r"File \"|[\^~ ]*$", line := plain(number))
+        ]
+        return f"{text}: {code[-1]}" if code else text
+    return text

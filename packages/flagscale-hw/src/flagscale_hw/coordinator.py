@@ -22,9 +22,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flagscale_hw.attempts import TURN_S, Attempts
 from flagscale_hw.cause import is_consequence
 from flagscale_hw.channel import Message
-from flagscale_hw.demands import Demands, Outcome
+from flagscale_hw.demands import Outcome
 from flagscale_hw.ending import end_children, reap
 from flagscale_hw.errors import LaunchError, LaunchRefused
 from flagscale_hw.identity import MARKER
@@ -32,22 +33,19 @@ from flagscale_hw.link import SILENCE_S, Link
 from flagscale_hw.order import Order
 from flagscale_hw.plan import Plan
 from flagscale_hw.probing import wait_any
-from flagscale_hw.record import Record
 from flagscale_hw.rundir import TOKEN, RunDirectory
 from flagscale_hw.spawn import Command, spawn
 from flagscale_hw.split import split
-from flagscale_hw.status import ProcessStatus, RunStatus
+from flagscale_hw.status import RunStatus
 
 __all__ = ["Coordinator"]
 
-_PREPARE_LIMIT_S = 90.0
+_PREPARE_LIMIT_S = 240.0
 _SETTLE_S = 6.0
 """How long a failure that looks like the echo of another waits for that other one to be reported."""
 _LATE_S = 15.0
 _CONNECTING = 64
 """Connections that are being opened at the same time: jump hosts limit them, and so do process tables."""
-_TURN_S = 1.0
-_BACKOFF_LIMIT_S = 30.0
 _SHOWN = 8
 
 
@@ -87,21 +85,14 @@ class _Failure:
     may_restart: bool = True
 
 
-class Coordinator:
+class Coordinator(Attempts):
     """One run on many hosts, from the first connection to the recorded end."""
 
     def __init__(self, directory: RunDirectory, order: Order, lifeline: int, guardian: int) -> None:
-        self._directory = directory
-        self._order = order
-        self._plan = order.plan
-        self._demands = Demands(directory, order, lifeline, guardian)
+        super().__init__(directory, order, lifeline, guardian)
         self._hosts: list[_Host] = []
         self._failures: list[_Failure] = []
         self._failed_at = float("inf")
-        processes = tuple(ProcessStatus(name=p.name, host=p.host) for p in self._plan.processes)
-        self._record = Record(
-            directory, RunStatus(state="starting", processes=processes, started_at=time.time())
-        )
 
     # -- before the launcher is answered --------------------------------------------------------------------
 
@@ -145,7 +136,7 @@ class Coordinator:
                 host = waiting.pop(0)
                 self._connect(host, again=again)
                 connecting.append(host)
-            self._turn(_TURN_S)
+            self._turn(TURN_S)
         return self._demands.outcome or self._unprepared()
 
     def _make_hosts(self) -> Iterator[_Host]:
@@ -201,31 +192,12 @@ class Coordinator:
 
     # -- the run --------------------------------------------------------------------------------------------
 
-    def run(self) -> int:
-        """Run the plan to its end.
-
-        Returns:
-            0 when the end is on disk, 1 when the disk did not take it.
-        """
-        outcome = self._attempt()
-        while True:
-            left = self._end(outcome)
-            if not self._may_try_again(outcome):
-                reason = "; ".join(part for part in (outcome.reason, left) if part)
-                return 0 if self._record.finish(outcome.state, reason) else 1
-            self._pause_before_restart(outcome)
-            problem = self._demands.outcome or self._prepare_hosts(again=True)
-            if problem is None:
-                outcome = self._attempt()
-            else:
-                outcome = problem if self._demands.outcome else Outcome("failed", problem.reason)
-
-    def _may_try_again(self, outcome: Outcome) -> bool:
-        is_free = self._demands.outcome is None
-        return is_free and outcome.may_restart and self._record.status.restarts < self._plan.max_restarts
-
     def _attempt(self) -> Outcome:
         """Tell all hosts to start and watch them until something ends the attempt."""
+        if self._record.status.restarts:  # the first time they are prepared before the launcher is answered
+            problem = self._demands.outcome or self._prepare_hosts(again=True)
+            if problem is not None:
+                return self._demands.outcome or Outcome("failed", problem.reason)
         ports = {name: number for host in self._hosts for name, number in host.ports.items()}
         self._record.adopt_ports(ports)
         for host in self._hosts:
@@ -235,7 +207,7 @@ class Coordinator:
             outcome = self._demands.outcome or self._judge()
             if outcome is not None:
                 return outcome
-            self._turn(_TURN_S)
+            self._turn(TURN_S)
 
     def _turn(self, timeout_s: float) -> None:
         """Wait for something to happen, at most `timeout_s`, and take it in."""
@@ -260,7 +232,7 @@ class Coordinator:
             self._fail(
                 host, f"connection lost: {host.link.reason()}" if host.is_prepared else host.link.reason()
             )
-        elif host.link.is_silent:
+        elif host.is_prepared and host.link.is_silent:  # before, the agent's host may be busy: see the limit
             text = f"no sign of life for {SILENCE_S:g} s: the host is down, or the network between is cut"
             self._fail(host, text)
             host.link.close()
@@ -340,7 +312,6 @@ class Coordinator:
 
     def _end(self, outcome: Outcome) -> str:
         """End the parts of all hosts; say which of them could not be seen to end, if any."""
-        self._demands.shorten(outcome.grace_s)
         told_until = float("inf")
         if not all(host.is_over for host in self._hosts):
             self._record.change("stopping", outcome.reason)
@@ -350,13 +321,11 @@ class Coordinator:
                 self._tell_to_stop(told_until - time.monotonic())
             if time.monotonic() > told_until + 2 * _LATE_S:
                 break
-            self._turn(_TURN_S)
+            self._turn(TURN_S)
         unseen = [host for host in self._hosts if not host.is_over and host.is_prepared]
         for host in unseen:
             self._record.lose(host.name)
         self._hang_up()
-        if self._demands.outcome is None:
-            self._demands.deadline = float("inf")
         if not unseen:
             return ""
         names = ", ".join(host.name for host in unseen[:_SHOWN])
@@ -375,16 +344,6 @@ class Coordinator:
                 break
             time.sleep(0.02)
         end_children(15, lambda: 0.0, lambda _pid, _wait_status: None)
-
-    def _pause_before_restart(self, outcome: Outcome) -> None:
-        self._record.restart()
-        count = self._record.status.restarts
-        self._record.change(
-            "starting", f"restart {count} of {self._plan.max_restarts} after: {outcome.reason}"
-        )
-        until = time.monotonic() + min(2.0 ** (count - 1), _BACKOFF_LIMIT_S)
-        while self._demands.outcome is None and time.monotonic() < until:
-            self._turn(until - time.monotonic())
 
 
 def _allow_many_handles(num_hosts: int) -> None:

@@ -5,26 +5,22 @@ On a host without accelerators this reads a few dozen small files: no library is
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from flagscale_hw.backend import Backend, Found, backends
 from flagscale_hw.bus import Survey, survey
-from flagscale_hw.host import Host
+from flagscale_hw.host import Host, this_host
 from flagscale_hw.machine import Machine, Presence, Problem, Vendor
 from flagscale_hw.plugins import plugin_problems
 from flagscale_hw.processor import cpu_name, memory_bytes, num_cpus
 
-__all__ = ["FORCED_VARIABLE", "ROOT_VARIABLE", "TIMEOUT_S", "Sighting", "detect", "presence", "sightings"]
+__all__ = ["FORCED_VARIABLE", "TIMEOUT_S", "Sighting", "detect", "presence", "sightings"]
 
 TIMEOUT_S = 3.0
 """How long all that is asked about one vendor may take before it is killed."""
-ROOT_VARIABLE = "FLAGSCALE_HW_ROOT"
-"""Look at the files and tools below this directory instead of this host."""
 FORCED_VARIABLE = "FLAGSCALE_HW_VENDOR"
 """Chips, with commas: look for these only, and believe that they are here."""
 
@@ -45,7 +41,7 @@ def detect(host: Host | None = None, *, timeout_s: float = TIMEOUT_S) -> Machine
         host: where to look; this host when None, or what `FLAGSCALE_HW_ROOT` names.
         timeout_s: how long a vendor's library and tools together may take. Vendors are asked side by side.
     """
-    host = _default_host() if host is None else host
+    host = this_host() if host is None else host
     seen, everything = _sightings(host)
     here = [sighting for sighting in seen if sighting.presence != "none"]
     looks = _look_at_all(here, everything, timeout_s)
@@ -81,11 +77,7 @@ def presence(host: Host | None = None) -> list[str]:
 
 def sightings(host: Host | None = None) -> list[Sighting]:
     """Say of every vendor whether its chips are here, from files only; a forced vendor is `usable`."""
-    return _sightings(_default_host() if host is None else host)[0]
-
-
-def _default_host() -> Host:
-    return Host(Path(os.environ.get(ROOT_VARIABLE) or "/"))
+    return _sightings(this_host() if host is None else host)[0]
 
 
 def _sightings(host: Host) -> tuple[list[Sighting], Survey]:

@@ -15,8 +15,7 @@ from typing import Any
 
 from flagscale_hw.chips import CHIPS, Runtime, runtime
 from flagscale_hw.detection import TIMEOUT_S, Sighting, detect, sightings
-from flagscale_hw.environment import this_host
-from flagscale_hw.host import Host
+from flagscale_hw.host import Host, this_host
 from flagscale_hw.index import index_dir
 from flagscale_hw.machine import Machine
 

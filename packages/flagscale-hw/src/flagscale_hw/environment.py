@@ -7,24 +7,14 @@ nodes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flagscale_hw.chips import Runtime, runtime
 from flagscale_hw.errors import InputError
-from flagscale_hw.host import Host
 from flagscale_hw.machine import Device, Machine
 
-__all__ = ["choose", "docker_options", "env", "kubernetes_limits", "this_host"]
-
-
-def this_host() -> Host:
-    """Return this host, or the recorded or faked one that the environment names in its place."""
-    from flagscale_hw.detection import ROOT_VARIABLE
-
-    return Host(Path(os.environ.get(ROOT_VARIABLE) or "/"))
+__all__ = ["choose", "docker_options", "env", "kubernetes_limits"]
 
 
 def env(devices: Sequence[Device], *, environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -16,8 +16,8 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
+from flagscale_hw.attempts import Attempts
 from flagscale_hw.demands import SHORT_GRACE_S
 from flagscale_hw.ending import end_children
 from flagscale_hw.errors import HwError, LaunchRefused
@@ -26,9 +26,6 @@ from flagscale_hw.order import Order
 from flagscale_hw.record import Record, say
 from flagscale_hw.rundir import RunDirectory
 from flagscale_hw.supervisor import Supervisor
-
-if TYPE_CHECKING:
-    from flagscale_hw.coordinator import Coordinator
 
 __all__ = ["ANSWER", "LIFELINE", "guard"]
 
@@ -117,7 +114,7 @@ def _supervise(directory: RunDirectory, order: Order, watch: int) -> int:
         return 1
 
 
-def _watcher_of(order: Order) -> type[Supervisor] | type[Coordinator]:
+def _watcher_of(order: Order) -> type[Attempts]:
     if not order.plan.targets:
         return Supervisor
     from flagscale_hw.coordinator import Coordinator

@@ -19,7 +19,10 @@ from pathlib import Path
 
 from flagscale_hw.identity import marked
 
-__all__ = ["Answer", "Host"]
+__all__ = ["ROOT_VARIABLE", "Answer", "Host", "this_host"]
+
+ROOT_VARIABLE = "FLAGSCALE_HW_ROOT"
+"""Look at the files and tools below this directory instead of this host."""
 
 _TOOL_FOLDERS = (
     "/usr/bin",
@@ -160,3 +163,8 @@ def _clean_up(child: subprocess.Popen[bytes], token: str, *, has_ended: bool) ->
 def _text(file: object) -> str:
     raw = os.pread(file.fileno(), _OUTPUT_LIMIT, 0)  # type: ignore[attr-defined]
     return raw.decode(errors="replace")
+
+
+def this_host() -> Host:
+    """Return this host, or the recorded or faked one that the environment names in its place."""
+    return Host(Path(os.environ.get(ROOT_VARIABLE) or "/"))

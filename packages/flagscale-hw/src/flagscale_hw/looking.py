@@ -20,7 +20,7 @@ from typing import Any
 __all__ = ["interface_of", "look", "source_address"]
 
 _SIOCGIFADDR = 0x8915
-_ASK_LIMIT_S = 20.0
+_ASK_LIMIT_S = 60.0
 _VERSIONS = """
 import importlib.metadata as m, json, sys
 found = {"python": "%d.%d.%d" % sys.version_info[:3]}

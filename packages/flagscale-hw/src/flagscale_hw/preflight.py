@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flagscale_hw.link import SILENCE_S, Link
+from flagscale_hw.link import Link
 from flagscale_hw.machine import Machine
 from flagscale_hw.probing import wait_any
 from flagscale_hw.target import Target
 
 __all__ = ["HostReport", "Obstacle", "SurveyRequest", "judge", "survey"]
 
-_LIMIT_S = 90.0
+_LIMIT_S = 120.0
 _CONNECTING = 64
 _SKEW_LIMIT_S = 2.0
 
@@ -168,9 +168,8 @@ class _Asking:
         for number in open_now - self._answers.keys():
             link = self._links[number]
             link.keep_alive()
-            if not link.is_open or link.is_silent:
-                reason = f"no answer for {SILENCE_S:g} s" if link.is_silent else link.reason()
-                self._answers[number] = HostReport(target=link.target, problem=reason)
+            if not link.is_open:
+                self._answers[number] = HostReport(target=link.target, problem=link.reason())
 
     def _take(self, number: int, message: Mapping[str, Any]) -> None:
         target = self._links[number].target

@@ -128,7 +128,7 @@ class Record:
     def save(self) -> bool:
         """Write the status; False when the disk does not take it."""
         try:
-            self.directory.write(self.directory.state, self.status.to_dict(), is_final=self.status.is_over)
+            self.directory.write(self.directory.state, self.status.to_dict())
         except OSError as error:
             if self.is_saved:
                 say(f"state.json: not written: {error}")
@@ -159,9 +159,7 @@ class Record:
         if begun is None:
             return
         try:
-            self.directory.write(
-                self.directory.manifest, manifest.complete(begun, self.status), is_final=True
-            )
+            self.directory.write(self.directory.manifest, manifest.complete(begun, self.status))
         except OSError as error:
             say(f"manifest.json: not written: {error}")
 

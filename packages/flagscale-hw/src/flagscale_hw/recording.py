@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flagscale_hw.detection import TIMEOUT_S, detect
-from flagscale_hw.environment import this_host
 from flagscale_hw.errors import InputError
-from flagscale_hw.host import Answer, Host
+from flagscale_hw.host import Answer, Host, this_host
 from flagscale_hw.machine import Machine
 from flagscale_hw.topology import topology
 
@@ -49,8 +48,18 @@ _FILES = (
     "/proc/1/cgroup",
     "/proc/sys/kernel/osrelease",
 )
-_SECRET = re.compile(r"\b(?:[A-Z]{3}-)?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", re.IGNORECASE)
-_SERIAL = re.compile(r"(?i)(serial[^:,\n]*[:,]\s*)([\w.-]{4,})")
+# Nodes that every Linux has.
+_ORDINARY_NODE = re.compile(r"(tty|vcs|loop|ram|zram|nbd|pty|std)\w*")
+_SECRETS = (
+    r"\b(?:[A-Z]{3}-)?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b",  # UUIDs
+    r"\b(?:[0-9a-f]{32}|[0-9a-f]{64})\b",  # ids of containers
+    r"\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b",  # MAC addresses
+    # Private IPv4 addresses only: versions of drivers have four numbers too.
+    r"\b(?:10\.\d{1,3}|192\.168|172\.(?:1[6-9]|2\d|3[01]))\.\d{1,3}\.\d{1,3}\b",
+)
+_SECRET = re.compile("|".join(_SECRETS), re.IGNORECASE)
+# With a digit in it, for in the header of a table the name of the next column follows.
+_SERIAL = re.compile(r"(?i)(serial[^:,\n]*[:,]\s*)(?=[\w.-]*\d)([\w.-]{4,})")
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,8 @@ def record_host(
     Args:
         directory: where to; must not exist, or be empty.
         host: which; this one when None.
-        redact: replace host name, UUIDs and serial numbers, the same by the same.
+        redact: replace host name, UUIDs, serial numbers, ids of containers and addresses in the network, the
+            same by the same.
         timeout_s: how long each vendor's tools may take.
 
     Returns:
@@ -127,12 +137,13 @@ class _Redaction:
         devices = (*machine.devices, *machine.others)
         # A serial number in a table has no key beside it that would give it away.
         told = {name for device in devices for name in (device.uuid, device.serial) if name}
-        self._told = sorted(told | {machine.hostname}, key=len, reverse=True)
+        # Whole words: a host may be called `vm`, and `vme` is a feature of its processor.
+        words = "|".join(map(re.escape, sorted(told | {machine.hostname}, key=len, reverse=True)))
+        self._told = re.compile(rf"(?<![\w-])(?:{words})(?![\w-])")
 
     def text(self, text: str) -> str:
-        """Return the text without UUIDs and serial numbers."""
-        for secret in self._told:
-            text = text.replace(secret, self._stand_in(secret))
+        """Return the text without what would tell whose host it is."""
+        text = self._told.sub(lambda found: self._stand_in(found[0]), text)
         text = _SECRET.sub(lambda found: self._stand_in(found[0]), text)
         return _SERIAL.sub(lambda found: found[1] + self._stand_in(found[2]), text)
 
@@ -150,12 +161,14 @@ def _write_all(directory: Path, recorder: _Recorder, hide: _Redaction | None) ->
     files = dict(_texts(recorder.origin)) | recorder.read_files
     if hide is not None:
         files["/etc/hostname"] = "recorded"
+    hidden = hide.text if hide else str
     for absolute, text in files.items():
-        _write(directory, absolute, hide.text(text) if hide else text)
+        _write(directory, hidden(absolute), hidden(text))
     _write_bus(directory, recorder.origin)
     for folder in _NODE_FOLDERS:
         for name in recorder.origin.names(folder):
-            if not recorder.origin.path(f"{folder}/{name}").is_dir():
+            is_folder = recorder.origin.path(f"{folder}/{name}").is_dir()
+            if not is_folder and not _ORDINARY_NODE.fullmatch(name):
                 _write(directory, f"{folder}/{name}", "")
     for tool, answers in recorder.answers.items():
         _write_tool(directory, tool, answers, hide)

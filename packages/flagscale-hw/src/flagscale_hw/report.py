@@ -14,10 +14,9 @@ from dataclasses import asdict
 from typing import Any
 
 from flagscale_hw.chips import Runtime, runtime
-from flagscale_hw.environment import this_host
 from flagscale_hw.errors import DetectError
 from flagscale_hw.flagos import FlagOSProfile, flagos_env
-from flagscale_hw.host import Host
+from flagscale_hw.host import Host, this_host
 from flagscale_hw.machine import Device, Machine, Problem, Vendor
 from flagscale_hw.peaks import DTYPES, peak, specification
 from flagscale_hw.topology import Topology

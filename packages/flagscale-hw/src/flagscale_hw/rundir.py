@@ -67,48 +67,29 @@ class RunDirectory:
             OSError: the disk is full already.
         """
         with self._reserve.open("wb") as file:
-            file.write(b"\0" * _RESERVE_BYTES)
-            os.fsync(file.fileno())
+            os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
 
     def release_reserve(self) -> None:
         """Give the space back."""
         with contextlib.suppress(OSError):
             self._reserve.unlink()
 
-    def write(self, path: Path, data: Any, *, is_final: bool = False) -> None:
+    def write(self, path: Path, data: Any) -> None:
         """Replace a JSON file at once: a reader sees the old one or the new one, never a part.
 
-        Args:
-            path: one of the files of this directory.
-            data: plain data.
-            is_final: wait until it would survive a power cut. What is written before the end would not help
-                then, for the run itself is gone, and a busy disk must not hold up a launch.
+        No fsync: a busy disk takes a minute for one, and the process cannot even be killed meanwhile.
 
         Raises:
             OSError: no space, no permission; the old file is untouched.
         """
-        text = render_json(data)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                if is_final:
-                    os.fsync(file.fileno())
+            beside.write_text(render_json(data), encoding="utf-8")
             beside.replace(path)
         except OSError:
             with contextlib.suppress(OSError):
                 beside.unlink()
             raise
-        if is_final:
-            self._sync_names()
-
-    def _sync_names(self) -> None:
-        handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
     def read(self, path: Path) -> dict[str, Any] | None:
         """Read a JSON object; None when the file is missing or is not one."""

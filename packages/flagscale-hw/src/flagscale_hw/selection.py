@@ -15,8 +15,7 @@ from typing import Any, Literal
 from flagscale_hw.chips import Runtime, runtime
 from flagscale_hw.detection import TIMEOUT_S, detect
 from flagscale_hw.doctor import Finding
-from flagscale_hw.environment import this_host
-from flagscale_hw.host import Answer, Host
+from flagscale_hw.host import Answer, Host, this_host
 
 __all__ = ["Purpose", "examine_selection"]
 
@@ -147,7 +146,10 @@ def _transformer_engine(said: Mapping[str, Any], row: Runtime) -> Iterator[Findi
     code, subject = "HW404", "transformer_engine"
     if said.get("error"):
         # Plain torch layers do without it, so it is no obstacle.
-        yield Finding(code=code, is_good=True, subject=subject, text=f"{said['error']}: plain layers will do")
+        text = f"{said['error']}: plain torch layers take its place"
+        if row.chip == "nvidia":
+            text += ", slower and without fp8: pip install 'transformer-engine[pytorch]' there"
+        yield Finding(code=code, is_good=True, subject=subject, text=text)
         return
     text = f"{said['version']}{', with FlagOS dispatch' if said['has_dispatch'] else ''}"
     if said["has_dispatch"] or row.chip == "nvidia":

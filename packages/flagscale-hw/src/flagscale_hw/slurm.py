@@ -211,7 +211,7 @@ class SlurmRun(Run):
         status = self._status_of(*said) if said else self._status_without_slurm()
         if status.is_over:
             with contextlib.suppress(OSError):
-                self.directory.write(self.directory.state, status.to_dict(), is_final=True)
+                self.directory.write(self.directory.state, status.to_dict())
         return status
 
     def _said_by_slurm(self) -> tuple[str, str] | None:

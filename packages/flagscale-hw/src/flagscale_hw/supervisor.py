@@ -23,8 +23,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from flagscale_hw.attempts import TURN_S, Attempts
 from flagscale_hw.cause import first_cause, last_lines
-from flagscale_hw.demands import Demands, Outcome
+from flagscale_hw.demands import Outcome
 from flagscale_hw.ending import end_children, reap
 from flagscale_hw.errors import LaunchError
 from flagscale_hw.identity import MARKER
@@ -34,38 +35,28 @@ from flagscale_hw.placeholders import placeholders, substitute
 from flagscale_hw.plan import Probe, Process
 from flagscale_hw.ports import PortLease, lease_ports
 from flagscale_hw.probing import ProbeRun, wait_any
-from flagscale_hw.record import Record, say
+from flagscale_hw.record import say
 from flagscale_hw.rundir import RunDirectory
 from flagscale_hw.spawn import Command, spawn
-from flagscale_hw.status import ProcessStatus, RunStatus
+from flagscale_hw.status import ProcessStatus
 from flagscale_hw.target import LOCAL
 
 __all__ = ["Supervisor", "main"]
 
-_BACKOFF_LIMIT_S = 30.0
-_TURN_S = 1.0
 _LOG_LOOK_S = 5.0
 
 
-class Supervisor:
-    """One run, from leased ports to the recorded end."""
+class Supervisor(Attempts):
+    """One run on this host, from leased ports to the recorded end."""
 
     def __init__(self, directory: RunDirectory, order: Order, lifeline: int, guardian: int) -> None:
-        self._directory = directory
-        self._order = order
-        self._plan = order.plan
-        self._demands = Demands(directory, order, lifeline, guardian)
+        super().__init__(directory, order, lifeline, guardian)
         self._leases: dict[str, PortLease] = {}
         self._numbers: dict[str, int] = {}
         self._placed: list[Path] = []
         self._probes: list[ProbeRun] = []
         self._log_starts: dict[str, int] = {}
         self._next_log_look = 0.0
-        self._record = Record(directory, self._first_status())
-
-    def _first_status(self) -> RunStatus:
-        processes = tuple(ProcessStatus(name=process.name) for process in self._plan.processes)
-        return RunStatus(state="starting", processes=processes, started_at=time.time())
 
     # -- before the launcher is answered --------------------------------------------------------------------
 
@@ -109,29 +100,19 @@ class Supervisor:
     # -- the run --------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Run the plan to its end.
-
-        Returns:
-            0 when the end is on disk, 1 when the disk did not take it.
-        """
+        """Run the plan to its end; see `Attempts.run`."""
         self._wait_for_launch()
-        while True:
-            outcome = self._attempt()
-            left = self._end(outcome)
-            if outcome.may_restart and not left and self._record.status.restarts < self._plan.max_restarts:
-                self._pause_before_restart(outcome)
-                if self._demands.outcome is None:
-                    continue
-                outcome = self._demands.outcome
-            reason = "; ".join(part for part in (outcome.reason, left) if part)
-            return 0 if self._record.finish(outcome.state, reason) else 1
+        return super().run()
+
+    def _may_try_again(self, outcome: Outcome, left: str) -> bool:
+        return not left and super()._may_try_again(outcome, left)  # what is left holds its device
 
     def _wait_for_launch(self) -> None:
         """Where other hosts have a part in the run, wait until all of them are prepared."""
         if not self._order.is_held:
             return
         while not self._demands.is_launched and self._demands.outcome is None:
-            self._turn(_TURN_S)
+            self._turn(TURN_S)
         others = self._directory.read(self._directory.ports) or {}
         self._numbers = {**others, **self._numbers}
         for file in self._plan.files:
@@ -253,7 +234,7 @@ class Supervisor:
 
     def _patience_s(self) -> float:
         deadlines = [probe.deadline - time.monotonic() for probe in self._probes]
-        return max(0.0, min([_TURN_S, *deadlines]))
+        return max(0.0, min([TURN_S, *deadlines]))
 
     def _reason_of(self, ended: ProcessStatus) -> str:
         cause = self._cause_of(ended.name)
@@ -280,7 +261,6 @@ class Supervisor:
 
     def _end(self, outcome: Outcome) -> str:
         """End every process below us; say what could not be ended, if anything."""
-        self._demands.shorten(outcome.grace_s)
         for probe in self._probes:
             probe.close()
         self._probes.clear()
@@ -292,23 +272,11 @@ class Supervisor:
             if left:
                 pids = ", ".join(str(process.pid) for process in left)
                 return f"{len(left)} processes could not be killed (pid {pids}): they wait inside the kernel"
-        if self._demands.outcome is None:
-            self._demands.deadline = float("inf")
         return ""
 
     def _grace_left_s(self) -> float:
         self._turn(0.0)
         return self._demands.deadline - time.monotonic()
-
-    def _pause_before_restart(self, outcome: Outcome) -> None:
-        self._record.restart()
-        count = self._record.status.restarts
-        self._record.change(
-            "starting", f"restart {count} of {self._plan.max_restarts} after: {outcome.reason}"
-        )
-        until = time.monotonic() + min(2.0 ** (count - 1), _BACKOFF_LIMIT_S)
-        while self._demands.outcome is None and time.monotonic() < until:
-            self._turn(until - time.monotonic())
 
 
 def _mentions(process: Process, port: str) -> bool:

@@ -21,10 +21,10 @@ from functools import cache
 from pathlib import Path
 
 from flagscale_hw.chips import runtime
-from flagscale_hw.detection import ROOT_VARIABLE, detect
+from flagscale_hw.detection import detect
 from flagscale_hw.errors import InputError
 from flagscale_hw.fake import FAKED, Faults, write_host
-from flagscale_hw.host import Host
+from flagscale_hw.host import ROOT_VARIABLE, Host
 from flagscale_hw.machine import Device, Machine
 
 __all__ = ["FAKED", "Faults", "fake_host", "faked_host", "write_host"]

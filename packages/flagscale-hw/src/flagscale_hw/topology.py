@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import Any
 
+from flagscale_hw.backends.values import clean
 from flagscale_hw.detection import TIMEOUT_S
-from flagscale_hw.environment import this_host
-from flagscale_hw.host import Host
+from flagscale_hw.host import Host, this_host
 from flagscale_hw.machine import Device, Machine
 
 __all__ = ["Nic", "Topology", "parse_matrix", "topology"]
@@ -201,6 +201,7 @@ def parse_matrix(text: str) -> tuple[tuple[tuple[str | None, ...], ...], dict[st
         Devices x devices, and for each network card, by the name that programs use, its link to every device.
         Both are empty where there is no matrix.
     """
+    text = clean(text)  # nvidia-smi underlines its header even where it writes into a pipe
     names = dict(re.findall(r"^\s*(NIC\d+)\s*:\s*(\S+)", text, re.MULTILINE))
     for header, rows in _matrices(text):
         devices = [name for name in header if not name.startswith("NIC")]

@@ -1,4 +1,4 @@
-"""Serving runner of FlagScale on vLLM and transformers.
+"""Serving runner of FlagScale on vLLM, SGLang, llama.cpp and transformers.
 
     run("model_dir"), status(), chat(None, "Hello"), stop()
 
@@ -16,6 +16,10 @@ from flagscale_serve.errors import (
     RunFailed,
     ServeError,
 )
+from flagscale_serve.fit import Fit, fit
+from flagscale_serve.generate import Progress, Sampling, generate
+from flagscale_serve.hosts import Node, find_nodes
+from flagscale_serve.metrics import Load
 from flagscale_serve.model import Model, read_model
 from flagscale_serve.plan import plan
 from flagscale_serve.runs import (
@@ -38,23 +42,31 @@ from flagscale_serve.service import Instance, Service, of_experiment, of_model
 
 __all__ = [
     "EngineMissing",
+    "Fit",
     "Instance",
     "InstanceStatus",
     "InvalidModel",
     "InvalidService",
+    "Load",
     "Model",
+    "Node",
     "NotServing",
     "Options",
     "Prepared",
+    "Progress",
     "RequestFailed",
     "RunFailed",
+    "Sampling",
     "ServeError",
     "Service",
     "ServiceStatus",
     "__version__",
     "chat",
     "check",
+    "find_nodes",
     "find_run",
+    "fit",
+    "generate",
     "list_runs",
     "logs",
     "of_experiment",

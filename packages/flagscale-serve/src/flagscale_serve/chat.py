@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -15,7 +15,7 @@ from flagscale_serve.runs import InstanceStatus, find_run, status_of
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Server", "chat", "find_server"]
+__all__ = ["Server", "chat", "find_server", "first_model", "message_of"]
 
 _CONNECT_TIMEOUT_S = 10.0
 _TOKEN_TIMEOUT_S = 600.0
@@ -83,7 +83,7 @@ def chat(  # noqa: PLR0913 - what people set on a request
     yield from _ask(server, body, api_key or os.environ.get("OPENAI_API_KEY"))
 
 
-def find_server(target: str | None, model: str | None = None) -> Server:
+def find_server(target: str | None, model: str | None = None, overrides: Sequence[str] = ()) -> Server:
     """Find the server that a target means.
 
     Raises:
@@ -92,7 +92,7 @@ def find_server(target: str | None, model: str | None = None) -> Server:
     if target is not None and target.startswith(("http://", "https://")):
         base = target.rstrip("/")
         return Server(url=base if base.endswith("/v1") else f"{base}/v1", model=model)
-    now = status_of(find_run(target))
+    now = status_of(find_run(target, overrides))
     if not now.is_ready:
         raise NotServing(
             f"{now.run_dir}: not ready: it is {now.state}{f' ({now.reason})' if now.reason else ''}"
@@ -108,10 +108,12 @@ def find_server(target: str | None, model: str | None = None) -> Server:
 
 
 def _choose(instances: tuple[InstanceStatus, ...], model: str | None) -> InstanceStatus:
-    found = [one for one in instances if model in (None, one.model, one.name)]
+    doors = tuple(one for one in instances if one.behind is None)
+    found = [one for one in doors if model in (None, one.model)]
+    found = found or [one for one in instances if model == one.name]
     if len(found) == 1:
         return found[0]
-    names = ", ".join(one.model for one in instances)
+    names = ", ".join(dict.fromkeys(one.model for one in doors))
     given = "several models are served" if model is None else f"model {model!r}: not served"
     raise NotServing(f"{given}: choose one of {names} with --model")
 
@@ -125,7 +127,7 @@ def _ask(server: Server, body: dict[str, Any], api_key: str | None) -> Iterator[
     timeout = httpx.Timeout(_TOKEN_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
     try:
         with httpx.Client(headers=headers, timeout=timeout, trust_env=not is_local) as client:
-            body["model"] = server.model or _first_model(client, server.url)
+            body["model"] = server.model or first_model(client, server.url)
             path = "completions" if "prompt" in body else "chat/completions"
             with client.stream("POST", f"{server.url}/{path}", json=body) as response:
                 _check(response, server.url)
@@ -138,7 +140,13 @@ def _ask(server: Server, body: dict[str, Any], api_key: str | None) -> Iterator[
         raise RequestFailed(f"{server.url}: the answer broke off: {error or type(error).__name__}") from None
 
 
-def _first_model(client: httpx.Client, url: str) -> str:
+def first_model(client: httpx.Client, url: str) -> str:
+    """Return the first model that a server lists.
+
+    Raises:
+        NotServing: it lists none.
+        RequestFailed: it refuses to tell.
+    """
     response = client.get(f"{url}/models")
     _check(response, url)
     try:
@@ -152,10 +160,10 @@ def _check(response: httpx.Response, url: str) -> None:
         return
     response.read()
     cure = "give the server's key with --api-key" if response.status_code == 401 else "see the server's log"
-    raise RequestFailed(f"{url}: HTTP {response.status_code}: {_message(response.text)}: {cure}")
+    raise RequestFailed(f"{url}: HTTP {response.status_code}: {message_of(response.text)}: {cure}")
 
 
-def _message(text: str) -> str:
+def message_of(text: str) -> str:
     """Find the sentence for people in an error body."""
     try:
         found = json.loads(text)
@@ -179,7 +187,7 @@ def _pieces(response: httpx.Response) -> Iterator[str]:
         except ValueError:
             raise RequestFailed(f"the server sent what is not JSON: {data[:200]}") from None
         if "error" in event:
-            raise RequestFailed(f"the server broke off: {_message(data)}")
+            raise RequestFailed(f"the server broke off: {message_of(data)}")
         for choice in event.get("choices") or ():
             piece = choice.get("text") if "text" in choice else (choice.get("delta") or {}).get("content")
             if piece:

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flagscale_serve.engines import ENGINES, Engine
+from flagscale_serve import router
+from flagscale_serve.engines import Engine, engine_named
 from flagscale_serve.errors import EngineMissing, InvalidModel, InvalidService
-from flagscale_serve.model import Model, read_model
-from flagscale_serve.service import Service
+from flagscale_serve.model import Model, read_gguf_model, read_model
+from flagscale_serve.service import Front, Instance, Service
 
-__all__ = ["check_addresses", "check_engines", "check_models"]
+__all__ = ["check_addresses", "check_engines", "check_models", "check_router"]
 
 _TIMEOUT_S = 60.0
 # Finds without importing: an import of an engine takes seconds, and can fail for reasons of the machine.
@@ -47,17 +48,23 @@ def check_models(service: Service, chip: str) -> tuple[Model, ...]:
     """
     models = []
     for instance in service.instances:
-        options = instance.settled
-        tokenizer = options.get("tokenizer")
-        model = read_model(
-            Path(instance.model),
-            tokenizer=Path(service.cwd, tokenizer) if tokenizer else None,
-            with_weights=options.get("load_format") != "dummy",
-        )
+        model = _model_of(instance, service)
         if instance.engine == "vllm" and chip == "cpu":
             _check_head_dim(model)
         models.append(model)
     return tuple(models)
+
+
+def _model_of(instance: Instance, service: Service) -> Model:
+    if instance.engine == "llama_cpp":
+        return read_gguf_model(Path(instance.model))
+    options = instance.settled
+    tokenizer = options.get("tokenizer") or options.get("tokenizer_path")
+    return read_model(
+        Path(instance.model),
+        tokenizer=Path(service.cwd, tokenizer) if tokenizer else None,
+        with_weights=options.get("load_format") != "dummy",
+    )
 
 
 def check_addresses(service: Service) -> None:
@@ -66,15 +73,16 @@ def check_addresses(service: Service) -> None:
     Raises:
         InvalidService: the host is no address of this machine, or a name that nobody knows.
     """
-    for instance in service.instances:
+    doors: list[Instance | Front] = [*service.instances, *service.fronts]
+    for door in doors:
         try:
-            family, kind, *_, address = socket.getaddrinfo(instance.host, 0, type=socket.SOCK_STREAM)[0]
+            family, kind, *_, address = socket.getaddrinfo(door.host, 0, type=socket.SOCK_STREAM)[0]
             with socket.socket(family, kind) as probe:
                 probe.bind(address)
         except OSError as error:
             if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
                 raise InvalidService(
-                    f"{instance.name}: host {instance.host}: not an address of this machine: use 127.0.0.1, "
+                    f"{door.name}: host {door.host}: not an address of this machine: use 127.0.0.1, "
                     "or 0.0.0.0 for every address it has"
                 ) from error
             raise
@@ -97,8 +105,53 @@ def check_engines(service: Service, python: str) -> dict[str, str]:
     Raises:
         EngineMissing: that Python does not exist or lacks an engine; says what to install.
     """
-    names = sorted({instance.engine for instance in service.instances})
-    return {name: _look((*service.shell, python), ENGINES[name], service) for name in names}
+    engines = {name: engine_named(name) for name in sorted({one.engine for one in service.instances})}
+    return {
+        name: _look((*service.shell, python), engine, service)
+        if engine.program is None
+        else _look_for_program(engine, service)
+        for name, engine in engines.items()
+    }
+
+
+def check_router(service: Service, python: str) -> None:
+    """Ask the Python that should run the routers of a service whether it has them.
+
+    Raises:
+        EngineMissing: it has not.
+    """
+    if service.fronts:
+        wanted = json.dumps({"modules": [router.MODULE], "distributions": []})
+        if _ask((python, "-c", _LOOK, wanted), python, service)["missing"]:
+            raise EngineMissing(
+                f"{service.fronts[0].name}: several instances behind one address need a router, which "
+                f"{python} does not have: install it there with `{router.INSTALL}`"
+            )
+
+
+def _look_for_program(engine: Engine, service: Service) -> str:
+    program = str(engine.program)
+    start = ("bash", "-c", f'{service.before_start}\nexec "$@"', "bash") if service.before_start else ()
+    try:
+        done = subprocess.run(
+            (*start, program, "--version"),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            cwd=service.cwd,
+            env={**os.environ, **service.env},
+        )
+        found = done.returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        found = False
+    if not found:
+        raise EngineMissing(
+            f"engine {engine.name}: no `{program}` that answers is on the PATH: install it "
+            f"({engine.install}), or set experiment.envs.PATH"
+        )
+    lines = (done.stdout + done.stderr).split()
+    return lines[lines.index("version:") + 1] if "version:" in lines[:-1] else "unknown"
 
 
 def _look(start: Sequence[str], engine: Engine, service: Service) -> str:
@@ -112,7 +165,7 @@ def _look(start: Sequence[str], engine: Engine, service: Service) -> str:
             f"{', '.join(dict.fromkeys(missing))}: install it there with `{engine.install}`, or name the "
             "Python that has it with --python"
         )
-    return str(found["versions"][engine.distributions[0]])
+    return str(next(iter(found["versions"].values()), "unknown"))
 
 
 def _ask(argv: Sequence[str], python: str, service: Service) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from flagscale_serve.__about__ import __version__
 
 if TYPE_CHECKING:
     from flagscale_hw import Plan, Run
-    from flagscale_serve.runs import Options, Prepared, ServiceStatus
+    from flagscale_serve.metrics import Load
+    from flagscale_serve.runs import Options, ServiceStatus
 
 __all__ = ["main"]
 
@@ -28,6 +29,7 @@ examples:
   flagscale-serve run MODEL_DIR                    serve a model here, until Ctrl-C
   flagscale-serve run FILE.yaml --detach           serve a FlagScale file in the background, return when ready
   flagscale-serve chat MODEL_DIR -m 'Hello'        ask it
+  flagscale-serve generate IN.jsonl OUT.jsonl      answer a file of requests by the service that runs
   flagscale-serve stop MODEL_DIR                   stop it
 
 exit codes: 0 done, 1 bug, 2 wrong input, 3 not found or not ready, 4 the run failed, 130 interrupted
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs)
     _add_looking(verbs)
     _add_chat(verbs)
+    _add_generate(verbs)
     return parser
 
 
@@ -83,8 +86,9 @@ def _add_starting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
     parser.add_argument(
         "--engine",
-        choices=("vllm", "transformers"),
-        help="default: vllm on an accelerator, else transformers",
+        metavar="NAME",
+        help="vllm, sglang, llama_cpp, transformers, or one that another package brings (default: the "
+        "file's, else vllm on an accelerator and transformers on a CPU)",
     )
     parser.add_argument(
         "--python",
@@ -102,6 +106,28 @@ def _add_plan(verbs: Any) -> None:
     parser = _add(verbs, "plan", _plan, "show what `run` would start, without starting it")
     _add_starting(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="OPTION",
+        help="show for each option, or for one, what it becomes and where it comes from",
+    )
+    parser.add_argument(
+        "--as",
+        dest="form",
+        choices=("text", "scripts", "lws"),
+        default="text",
+        help="for people, as bash scripts for each host, or as a LeaderWorkerSet of Kubernetes",
+    )
+    parser.add_argument("--image", help="container image of the pods, for --as lws")
+    parser.add_argument(
+        "--claim",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="volume claim of the pods and where it is mounted; may be repeated",
+    )
 
 
 def _add_run(verbs: Any) -> None:
@@ -159,6 +185,30 @@ def _add_chat(verbs: Any) -> None:
     parser.add_argument("--api-key", help="the server's key (default: $OPENAI_API_KEY)")
 
 
+def _add_generate(verbs: Any) -> None:
+    parser = _add(verbs, "generate", _generate, "answer a file of requests, one JSON object per line")
+    parser.add_argument(
+        "input", type=Path, metavar="INPUT", help='lines {"prompt": ...} or {"messages": ...}'
+    )
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="answers; an earlier file is completed")
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help="run, address, or a file, recipe or model, which is served meanwhile (default: the only run)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+    parser.add_argument("--model", help="which model, when several are served")
+    parser.add_argument("--concurrency", type=int, default=64, metavar="N", help="at a time (default: 64)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer at most")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the random choices")
+    parser.add_argument("--system", help="instructions in front of each conversation")
+    parser.add_argument("--api-key", help="the server's key (default: $OPENAI_API_KEY)")
+    parser.add_argument("--engine", metavar="NAME", help="of a service that is started for this")
+    parser.add_argument("--python", help="interpreter that has the engine")
+
+
 def _options(arguments: argparse.Namespace) -> Options:
     from flagscale_serve.plan import READY_TIMEOUT_S
     from flagscale_serve.runs import Options
@@ -179,6 +229,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     prepared = prepare(arguments.target, arguments.overrides, _options(arguments))
     if arguments.json:
         sys.stdout.write(prepared.plan.to_json())
+    elif arguments.explain is not None:
+        _print_options(prepared.plan, arguments.explain.replace("-", "_"))
+    elif arguments.form != "text":
+        sys.stdout.write(_rendered(prepared.plan, arguments))
+        return 0  # for machines that are not here
     else:
         _print_plan(prepared.plan, prepared.run_dir)
     sys.stdout.flush()
@@ -188,17 +243,89 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _print_plan(plan: Plan, run_dir: Path) -> None:
-    print(f"{plan.kind} {plan.name} on {plan.facts['chip']}, run directory {run_dir}")
+    hosts = f" of {', '.join(target.name for target in plan.targets)}" if plan.targets else ""
+    print(f"{plan.kind} {plan.name} on {plan.facts['chip']}{hosts}, run directory {run_dir}")
     for warning in plan.facts["warnings"]:
         print(f"warning: {warning}")
-    for process, probe in zip(plan.processes, plan.probes, strict=True):
-        print(f"\n{process.name}: in {process.cwd}")
+    probes = {name: probe for probe in plan.probes for name in _ports_in(probe.url)}
+    for process in plan.processes:
+        where = f" on {process.host}" if plan.targets else ""
+        print(f"\n{process.name}:{where} in {process.cwd}")
         for key, value in sorted(process.env.items()):
             print(f"  {key}={'***' if key in plan.secrets else shlex.quote(value)}")
         print(f"  {shlex.join(process.argv)}")
-        print(f"  ready when {probe.method} {probe.url} gives {probe.expect} within {probe.timeout_s:g} s")
+        if (probe := probes.get(process.name)) is not None:
+            gives = probe.expect or "an answer"
+            print(f"  ready when {probe.method} {probe.url} gives {gives} within {probe.timeout_s:g} s")
+    for one in plan.facts["instances"]:
+        if "fit" in one:
+            print(f"\n{_fit_text(one['fit'])}")
     ports = ", ".join(f"{name} {number or 'any free one'}" for name, number in plan.ports.items())
     print(f"\nports: {ports}\nstop: {plan.stop.signal}, then SIGKILL after {plan.stop.grace_s:g} s")
+
+
+def _ports_in(url: str) -> list[str]:
+    from flagscale_hw.placeholders import placeholders
+
+    return [name for kind, name in placeholders(url) if kind == "port"]
+
+
+def _fit_text(found: dict[str, Any]) -> str:
+    """Tell what one device has to hold."""
+    from flagscale_serve.fit import devices_words
+
+    gib = 1 << 30
+
+    def size(name: str) -> str:
+        value = found[name]
+        return "not known" if value is None else f"{max(0, value) / gib:.2f} GiB"
+
+    tokens, length = found["kv_tokens"], found["max_model_len"]
+    held = "" if tokens is None else f": {tokens} tokens"
+    if tokens is not None and length:
+        held += f", {tokens / length:.1f} sequences of {length}"
+    return (
+        f"{found['instance']}: on {devices_words(found['devices'])}: {size('memory')}, of which the engine "
+        f"may take {size('budget')}\n  weights {size('weights')}, working memory about {size('working')}, "
+        f"left for keys and values {size('room')}{held}\n  {found['verdict']}"
+    )
+
+
+def _print_options(plan: Plan, wanted: str) -> None:
+    """Show where each option comes from."""
+    from flagscale_serve.errors import InvalidService
+
+    shown = 0
+    for one in plan.facts["instances"]:
+        rows = [row for row in one["options"] if wanted in ("", row["option"], row["asked"])]
+        shown += len(rows)
+        if rows:
+            print(f"{one['name']}: {one['engine']}")
+        for row in sorted(rows, key=lambda row: (row["option"], row["fate"])):
+            place = f" ({row['place']})" if row["place"] else ""
+            becomes = row["fate"] or shlex.join(row["words"]) or "says nothing"
+            asked = "" if row["asked"] == row["option"] else f".{row['asked']}"
+            print(f"  {row['option']} = {row['value']}: {becomes}\n    from {row['source']}{asked}{place}")
+    if not shown and wanted:
+        raise InvalidService(f"explain: {wanted!r}: no option of this plan: `plan --explain` lists them all")
+
+
+def _rendered(plan: Plan, arguments: argparse.Namespace) -> str:
+    """Render the plan for machines that something else starts."""
+    from flagscale_hw import Pods, render_kubernetes, render_scripts, runtime
+    from flagscale_serve.errors import InvalidService
+
+    if arguments.form == "scripts":
+        return "".join(f"# {name}\n{text}\n" for name, text in render_scripts(plan).items())
+    if not arguments.image:
+        raise InvalidService("image: not given: a LeaderWorkerSet needs the image of its pods: set --image")
+    resource = runtime(plan.facts["chip"]).kubernetes_resource
+    pods = Pods(
+        image=arguments.image,
+        claims=dict(word.partition("=")[::2] for word in arguments.claim),
+        resources={resource: plan.facts["devices_per_host"]} if resource else {},
+    )
+    return render_kubernetes(plan, "lws", pods)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -216,7 +343,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.detach and arguments.no_wait:
             print(run.dir)
             return 0
-        return _follow(run, prepared, began, arguments)
+        return _follow(run, began, arguments)
     except KeyboardInterrupt:
         return _stop_interrupted(prepared.run_dir)
 
@@ -238,12 +365,11 @@ def _stop_interrupted(run_dir: Path) -> int:
     return _INTERRUPTED
 
 
-def _follow(run: Run, prepared: Prepared, began: float, arguments: argparse.Namespace) -> int:
+def _follow(run: Run, began: float, arguments: argparse.Namespace) -> int:
     from flagscale_serve.foreground import StartLog, ready_text
     from flagscale_serve.runs import failure, status_of
 
-    engines = {instance.name: instance.engine for instance in prepared.service.instances}
-    log = StartLog(run, engines, _say, verbose=arguments.verbose)
+    log = StartLog(run, status_of(run).instances, _say, verbose=arguments.verbose)
     now = log.until_ready()
     if now.state == "ready":
         print(ready_text(status_of(run), time.monotonic() - began), flush=True)
@@ -284,15 +410,32 @@ def _print_status(now: ServiceStatus, *, as_json: bool) -> None:
     for one in now.instances:
         print(
             f"  {one.name}: {one.engine}, model {one.model}, {one.url or 'no port yet'}, pid {one.pid or '-'}"
+            f"{_load_text(one.load)}"
         )
     print(f"  {now.run_dir}")
 
 
+def _load_text(load: Load | None) -> str:
+    """Tell how busy an instance is, as far as it says."""
+    if load is None:
+        return ""
+    parts = []
+    if load.running is not None:
+        parts.append(f"{load.running} running")
+    if load.waiting is not None:
+        parts.append(f"{load.waiting} waiting")
+    if load.tokens_per_s is not None:
+        parts.append(f"{load.tokens_per_s:.1f} tokens/s")
+    if load.kv_usage is not None:
+        parts.append(f"{load.kv_usage:.0%} of the key-value cache")
+    return ", " + ", ".join(parts)
+
+
 def _logs(arguments: argparse.Namespace) -> int:
-    from flagscale_serve.runs import find_run, logs, status_of
+    from flagscale_serve.runs import find_run, logs, read_plan
 
     target = str(find_run(arguments.target, arguments.overrides).dir)
-    is_single = len(status_of(find_run(target)).instances) == 1
+    is_single = len(read_plan(find_run(target)).get("processes", ())) == 1
     for line in logs(target, follow=arguments.follow):
         print(line.text if is_single else f"{line.process}: {line.text}", flush=arguments.follow)
     return 0
@@ -343,6 +486,39 @@ def _chat(arguments: argparse.Namespace) -> int:
     ):
         print(_shown(piece), end="", flush=True)
     print()
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from flagscale_serve.foreground import batch_progress
+    from flagscale_serve.generate import Sampling, generate
+    from flagscale_serve.runs import Options
+
+    _interrupt_on_signals()
+    with batch_progress() as tell:
+        ended = generate(
+            arguments.target,
+            arguments.input,
+            arguments.output,
+            overrides=tuple(arguments.overrides),
+            options=Options(engine=arguments.engine, python=arguments.python),
+            model=arguments.model,
+            sampling=Sampling(
+                max_tokens=arguments.max_tokens,
+                temperature=arguments.temperature,
+                seed=arguments.seed,
+                system=arguments.system,
+            ),
+            concurrency=arguments.concurrency,
+            api_key=arguments.api_key,
+            tell=tell,
+        )
+    kept = f", {ended.kept} of them before" if ended.kept else ""
+    rate = f"{ended.tokens} tokens, {ended.tokens_per_s:.1f} tokens/s"
+    _say(f"{ended.done} of {ended.total} answered{kept}; {rate}")
+    if ended.failed:
+        _say(f"{ended.failed} failed: their lines in {arguments.output} say why; run it again to retry them")
+        return 4
     return 0
 
 

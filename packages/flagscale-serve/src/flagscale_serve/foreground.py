@@ -5,14 +5,18 @@ What does not live here: arguments and exit codes (`cli.py`).
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import flagscale_hw as hw
+from flagscale_serve.generate import Progress as Batch
 from flagscale_serve.progress import Phases, Tail
-from flagscale_serve.runs import ServiceStatus
+from flagscale_serve.runs import InstanceStatus, ServiceStatus
 
-__all__ = ["StartLog", "ready_text"]
+__all__ = ["StartLog", "batch_progress", "ready_text"]
 
 _POLL_S = 0.1
 _SILENCE_S = 15.0
@@ -22,21 +26,26 @@ class StartLog:
     """The start of one run, told line by line."""
 
     def __init__(
-        self, run: hw.Run, engines: Mapping[str, str], say: Callable[[str], None], *, verbose: bool
+        self,
+        run: hw.Run,
+        instances: Sequence[InstanceStatus],
+        say: Callable[[str], None],
+        *,
+        verbose: bool,
     ) -> None:
         """Begin to read.
 
         Args:
             run: a run that was just launched.
-            engines: instance name -> engine.
+            instances: those of the run.
             say: takes one line for people.
             verbose: tell every line of the engines' logs already while they start.
         """
         self._run = run
         self._say = say
         self._verbose = verbose
-        self._phases = {name: Phases(engine) for name, engine in engines.items()}
-        self._tails = {name: Tail(run.dir / "logs" / f"{name}.log") for name in engines}
+        self._phases = {one.name: Phases(one.engine) for one in instances}
+        self._tails = {one.name: Tail(Path(one.log)) for one in instances}
         self._began = self._told = time.monotonic()
 
     def until_ready(self) -> hw.RunStatus:
@@ -94,6 +103,8 @@ def ready_text(status: ServiceStatus, seconds: float) -> str:
     """Say that a service is ready, where it is, and what to try."""
     lines = []
     for one in status.instances:
+        if one.behind is not None:
+            continue  # its router is what people ask
         lines.append(f"ready after {seconds:.1f} s: {one.url}  model {one.model}")
         if one.has_chat_template:
             path, asked = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
@@ -104,3 +115,28 @@ def ready_text(status: ServiceStatus, seconds: float) -> str:
             f'       -d \'{{"model": "{one.model}", {asked}, "max_tokens": 32}}\'',
         ]
     return "\n".join(lines)
+
+
+@contextmanager
+def batch_progress() -> Iterator[Callable[[Batch], None]]:
+    """Show how far a batch is, on a terminal; elsewhere say nothing."""
+    if not sys.stderr.isatty():
+        yield lambda _progress: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+
+        def tell(now: Batch) -> None:
+            failed = f", {now.failed} failed" if now.failed else ""
+            bar.update(
+                task,
+                total=now.total,
+                completed=now.done + now.failed,
+                description=f"{now.tokens_per_s:.0f} tokens/s{failed}",
+            )
+
+        yield tell

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flagscale_serve.errors import InvalidModel
+from flagscale_serve.gguf import read_gguf
 
-__all__ = ["Model", "has_chat_template", "read_model"]
+__all__ = ["Model", "has_chat_template", "read_gguf_model", "read_model"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,6 +42,29 @@ class Model:
     num_weight_bytes: int
     head_dim: int | None
     """Size of one attention head where the configuration tells."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """`config.json`, or the metadata of a GGUF file."""
+    bytes_of: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of all tensors by their number format as safetensors calls it (`BF16`); empty where not known."""
+    is_gguf: bool = False
+
+
+def read_gguf_model(path: Path) -> Model:
+    """Read the header of a GGUF file, which holds its tokenizer and its chat template too.
+
+    Raises:
+        InvalidModel: it is missing, no GGUF file, or cut short.
+    """
+    found = read_gguf(path)
+    return Model(
+        path=path,
+        architecture=str(found.get("general.architecture", "unknown")),
+        has_chat_template=bool(found.get("tokenizer.chat_template")),
+        num_weight_bytes=path.stat().st_size,
+        head_dim=None,
+        config=found,
+        is_gguf=True,
+    )
 
 
 def read_model(path: Path, *, tokenizer: Path | None = None, with_weights: bool = True) -> Model:
@@ -60,7 +84,7 @@ def read_model(path: Path, *, tokenizer: Path | None = None, with_weights: bool 
     config = _read_json(
         path / "config.json", "a model directory has it: give the directory that holds config.json"
     )
-    num_bytes = _check_weights(path) if with_weights else 0
+    num_bytes, bytes_of = _check_weights(path) if with_weights else (0, {})
     words = tokenizer or path
     if not any((words / name).is_file() for name in _TOKENIZER_FILES):
         raise InvalidModel(
@@ -80,6 +104,8 @@ def read_model(path: Path, *, tokenizer: Path | None = None, with_weights: bool 
         has_chat_template=has_chat_template(words),
         num_weight_bytes=num_bytes,
         head_dim=_head_dim(config),
+        config=config,
+        bytes_of=bytes_of,
     )
 
 
@@ -111,26 +137,24 @@ def _read_json(path: Path, cure: str) -> dict[str, Any]:
     return data
 
 
-def _check_weights(path: Path) -> int:
-    """Return the bytes of all weight files."""
+def _check_weights(path: Path) -> tuple[int, dict[str, int]]:
+    """Return the bytes of all weight files, and those of all tensors by number format."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         return _check_index(index)
     found = sorted(path.glob("*.safetensors"))
     if found:
-        for file in found:
-            _tensor_names(file)
-        return sum(file.stat().st_size for file in found)
+        return sum(file.stat().st_size for file in found), _added(map(_tensors, found))
     others = sorted(path.glob("pytorch_model*.bin"))
     if not others:
         raise InvalidModel(
             f"{path}: no weights: *.safetensors (or pytorch_model*.bin) is needed: finish the download or "
             "the conversion"
         )
-    return sum(file.stat().st_size for file in others)
+    return sum(file.stat().st_size for file in others), {}
 
 
-def _check_index(index: Path) -> int:
+def _check_index(index: Path) -> tuple[int, dict[str, int]]:
     where = _read_json(index, "").get("weight_map")
     if not isinstance(where, Mapping) or not where:
         raise InvalidModel(f"{index}: weight_map: missing or empty: copy or write the file again")
@@ -141,18 +165,30 @@ def _check_index(index: Path) -> int:
             f"{index.parent}: {len(missing)} of {len(names)} weight files are missing ({_few(missing)}): "
             "finish the download or the conversion"
         )
-    present = {name: _tensor_names(index.parent / name) for name in names}
+    present = {name: _tensors(index.parent / name) for name in names}
     lost = sorted(tensor for tensor, name in where.items() if tensor not in present[str(name)])
     if lost:
         raise InvalidModel(
             f"{index}: {len(lost)} tensors are not in the files that should hold them ({_few(lost)}): "
             "finish the download or the conversion"
         )
-    return sum((index.parent / name).stat().st_size for name in names)
+    return sum((index.parent / name).stat().st_size for name in names), _added(present.values())
 
 
-def _tensor_names(file: Path) -> set[str]:
-    """Read a safetensors header and compare the length it promises with the file's."""
+def _added(files: Iterable[Mapping[str, tuple[str, int]]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for tensors in files:
+        for kind, size in tensors.values():
+            total[kind] = total.get(kind, 0) + size
+    return total
+
+
+def _tensors(file: Path) -> dict[str, tuple[str, int]]:
+    """Read a safetensors header and compare the length it promises with the file's.
+
+    Returns:
+        Tensor -> its number format and bytes.
+    """
     size = file.stat().st_size
     cure = "finish the download or the conversion"
     try:
@@ -162,15 +198,19 @@ def _tensor_names(file: Path) -> set[str]:
             if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
                 raise InvalidModel(f"{file}: {size} bytes: cut short, or not a safetensors file: {cure}")
             header = json.loads(handle.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        promised = 8 + length + max(ends, default=0)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        promised = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        tensors = {
+            name: (str(entry["dtype"]), int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]))
+            for name, entry in entries.items()
+        }
     except OSError as error:
         raise InvalidModel(f"{file}: cannot be read ({error.strerror}): check its permissions") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise InvalidModel(f"{file}: its header is damaged: {cure}") from None
     if size != promised:
         raise InvalidModel(f"{file}: {size} bytes where its header promises {promised}: {cure}")
-    return {name for name in header if name != "__metadata__"}
+    return tensors
 
 
 def _few(names: list[str]) -> str:

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flagscale_hw import Machine, Plan, Probe, Process, StopPolicy, env, runtime
-from flagscale_serve.engines import Context, Rendered, default_engine, engine_named
+from flagscale_serve.engines import Context, Rendered, Seat, default_engine, engine_named
+from flagscale_serve.engines.vllm_hosts import CONNECTORS, connector_of
 from flagscale_serve.errors import InvalidService
-from flagscale_serve.service import Instance, Service, absolute, of_experiment
+from flagscale_serve.fit import fit
+from flagscale_serve.hosts import Node
+from flagscale_serve.model import Model
+from flagscale_serve.placing import Berth, place
+from flagscale_serve.router import ENGINE as ROUTER
+from flagscale_serve.router import router_argv
+from flagscale_serve.service import Front, Instance, Service, absolute, of_experiment
 
 if TYPE_CHECKING:
     from flagscale_config import Experiment
@@ -22,27 +30,39 @@ __all__ = ["READY_TIMEOUT_S", "plan"]
 
 READY_TIMEOUT_S = 1800.0
 """Loading and compiling a large model can take this long."""
-_LOOPBACK = ("localhost", "::1")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_OWN = "{own_address}"
+_TRANSFER_PORT = 21001
+"""Where the ports for keys and values begin when several must follow each other; vLLM's examples use it."""
 _ANY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104 - compared, never bound
 _MAX_KV_CACHE_BYTES = 16 << 30
 
 
-def plan(
+def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     what: Experiment | Service,
     machine: Machine,
     *,
+    nodes: Sequence[Node] = (),
     python: str = sys.executable,
+    router_python: str = sys.executable,
     engine: str | None = None,
     ready_timeout_s: float = READY_TIMEOUT_S,
+    versions: Mapping[str, str] | None = None,
+    models: Mapping[str, Model] | None = None,
 ) -> Plan:
     """Decide everything about a service: commands, environment, ports, readiness, stop.
 
     Args:
         what: a loaded FlagScale serve file, or a `Service`.
-        machine: where it will run.
+        machine: where it will run, when there are no `nodes`.
+        nodes: the hosts of the hostfile, the first of which is the head.
         python: interpreter that has the engine; the caller's own unless told.
+        router_python: interpreter that has the router.
         engine: serve every item of a file with this engine, whatever the file says.
         ready_timeout_s: seconds until the first token of each instance.
+        versions: engine -> version in that interpreter; the newest known where it is not told.
+        models: model directory -> what it says about itself; where it is told, the plan's facts say how
+            the model fits the devices.
 
     Raises:
         InvalidService: what is asked contradicts itself, the machine or the engine.
@@ -50,85 +70,237 @@ def plan(
     if isinstance(what, Service):
         service = what
     else:
-        service = of_experiment(what, default_engine=default_engine(machine.chip).name, engine=engine)
-    devices = _assign_devices(service.instances, machine)
-    rendered = [
-        engine_named(instance.engine, machine.chip).render(instance, _context(service, machine, python))
-        for instance in service.instances
-    ]
-    pairs = list(zip(service.instances, rendered, strict=True))
-    files = {file.path: file for one in rendered for file in one.files}
+        if not nodes and (what.runner.hostfile or what.runner.docker or what.runner.type == "cloud"):
+            raise InvalidService(
+                f"{what.source}: experiment.runner: several hosts, or a container: this machine alone is not "
+                "what is asked for: give the hosts (`find_nodes`)"
+            )
+        chip = nodes[0].machine.chip if nodes else machine.chip
+        service = of_experiment(what, default_engine=default_engine(chip).name, engine=engine)
+    wanted = {one.name: _num_devices(one) for one in service.instances}
+    berths = place(service.instances, wanted, machine, nodes)
+    _check_cpu(service.instances, berths)
+    crew = _Crew(service, berths, python, versions or {})
+    parts = [part for instance in service.instances for part in crew.parts(instance)]
+    fronts = [crew.front(front, router_python, ready_timeout_s) for front in service.fronts]
+    heads = [part for part in parts if part.seat.rank == 0]
+    used = {process.host for part in parts for process in part.processes}
+    files = {file.path: file for part in parts for file in part.rendered.files}
+    probes = [_probe(part, ready_timeout_s) for part in heads]
     return Plan(
         kind="serve",
         name=service.name,
-        processes=tuple(
-            Process(
-                name=instance.name,
-                argv=(*service.shell, *one.argv),
-                env={**one.env, **devices[instance.name], **service.env},
-                cwd=service.cwd,
-            )
-            for instance, one in pairs
-        ),
+        processes=tuple([one for part in parts for one in part.processes] + [one for one, _ in fronts]),
         files=tuple(files.values()),
-        ports={instance.name: instance.port for instance in service.instances},
-        probes=tuple(_probe(instance, one, ready_timeout_s) for instance, one in pairs),
-        stop=StopPolicy(grace_s=max(engine_named(i.engine, machine.chip).grace_s for i in service.instances)),
-        facts=_facts(service, machine, pairs),
-        secrets=("VLLM_API_KEY",) if any(i.api_key for i in service.instances) else (),
+        ports=crew.ports,
+        port_hosts=crew.port_hosts if nodes else {},
+        probes=(*probes, *(probe for _, probe in fronts)),
+        stop=StopPolicy(grace_s=max(engine_named(i.engine).grace_s for i in service.instances)),
+        facts=_facts(service, machine, heads, berths, models or {}),
+        secrets=tuple(
+            name
+            for name in ("VLLM_API_KEY", "LLAMA_API_KEY")
+            if any(name in process.env for part in parts for process in part.processes)
+        ),
+        targets=tuple(node.target for node in nodes if node.target.name in used),
     )
 
 
-def _context(service: Service, machine: Machine, python: str) -> Context:
-    """Share the host's cores and memory among the instances.
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """The share of one host in an instance, translated."""
 
-    Half the logical cores, because two hyper-threads of one core only wait for each other in matrix products;
-    an eighth of the memory for keys and values, which leaves room for weights and for the machine's other
-    users.
-    """
-    share = len(service.instances)
-    return Context(
-        python=python,
-        chip=machine.chip,
-        torch_device=runtime(machine.chip).torch_device,
-        num_threads=max(1, machine.num_cpus // 2 // share),
-        kv_cache_bytes=min(machine.memory_bytes // 8, _MAX_KV_CACHE_BYTES) // share,
-    )
+    instance: Instance
+    berth: Berth
+    berths: tuple[Berth, ...]
+    seat: Seat
+    rendered: Rendered
+    processes: tuple[Process, ...]
 
 
-def _assign_devices(instances: Sequence[Instance], machine: Machine) -> dict[str, dict[str, str]]:
-    """Give each instance devices of its own; a single instance keeps what the user's environment shows it."""
-    wanted = {instance.name: _num_devices(instance) for instance in instances}
-    if machine.chip == "cpu":
-        for instance in instances:
-            if instance.num_devices:
-                raise InvalidService(
-                    f"{instance.name}: resources.num_gpus: {instance.num_devices}: no accelerator was found "
-                    "on this machine: remove it to serve on the CPU"
+class _Crew:
+    """Turns the instances of a service into processes, and collects the ports they need."""
+
+    def __init__(
+        self,
+        service: Service,
+        berths: Mapping[str, tuple[Berth, ...]],
+        python: str,
+        versions: Mapping[str, str],
+    ) -> None:
+        self._service = service
+        self._berths = berths
+        self._python = python
+        self._versions = versions
+        self._front_of = {name: front for front in service.fronts for name in front.members}
+        self._rendezvous = service.rendezvous_port
+        self.ports: dict[str, int | None] = {}
+        self.port_hosts: dict[str, str] = {}
+
+    def parts(self, instance: Instance) -> list[_Part]:
+        """Translate one instance for each of its hosts."""
+        berths = self._berths[instance.name]
+        head = berths[0]
+        if head.node is not None and instance.host in _LOOPBACK:
+            # Other hosts, and people, must reach it.
+            instance = replace(instance, host=_OWN)
+        self._lease(instance.name, instance.port, head)
+        if len(berths) > 1:
+            self._lease(f"{instance.name}-ranks", self._rendezvous, head)
+            self._rendezvous = None  # one number serves one instance; the others take what is free
+        ports = self._transfer_ports(instance, head)
+        registry = self._registry(instance)
+        found = []
+        for rank, berth in enumerate(berths):
+            seat = Seat(
+                rank=rank,
+                num_hosts=len(berths),
+                head=_address(head),
+                own="127.0.0.1" if berth.node is None else _OWN,
+                rendezvous=f"{{port:{instance.name}-ranks}}",
+                num_devices=max(1, len(berth.devices)),
+                interface=berth.node.interface if berth.node else None,
+            )
+            here = replace(
+                instance, options={**instance.options, **self._service.node_options.get(berth.host, {})}
+            )
+            context = self._context(here, berth, seat, ports, registry)
+            rendered = engine_named(here.engine).render(here, context)
+            found.append(
+                _Part(
+                    instance=instance,
+                    berth=berth,
+                    berths=berths,
+                    seat=seat,
+                    rendered=rendered,
+                    processes=self._processes(instance, rendered, berth, seat),
                 )
-        return {name: {} for name in wanted}
-    total, free = sum(wanted.values()), machine.visible
-    if total > len(free):
-        asked = ", ".join(f"{name} {count}" for name, count in wanted.items())
-        raise InvalidService(
-            f"devices: {total} asked for ({asked}): this process may use {len(free)} ({machine.chip}): lower "
-            "tensor_parallel_size, or serve fewer instances"
+            )
+        return found
+
+    def front(self, front: Front, python: str, timeout_s: float) -> tuple[Process, Probe]:
+        """Return a router and how to know that it works."""
+        members = [one for one in self._service.instances if one.name in front.members]
+        head = self._berths[members[0].name][0]
+        self._lease(front.name, front.port, head)
+        self._lease(f"{front.name}-metrics", None, head)
+        host = _OWN if head.node is not None and front.host in _LOOPBACK else front.host
+        uses_registry = f"{front.name}-registry" in self.ports
+        argv = router_argv(
+            front,
+            members,
+            python=python,
+            host=host,
+            urls={one.name: self._url(one) for one in members},
+            uses_registry=uses_registry,
+            startup_s=timeout_s,
         )
-    if len(instances) == 1:
-        return {name: {} for name in wanted}
-    assigned: dict[str, dict[str, str]] = {}
-    for name, count in wanted.items():
-        assigned[name] = env(free[:count])
-        free = free[count:]
-    return assigned
+        process = Process(name=front.name, argv=argv, cwd=self._service.cwd, host=head.host)
+        address = _address(head) if head.node is not None else _reachable(front.host)
+        return process, _token_probe(front.name, address, members[0], timeout_s)
+
+    def _url(self, instance: Instance) -> str:
+        head = self._berths[instance.name][0]
+        address = _address(head) if head.node is not None else _reachable(instance.host)
+        return f"http://{address}:{{port:{instance.name}}}"
+
+    def _lease(self, name: str, number: int | None, berth: Berth) -> None:
+        self.ports[name] = number
+        self.port_hosts[name] = berth.host
+
+    def _transfer_ports(self, instance: Instance, head: Berth) -> tuple[str, ...]:
+        """Lease a port per device for keys and values; the engine counts on from the first."""
+        if instance.role is None:
+            return ()
+        count = max(1, len(head.devices))
+        first = None
+        if count > 1:
+            first = _TRANSFER_PORT + 100 * [one.name for one in self._service.instances].index(instance.name)
+        names = [f"{instance.name}-kv-{number}" for number in range(count)]
+        for number, name in enumerate(names):
+            self._lease(name, None if first is None else first + number, head)
+        return tuple(f"{{port:{name}}}" for name in names)
+
+    def _registry(self, instance: Instance) -> tuple[str, str]:
+        """Lease the port at which prefill and decode instances make themselves known."""
+        front = self._front_of.get(instance.name)
+        if instance.role is None or front is None or connector_of(instance) != CONNECTORS[0]:
+            return ("", "")
+        head = self._berths[front.members[0]][0]
+        self._lease(f"{front.name}-registry", front.registry_port, head)
+        return _address(head), f"{{port:{front.name}-registry}}"
+
+    def _context(
+        self,
+        instance: Instance,
+        berth: Berth,
+        seat: Seat,
+        transfer_ports: tuple[str, ...],
+        registry: tuple[str, str],
+    ) -> Context:
+        """Share a host's cores and memory among the instances that run there.
+
+        Half the logical cores, because two hyper-threads of one core only wait for each other in matrix
+        products; an eighth of the memory for keys and values, which leaves room for weights and for the
+        machine's other users.
+        """
+        machine = berth.machine
+        share = sum(any(one.host == berth.host for one in all_of) for all_of in self._berths.values())
+        return Context(
+            python=self._python,
+            chip=machine.chip,
+            torch_device=runtime(machine.chip).torch_device,
+            num_threads=max(1, machine.num_cpus // 2 // share),
+            kv_cache_bytes=min(machine.memory_bytes // 8, _MAX_KV_CACHE_BYTES) // share,
+            version=self._versions.get(instance.engine),
+            seat=seat,
+            transfer_ports=transfer_ports,
+            registry=registry,
+        )
+
+    def _processes(
+        self, instance: Instance, rendered: Rendered, berth: Berth, seat: Seat
+    ) -> tuple[Process, ...]:
+        service, node = self._service, berth.node
+        given = dict(service.env)
+        if node is not None:
+            given |= service.type_env.get(node.type or "", {})
+            given |= service.node_env.get(node.target.name, {})
+        devices = env(berth.devices) if berth.is_shared else {}
+        base = instance.name if seat.rank == 0 else f"{instance.name}-rank-{seat.rank}"
+        named = [(f"{base}-{one.name}", one.argv) for one in rendered.companions]
+        if rendered.argv:
+            named.append((base, rendered.argv))
+        return tuple(
+            Process(
+                name=name,
+                argv=(*service.shell, *argv),
+                env={**rendered.env, **devices, **given},
+                cwd=service.cwd,
+                host=berth.host,
+                rank=seat.rank if seat.num_hosts > 1 else None,
+            )
+            for name, argv in named
+        )
+
+
+def _address(berth: Berth) -> str:
+    """Return how other processes of the plan reach a host, as a placeholder."""
+    return "127.0.0.1" if berth.node is None else f"{{address:{berth.node.target.name}}}"
+
+
+def _check_cpu(instances: Sequence[Instance], berths: Mapping[str, tuple[Berth, ...]]) -> None:
+    for instance in instances:
+        if instance.num_devices and berths[instance.name][0].machine.chip == "cpu":
+            raise InvalidService(
+                f"{instance.name}: resources.num_gpus: {instance.num_devices}: no accelerator was found "
+                "on this machine: remove it to serve on the CPU"
+            )
 
 
 def _num_devices(instance: Instance) -> int:
     """Count the devices of one instance, from its parallel sizes or from `resources.num_gpus`."""
-    options = instance.settled
-    size = 1
-    for key in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        size *= _count(options.get(key), f"{instance.name}: engine_args.{key}")
+    size = engine_named(instance.engine).layout(instance).devices
     if instance.num_devices is not None and instance.num_devices < size:
         raise InvalidService(
             f"{instance.name}: resources.num_gpus: {instance.num_devices}: the parallel sizes need {size} "
@@ -137,28 +309,42 @@ def _num_devices(instance: Instance) -> int:
     return instance.num_devices or size
 
 
-def _count(value: Any, where: str) -> int:
-    try:
-        number = int(1 if value is None else value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise InvalidService(f"{where}: {value!r}: a whole number of at least 1 is needed: correct it")
-    return number
-
-
-def _probe(instance: Instance, rendered: Rendered, timeout_s: float) -> Probe:
+def _probe(part: _Part, timeout_s: float) -> Probe:
     """Ask for one token: a server that answers `/health` may still be unable to generate."""
-    headers = {"Authorization": f"Bearer {instance.api_key}"} if instance.api_key else {}
+    instance = part.instance
+    address = _reachable(instance.host) if part.berth.node is None else _address(part.berth)
+    if part.rendered.answers_alone:
+        return _token_probe(instance.name, address, instance, timeout_s, part.rendered.served_names[0])
+    # Half of a pair breaks when it is asked alone; the router's probe generates the token.
     return Probe(
-        url=f"http://{_reachable(instance.host)}:{{port:{instance.name}}}/v1/completions",
+        url=f"http://{address}:{{port:{instance.name}}}/health",
+        headers=_key(instance),
+        interval_s=0.25,
+        timeout_s=timeout_s,
+    )
+
+
+def _token_probe(
+    port: str, address: str, instance: Instance, timeout_s: float, model: str | None = None
+) -> Probe:
+    return Probe(
+        url=f"http://{address}:{{port:{port}}}/v1/completions",
         method="POST",
-        body={"model": rendered.served_names[0], "prompt": "Hello", "max_tokens": 1, "temperature": 0},
-        headers=headers,
+        body={
+            "model": model or instance.served_names[0],
+            "prompt": "Hello",
+            "max_tokens": 1,
+            "temperature": 0,
+        },
+        headers=_key(instance),
         expect="usage.completion_tokens",
         interval_s=0.25,
         timeout_s=timeout_s,
     )
+
+
+def _key(instance: Instance) -> dict[str, str]:
+    return {"Authorization": f"Bearer {instance.api_key}"} if instance.api_key else {}
 
 
 def _reachable(host: str) -> str:
@@ -168,37 +354,88 @@ def _reachable(host: str) -> str:
 
 
 def _facts(
-    service: Service, machine: Machine, pairs: Sequence[tuple[Instance, Rendered]]
+    service: Service,
+    machine: Machine,
+    heads: Sequence[_Part],
+    berths: Mapping[str, tuple[Berth, ...]],
+    models: Mapping[str, Model],
 ) -> Mapping[str, Any]:
-    warnings = [text for _, one in pairs for text in one.warnings]
-    warnings += [_exposed(instance) for instance, _ in pairs if _is_exposed(instance)]
+    warnings = [*service.notes, *(text for part in heads for text in part.rendered.warnings)]
+    behind = {name: front for front in service.fronts for name in front.members}
+    doors: list[Instance | Front] = [p.instance for p in heads if p.instance.name not in behind]
+    doors += service.fronts
+    keyless = {part.instance.name for part in heads if part.instance.api_key is None}
+    for door in doors:
+        inside = door.members if isinstance(door, Front) else (door.name,)
+        if set(inside) & keyless and not _is_loopback(door.host):
+            warnings.append(_exposed(door))
+    instances, fits = [], []
+    for part in heads:
+        instance = part.instance
+        facts = _facts_of(service, part)
+        if instance.name in behind:
+            facts["behind"] = behind[instance.name].name
+        if instance.model in models:
+            fitted = fit(
+                instance,
+                models[instance.model],
+                engine_named(instance.engine).layout(instance),
+                part.berth.machine,
+                devices=part.berth.devices,
+            )
+            fits.append(fitted)
+            warnings += fitted.warnings
+            facts["fit"] = fitted.to_dict()
+        instances.append(facts)
+    for front in service.fronts:
+        (first, *_) = [part for part in heads if part.instance.name in front.members]
+        facts = _facts_of(service, first)
+        host = facts["host"] if first.berth.node is not None else _reachable(front.host)
+        instances.append({**facts, "name": front.name, "engine": ROUTER, "host": host, "options": []})
     return {
         "source": service.source,
-        "chip": machine.chip,
+        "chip": heads[0].berth.machine.chip if heads[0].berth.node else machine.chip,
         "warnings": warnings,
-        "instances": [
-            {
-                "name": instance.name,
-                "engine": instance.engine,
-                "model": instance.model,
-                "served_names": list(one.served_names),
-                "host": _reachable(instance.host),
-                "needs_key": instance.api_key is not None,
-                "tokenizer": str(absolute(instance.settled.get("tokenizer") or instance.model, service.cwd)),
-                "chat_template": instance.settled.get("chat_template"),
-            }
-            for instance, one in pairs
+        "devices_per_host": _devices_per_host(berths),
+        "instances": instances,
+    }
+
+
+def _devices_per_host(berths: Mapping[str, tuple[Berth, ...]]) -> int:
+    """Return the most devices that the service uses on any host, which a scheduler must give each."""
+    found: dict[str, int] = {}
+    for berth in (one for all_of in berths.values() for one in all_of):
+        found[berth.host] = found.get(berth.host, 0) + len(berth.devices)
+    return max(found.values())
+
+
+def _facts_of(service: Service, part: _Part) -> dict[str, Any]:
+    from flagscale_config.masking import masked
+
+    instance, node = part.instance, part.berth.node
+    return {
+        "name": instance.name,
+        "engine": instance.engine,
+        "model": instance.model,
+        "served_names": list(part.rendered.served_names),
+        "host": node.target.reached_as if node is not None else _reachable(instance.host),
+        "needs_key": instance.api_key is not None,
+        "tokenizer": str(absolute(instance.settled.get("tokenizer") or instance.model, service.cwd)),
+        "chat_template": instance.settled.get("chat_template"),
+        "options": [
+            {**asdict(one), "value": masked({one.option: one.value})[one.option], "words": list(one.words)}
+            for one in part.rendered.chosen
         ],
     }
 
 
-def _is_exposed(instance: Instance) -> bool:
-    is_loopback = instance.host.startswith("127.") or instance.host in _LOOPBACK
-    return not is_loopback and instance.api_key is None
+def _is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("localhost", "::1")
 
 
-def _exposed(instance: Instance) -> str:
+def _exposed(door: Instance | Front) -> str:
+    where = "its own address" if door.host == _OWN else f"host {door.host}"
     return (
-        f"{instance.name}: host {instance.host}: anybody who reaches this machine can use the model, "
+        f"{door.name}: {where}: anybody who reaches this machine can use the model, "
         "because no api_key is set: use 127.0.0.1, or set engine_args.api_key"
     )

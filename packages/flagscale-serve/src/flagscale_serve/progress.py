@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flagscale_serve.engines import ENGINES
+from flagscale_serve.engines import engine_named
+from flagscale_serve.router import ENGINE as ROUTER
 
 __all__ = ["Phases", "Tail", "details"]
 
@@ -46,8 +47,9 @@ class Phases:
     """Follows one instance from its first log line to its first token."""
 
     def __init__(self, engine: str) -> None:
-        self._known = ENGINES[engine].phases
-        self.current = "importing the engine"
+        is_router = engine == ROUTER
+        self._known = () if is_router else engine_named(engine).phases
+        self.current = "waiting for the instances" if is_router else "importing the engine"
         """What it is doing now, as a clause for people."""
         self.last_line = ""
         """Its latest log line that is not blank."""

@@ -21,12 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import flagscale_hw as hw
-from flagscale_serve.checks import check_addresses, check_engines, check_models
-from flagscale_serve.engines import default_engine
-from flagscale_serve.errors import InvalidService, NotServing, RunFailed
+from flagscale_serve.checks import check_addresses, check_engines, check_models, check_router
+from flagscale_serve.engines import default_engine, engine_named
+from flagscale_serve.errors import EngineMissing, InvalidModel, InvalidService, NotServing, RunFailed
+from flagscale_serve.fit import Fit, words_of
+from flagscale_serve.hosts import Node, find_nodes, promised_nodes
+from flagscale_serve.metrics import Load, read_load
 from flagscale_serve.model import Model, has_chat_template
 from flagscale_serve.plan import READY_TIMEOUT_S, plan
 from flagscale_serve.progress import details
+from flagscale_serve.router import DISTRIBUTION
+from flagscale_serve.router import ENGINE as ROUTER
 from flagscale_serve.service import Service, of_experiment, of_model
 
 __all__ = [
@@ -40,12 +45,14 @@ __all__ = [
     "list_runs",
     "logs",
     "prepare",
+    "read_plan",
     "run",
     "start",
     "status",
     "status_of",
     "stop",
     "wait_ready",
+    "with_load",
 ]
 
 _POLL_S = 0.1
@@ -76,6 +83,14 @@ class Prepared:
     plan: hw.Plan
     run_dir: Path
     python: str
+    is_local: bool = True
+    """Everything runs on this host."""
+    is_cloud: bool = False
+    """A cluster starts it, not this command."""
+    models: tuple[Model, ...] = ()
+    """What the model of each instance says about itself; none where it could not be read."""
+    problem: InvalidModel | EngineMissing | None = None
+    """Why it cannot be started here, although it can be planned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +107,10 @@ class InstanceStatus:
     pid: int | None
     log: str
     has_chat_template: bool
+    behind: str | None = None
+    """The router in front of it."""
+    load: Load | None = None
+    """How busy it is, where it was asked and tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,27 +148,91 @@ def prepare(target: str, overrides: Sequence[str] = (), options: Options | None 
     """
     wish = options or Options()
     machine = hw.detect()
-    service, home = _service(target, overrides, machine.chip, wish.engine)
+    asked = _read_target(target, overrides, wish)
+    nodes = asked.nodes(machine)
+    machine = nodes[0].machine if nodes else machine
+    service, home = asked.service(machine)
+    service = _with_wishes(service, wish)
+    python = asked.python
+    models, versions, problem = _look(service, python, machine.chip, is_local=not nodes)
+    made = plan(
+        service,
+        machine,
+        nodes=nodes,
+        python=python,
+        router_python=python if nodes else sys.executable,
+        ready_timeout_s=wish.ready_timeout_s,
+        versions=versions,
+        models={str(model.path): model for model in models},
+    )
+    return Prepared(
+        service=service,
+        plan=made,
+        run_dir=wish.run_dir or _new_run_dir(home),
+        python=python,
+        is_local=not nodes,
+        is_cloud=asked.is_cloud,
+        models=models,
+        problem=problem,
+    )
+
+
+def _look(
+    service: Service, python: str, chip: str, *, is_local: bool
+) -> tuple[tuple[Model, ...], dict[str, str], InvalidModel | EngineMissing | None]:
+    """Read the models and the engines' versions; what is wrong is kept, because a plan is possible anyway.
+
+    Other hosts have been asked already whether they have both; a model that lies here too is read for its
+    numbers.
+    """
+    models: tuple[Model, ...] = ()
+    versions: dict[str, str] = {}
+    problem: InvalidModel | EngineMissing | None = None
+    try:
+        models = check_models(service, chip)
+    except InvalidModel as error:
+        problem = error
+    if not is_local:
+        return models, {}, None
+    try:
+        versions = check_engines(service, python)
+    except EngineMissing as error:
+        problem = problem or error
+    return models, versions, problem
+
+
+def _with_wishes(service: Service, wish: Options) -> Service:
+    """Let the command line choose the address of the first door: a router's, or the first instance's."""
+    if wish.host is None and wish.port is None:
+        return service
+    if service.fronts and service.instances[0].name in service.fronts[0].members:
+        front = service.fronts[0]
+        front = replace(front, host=wish.host or front.host, port=wish.port or front.port)
+        return replace(service, fronts=(front, *service.fronts[1:]))
     first = service.instances[0]
     first = replace(first, host=wish.host or first.host, port=wish.port or first.port)
-    service = replace(service, instances=(first, *service.instances[1:]))
-    python = _python(wish.python, service)
-    made = plan(service, machine, python=python, ready_timeout_s=wish.ready_timeout_s)
-    return Prepared(service=service, plan=made, run_dir=wish.run_dir or _new_run_dir(home), python=python)
+    return replace(service, instances=(first, *service.instances[1:]))
 
 
 def check(prepared: Prepared) -> tuple[Model, ...]:
-    """Look at the addresses, the models and the engines' Python.
+    """Look at the addresses, the models, whether they fit, and the engines' Python.
+
+    On other hosts, `prepare` has looked already.
 
     Raises:
-        InvalidService: a host is no address of this machine.
+        InvalidService: a host is no address of this machine, or the weights do not fit the devices.
         InvalidModel: a model directory is not whole.
-        EngineMissing: that Python lacks an engine.
+        EngineMissing: that Python lacks an engine or the router.
     """
-    check_addresses(prepared.service)
-    models = check_models(prepared.service, prepared.plan.facts["chip"])
-    check_engines(prepared.service, prepared.python)
-    return models
+    if prepared.is_local:
+        check_addresses(prepared.service)
+        check_router(prepared.service, sys.executable)
+    for one in prepared.plan.facts["instances"]:
+        if one.get("fit", {}).get("verdict") == "too big":
+            raise InvalidService(words_of(Fit(**one["fit"])))
+    if prepared.problem is not None:
+        raise prepared.problem
+    return prepared.models
 
 
 def start(prepared: Prepared, *, detach: bool) -> hw.Run:
@@ -162,6 +245,11 @@ def start(prepared: Prepared, *, detach: bool) -> hw.Run:
     Raises:
         LaunchRefused: a port is in use, or the run directory holds a run.
     """
+    if prepared.is_cloud:
+        raise InvalidService(
+            "experiment.runner.type: 'cloud': the cluster starts the pods, not this command: apply what "
+            "`flagscale-serve plan --as lws --image IMAGE` prints with `kubectl apply -f -`"
+        )
     run = hw.launch(prepared.plan, prepared.run_dir, detach=detach)
     _point_to(prepared.run_dir)
     return run
@@ -218,7 +306,20 @@ def status(target: str | None = None, overrides: Sequence[str] = ()) -> ServiceS
     Raises:
         NotServing: there is none.
     """
-    return status_of(find_run(target, overrides))
+    return with_load(status_of(find_run(target, overrides)))
+
+
+def with_load(now: ServiceStatus) -> ServiceStatus:
+    """Ask every instance of a service that is ready how busy it is."""
+    if not now.is_ready:
+        return now
+    from concurrent.futures import ThreadPoolExecutor
+
+    asked = [one for one in now.instances if one.url is not None and one.engine != ROUTER]
+    with ThreadPoolExecutor(max_workers=max(1, min(32, len(asked)))) as pool:
+        answers = pool.map(lambda one: read_load(str(one.url)), asked)
+        loads = dict(zip([one.name for one in asked], answers, strict=True))
+    return replace(now, instances=tuple(replace(one, load=loads.get(one.name)) for one in now.instances))
 
 
 def logs(
@@ -257,13 +358,13 @@ def stop(
 
 def list_runs() -> tuple[ServiceStatus, ...]:
     """Return every service known on this machine, the latest last."""
-    found = [status_of(run) for run in hw.list_runs() if _plan_of(run).get("kind") == "serve"]
+    found = [status_of(run) for run in hw.list_runs() if read_plan(run).get("kind") == "serve"]
     return tuple(sorted(found, key=lambda one: one.started_at or 0.0))
 
 
 def status_of(run: hw.Run) -> ServiceStatus:
     """Say how one run stands."""
-    now, made = run.status(), _plan_of(run)
+    now, made = run.status(), read_plan(run)
     pids = {process.name: process.pid for process in now.processes}
     return ServiceStatus(
         name=str(made.get("name", run.dir.name)),
@@ -281,12 +382,20 @@ def status_of(run: hw.Run) -> ServiceStatus:
                 model_dir=one["model"],
                 url=_url(one["host"], now.ports.get(one["name"])),
                 pid=pids.get(one["name"]),
-                log=str(run.dir / "logs" / f"{one['name']}.log"),
+                log=str(_log_of(run, made, one["name"])),
                 has_chat_template=_can_chat(one),
+                behind=one.get("behind"),
             )
             for one in made.get("facts", {}).get("instances", ())
         ),
     )
+
+
+def _log_of(run: hw.Run, made: dict[str, Any], name: str) -> Path:
+    """Return where the log of a process is; on other hosts, in the folder of the host."""
+    hosts = {process["name"]: process.get("host", "local") for process in made.get("processes", ())}
+    host = hosts.get(name, "local")
+    return (run.dir if host == "local" else run.dir / "hosts" / host) / "logs" / f"{name}.log"
 
 
 def find_run(target: str | None, overrides: Sequence[str] = (), *, alive: bool = False) -> hw.Run:
@@ -308,7 +417,7 @@ def find_run(target: str | None, overrides: Sequence[str] = (), *, alive: bool =
     for known in reversed(list_runs()):
         if Path(known.run_dir).name == target:
             return hw.open_run(Path(known.run_dir))
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".gguf":
         return _run_of_model(path.resolve())
     experiment = _load(target, overrides)
     latest = Path(experiment.exp_dir) / "runs" / "latest"
@@ -341,20 +450,68 @@ def _run_of_model(path: Path) -> hw.Run:
     return hw.open_run(Path((living or of_it)[-1].run_dir))
 
 
-def _service(target: str, overrides: Sequence[str], chip: str, engine: str | None) -> tuple[Service, Path]:
-    """Read a target; returns the service and the directory in which its runs live."""
+@dataclass(frozen=True)
+class _Target:
+    """What a target means: a serve file, or a model by its path."""
+
+    path: str
+    experiment: Any
+    wish: Options
+
+    @property
+    def python(self) -> str:
+        """The engine's interpreter; after the user's own shell text it is the `python` on the path."""
+        chosen = self.wish.python or os.environ.get("FLAGSCALE_SERVE_PYTHON")
+        has_shell = self.experiment is not None and bool((self.experiment.cmds.before_start or "").strip())
+        if chosen is None:
+            if self.experiment is not None and self.experiment.runner.docker:
+                return "python3"  # of the container, whose paths are its own
+            return "python" if has_shell else sys.executable
+        if "/" in chosen:
+            # Not resolved: the link in a virtual environment is what makes it one.
+            return str(Path(chosen).absolute())
+        return chosen if has_shell else shutil.which(chosen) or chosen
+
+    @property
+    def is_cloud(self) -> bool:
+        """Tell whether a cluster chooses the hosts."""
+        return self.experiment is not None and self.experiment.runner.type == "cloud"
+
+    def nodes(self, machine: hw.Machine) -> tuple[Node, ...]:
+        if self.experiment is None:
+            return ()
+        if self.is_cloud:
+            return promised_nodes(self.experiment, machine)
+        task = self.experiment.task.backend
+        names = {self.wish.engine or item.engine or task or "vllm" for item in self.experiment.serve}
+        packages = [word for name in sorted(names) for word in engine_named(name).distributions]
+        copies = [item.resources.num_replicas for item in self.experiment.serve]
+        if self.experiment.runner.deploy.prefill_decode_disaggregation or set(copies) - {1, None}:
+            packages.append(DISTRIBUTION)
+        return find_nodes(self.experiment, python=self.python, packages=packages)
+
+    def service(self, machine: hw.Machine) -> tuple[Service, Path]:
+        """Return the service and the directory in which its runs live."""
+        default = default_engine(machine.chip).name
+        if self.experiment is None:
+            is_gguf = self.path.endswith(".gguf")
+            engine = self.wish.engine or ("llama_cpp" if is_gguf else default)
+            service = of_model(self.path, cwd=str(Path.cwd()), engine=engine)
+            return service, _state_dir() / service.name
+        service = of_experiment(self.experiment, default_engine=default, engine=self.wish.engine)
+        return service, Path(self.experiment.exp_dir) / "runs"
+
+
+def _read_target(target: str, overrides: Sequence[str], wish: Options) -> _Target:
     path = Path(target)
-    if path.is_dir():
+    if path.is_dir() or path.suffix == ".gguf":
         if overrides:
             raise InvalidService(
-                f"{target}: {overrides[0]}: overrides belong to a serve file: a model directory takes "
+                f"{target}: {overrides[0]}: overrides belong to a serve file: a model takes "
                 "options such as --port"
             )
-        service = of_model(target, cwd=str(Path.cwd()), engine=engine or default_engine(chip).name)
-        return service, _state_dir() / service.name
-    experiment = _load(target, overrides)
-    service = of_experiment(experiment, default_engine=default_engine(chip).name, engine=engine)
-    return service, Path(experiment.exp_dir) / "runs"
+        return _Target(target, None, wish)
+    return _Target(target, _load(target, overrides), wish)
 
 
 def _load(target: str, overrides: Sequence[str]) -> Any:
@@ -368,17 +525,6 @@ def _load(target: str, overrides: Sequence[str]) -> Any:
             "recipes` lists"
         )
     return load(target, overrides, task=_TASK)
-
-
-def _python(given: str | None, service: Service) -> str:
-    """Choose the engine's interpreter; after the user's own shell text it is the `python` on the path."""
-    chosen = given or os.environ.get("FLAGSCALE_SERVE_PYTHON")
-    if chosen is None:
-        return "python" if service.shell else sys.executable
-    if "/" in chosen:
-        # Not resolved: the link in a virtual environment is what makes it one.
-        return str(Path(chosen).absolute())
-    return chosen if service.shell else shutil.which(chosen) or chosen
 
 
 def _state_dir() -> Path:
@@ -413,7 +559,8 @@ def _point_to(run_dir: Path) -> None:
         beside.replace(link)
 
 
-def _plan_of(run: hw.Run) -> dict[str, Any]:
+def read_plan(run: hw.Run) -> dict[str, Any]:
+    """Return the plan of a run as plain data; empty when it cannot be read."""
     try:
         data = json.loads((run.dir / "plan.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -423,7 +570,9 @@ def _plan_of(run: hw.Run) -> dict[str, Any]:
 
 def _can_chat(instance: dict[str, Any]) -> bool:
     """Tell whether the model knows how to write a conversation; one that is gone does not."""
-    return bool(instance["chat_template"]) or has_chat_template(Path(instance["tokenizer"]))
+    path = Path(instance["tokenizer"])
+    # llama.cpp has templates of its own for a file that brings none.
+    return bool(instance["chat_template"]) or path.suffix == ".gguf" or has_chat_template(path)
 
 
 def _url(host: str, port: int | None) -> str | None:

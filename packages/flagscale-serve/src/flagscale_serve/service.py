@@ -5,6 +5,7 @@ only that. FlagScale's rules are settled here, once:
 
 - `engine_args_specific` wins over `engine_args` (FlagScale let the engine decide which wins);
 - each list item is one instance with its own port (FlagScale ran the first item only, without a word);
+- several copies of an item, and prefill apart from decode, are instances behind a router at the item's port;
 - what this version cannot do is refused by name, never ignored.
 
 What does not live here: reading the model's files (`model.py`), translating options (`engines/`).
@@ -13,10 +14,10 @@ What does not live here: reading the model's files (`model.py`), translating opt
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flagscale_serve.errors import InvalidService
 
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
     from flagscale_config import Experiment
     from flagscale_config.experiment import Resources, ServeInstance
 
-__all__ = ["Instance", "Service", "absolute", "of_experiment", "of_model", "served_name"]
+__all__ = ["Front", "Instance", "Service", "absolute", "of_experiment", "of_model", "served_name"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 # Settled by the service, so that they are never rendered a second time from the engine's options.
 _OURS = ("model", "served_model_name", "host", "port", "api_key")
+_POLICIES = {"random": "random", "robin": "round_robin", "slo": "power_of_two"}
+"""FlagScale's strategies for prefill and decode in the router's words; `slo` chose the least loaded."""
+_DEFAULT_POLICY = "cache_aware"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +58,43 @@ class Instance:
     """Appended to the engine's command line verbatim."""
     num_devices: int | None = None
     """`resources.num_gpus` where given."""
+    role: Literal["prefill", "decode"] | None = None
+    """Half of the work, when prefill and decode are parted; None does both."""
+    wanted_host: str | None = None
+    """Host that the file chooses for it."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """`engine_args.<key>` or `engine_args_specific.<engine>.<key>` -> where that was written."""
 
     @property
     def settled(self) -> dict[str, Any]:
         """What counts for its engine: the engine's own section wins over `engine_args`."""
         return {**self.options, **self.specific.get(self.engine, {})}
+
+    def without(self, key: str) -> Instance:
+        """Return it without an option, wherever that is said."""
+        return replace(
+            self,
+            options={name: value for name, value in self.options.items() if name != key},
+            specific={
+                engine: {name: value for name, value in args.items() if name != key}
+                for engine, args in self.specific.items()
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """One address in front of several instances of one model."""
+
+    name: str
+    host: str
+    port: int | None
+    policy: str
+    """How requests are spread, in the router's words."""
+    members: tuple[str, ...]
+    """Names of the instances behind it."""
+    registry_port: int | None = None
+    """Where prefill and decode instances register, if a number is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +109,17 @@ class Service:
     before_start: str = ""
     """Shell text of the user, run in the engine's process before the engine replaces it."""
     source: str = ""
+    fronts: tuple[Front, ...] = ()
+    type_env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """More variables by the hostfile's kind of device; they win over `env`."""
+    node_env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """More variables by host; they win over both."""
+    rendezvous_port: int | None = None
+    """Where the hosts of one instance meet, if the file gives a number."""
+    notes: tuple[str, ...] = ()
+    """What is read and does nothing here."""
+    node_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Engine options in vLLM's vocabulary by host; they win over the instance's `engine_args`."""
 
     @property
     def shell(self) -> tuple[str, ...]:
@@ -113,18 +160,21 @@ def of_experiment(experiment: Experiment, *, default_engine: str, engine: str | 
         )
     _refuse_unsupported(experiment, where)
     names = _unique(item.serve_id for item in experiment.serve)
-    instances = [
-        _instance(
-            item,
-            name,
-            f"{where}: serve[{index}]",
-            experiment.cwd,
-            engine or item.engine or experiment.task.backend or default_engine,
+    instances: list[Instance] = []
+    fronts: list[Front] = []
+    for index, (item, name) in enumerate(zip(experiment.serve, names, strict=True)):
+        here = f"{where}: serve[{index}]"
+        chosen = engine or item.engine or experiment.task.backend or default_engine
+        one = replace(
+            _instance(item, name, here, experiment.cwd, chosen), places=_places(experiment, item, index)
         )
-        for index, (item, name) in enumerate(zip(experiment.serve, names, strict=True))
-    ]
-    instances[0] = _with_public_port(instances[0], experiment, where)
-    _check_ports(instances, where)
+        if index == 0:
+            one = _with_public_port(one, experiment, where)
+        copies = _copies(one, item, experiment, here, is_first=index == 0)
+        if len(copies) > 1:
+            fronts.append(_front(one, copies, experiment))
+        instances += copies
+    _check_ports([*instances, *fronts], where)
     return Service(
         name=experiment.name,
         cwd=experiment.cwd,
@@ -132,6 +182,92 @@ def of_experiment(experiment: Experiment, *, default_engine: str, engine: str | 
         env=dict(experiment.envs),
         before_start=(experiment.cmds.before_start or "").strip(),
         source=where,
+        fronts=tuple(fronts),
+        rendezvous_port=_rendezvous_port(experiment, instances),
+        notes=tuple(_notes(experiment)),
+        type_env={kind: dict(env) for kind, env in experiment.device_type_envs.items()},
+        node_env={host: dict(env) for host, env in experiment.node_envs.items()},
+        node_options={
+            host: _canonical(args.get("engine_args", {}), f"{where}: experiment.node_args.{host}")
+            for host, args in experiment.node_args.items()
+        },
+    )
+
+
+def _rendezvous_port(experiment: Experiment, instances: Sequence[Instance]) -> int | None:
+    """Read `master_port`, or `ray_port` where Ray is asked for and the file gives it."""
+    runner = experiment.runner
+    by_ray = any(one.settled.get("distributed_executor_backend") == "ray" for one in instances)
+    if by_ray and "ray_port" in runner.model_fields_set:
+        return runner.ray_port
+    return runner.master_port
+
+
+def _notes(experiment: Experiment) -> Iterator[str]:
+    deploy = experiment.runner.deploy
+    if deploy.prefill_decode_log_dir:
+        yield (
+            f"experiment.runner.deploy.prefill_decode_log_dir: {deploy.prefill_decode_log_dir}: not used: "
+            "every log is in the run directory"
+        )
+
+
+def _places(experiment: Experiment, item: ServeInstance, index: int) -> dict[str, str]:
+    """Tell where each option was written."""
+    keys = [f"engine_args.{key}" for key in item.engine_args]
+    keys += [
+        f"engine_args_specific.{engine}.{key}"
+        for engine, args in item.engine_args_specific.items()
+        for key in args
+    ]
+    return {key: str(experiment.origin(f"serve.{index}.{key}")) for key in keys}
+
+
+def _copies(
+    one: Instance, item: ServeInstance, experiment: Experiment, where: str, *, is_first: bool
+) -> list[Instance]:
+    """Return the instances that a list item stands for, one in nearly every case."""
+    deploy = experiment.runner.deploy
+    count = _num_replicas(item.resources, f"{where}.resources")
+    if not deploy.prefill_decode_disaggregation or not is_first:
+        if count == 1:
+            return [one]
+        # Behind the router each takes a free port; the router has the public one.
+        return [replace(one, name=f"{one.name}-{number}", port=None) for number in range(1, count + 1)]
+    if count > 1:
+        raise InvalidService(
+            f"{where}.resources.num_replicas: {count}: prefill and decode are counted by deploy.prefill_num "
+            "and deploy.decode_num: use those"
+        )
+    halves: tuple[tuple[Literal["prefill", "decode"], int | None, str | None], ...] = (
+        ("prefill", deploy.prefill_num, deploy.prefill_address),
+        ("decode", deploy.decode_num, deploy.decode_address),
+    )
+    parts: list[Instance] = []
+    for role, number, address in halves:
+        parts += [
+            replace(
+                one,
+                name=f"{one.name}-{role}-{rank}",
+                port=None,
+                role=role,
+                wanted_host=None if address in (None, "auto") else address,
+            )
+            for rank in range(1, (number or 1) + 1)
+        ]
+    return parts
+
+
+def _front(one: Instance, copies: Sequence[Instance], experiment: Experiment) -> Front:
+    deploy = experiment.runner.deploy
+    is_parted = copies[0].role is not None
+    return Front(
+        name=f"{one.name}-router",
+        host=one.host,
+        port=one.port,
+        policy=_POLICIES[deploy.prefill_decode_strategy] if is_parted else _DEFAULT_POLICY,
+        members=tuple(copy.name for copy in copies),
+        registry_port=deploy.pd_proxy_port if is_parted else None,
     )
 
 
@@ -147,7 +283,8 @@ def _instance(item: ServeInstance, name: str, where: str, cwd: str, engine: str)
         for engine, args in item.engine_args_specific.items()
     }
     options = _canonical(item.engine_args, f"{where}.engine_args")
-    settled = {**options, **specific.get(engine, {})}
+    own = _in_common_words(engine, specific.get(engine, {}))
+    settled = {**options, **own}
     asked = settled.get("model")
     if not isinstance(asked, str) or not asked:
         raise InvalidService(
@@ -164,10 +301,18 @@ def _instance(item: ServeInstance, name: str, where: str, cwd: str, engine: str)
         api_key=_api_key(settled.get("api_key"), f"{where}.engine_args.api_key"),
         engine=engine,
         options=_without_ours(options),
-        specific={engine: _without_ours(args) for engine, args in specific.items()},
+        specific={name: _without_ours(_in_common_words(name, args)) for name, args in specific.items()},
         extra_args=tuple(item.extra_args),
         num_devices=_num_devices(item.resources, f"{where}.resources"),
     )
+
+
+def _in_common_words(engine: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what the service settles itself its common name: SGLang says `model_path`, llama.cpp `alias`."""
+    from flagscale_config.translation import counterpart
+
+    common = {counterpart(engine, name): name for name in _OURS}
+    return {common.get(key, key): value for key, value in args.items()}
 
 
 def _without_ours(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,28 +404,41 @@ def _with_public_port(first: Instance, experiment: Experiment, where: str) -> In
     return replace(first, port=public)
 
 
-def _check_ports(instances: Sequence[Instance], where: str) -> None:
+def _check_ports(doors: Sequence[Instance | Front], where: str) -> None:
     owner: dict[int, str] = {}
-    for instance in instances:
-        if instance.port is None:
+    for door in doors:
+        if door.port is None:
             continue
-        if instance.port in owner:
+        if door.port in owner:
             raise InvalidService(
-                f"{where}: port {instance.port}: asked for by {owner[instance.port]!r} and by "
-                f"{instance.name!r}: give each instance its own port, or none to have a free one chosen"
+                f"{where}: port {door.port}: asked for by {owner[door.port]!r} and by "
+                f"{door.name!r}: give each instance its own port, or none to have a free one chosen"
             )
-        owner[instance.port] = instance.name
+        owner[door.port] = door.name
+
+
+def _num_replicas(resources: Resources, where: str) -> int:
+    """Count the copies of an item; a number that changes with the load is refused."""
+    wanted = {
+        key: value
+        for key in ("num_replicas", "min_replicas", "max_replicas")
+        if (value := getattr(resources, key)) is not None
+    }
+    counts = {key: value for key, value in wanted.items() if key != "num_replicas" or value != 1}
+    if "auto" in wanted.values() or len(set(counts.values())) > 1:
+        given = ", ".join(f"{key} {value}" for key, value in wanted.items())
+        raise InvalidService(
+            f"{where}: {given}: the number of copies does not change while a service runs: give one "
+            "num_replicas"
+        )
+    count = next(iter(counts.values()), 1)
+    if count < 1:
+        raise InvalidService(f"{where}.num_replicas: {count}: at least 1 is needed: correct it")
+    return int(count)
 
 
 def _num_devices(resources: Resources, where: str) -> int | None:
-    """Read the device count and refuse what needs a router in front of several replicas."""
-    for key in ("num_replicas", "min_replicas", "max_replicas"):
-        value = getattr(resources, key)
-        if value not in (None, 1):
-            raise InvalidService(
-                f"{where}.{key}: {value!r}: several replicas of one model are not supported by this version: "
-                "use 1, or write one list item per instance, each with its own serve_id and port"
-            )
+    """Read the device count."""
     num = resources.num_gpus
     if num is None:
         return None
@@ -292,24 +450,11 @@ def _num_devices(resources: Resources, where: str) -> int | None:
 def _refuse_unsupported(experiment: Experiment, where: str) -> None:
     """Refuse what this version would otherwise have to ignore."""
     runner, deploy = experiment.runner, experiment.runner.deploy
-    several = "several hosts: remove it to serve on this host"
     asked: list[tuple[str, Any, str]] = [
-        ("runner.hostfile", runner.hostfile, several),
-        ("runner.nnodes", runner.nnodes if runner.num_nodes not in (None, 1) else None, several),
-        ("runner.type", runner.type if runner.type != "ssh" else None, "cloud runners: use ssh"),
-        ("runner.docker", runner.docker, "containers: start this command inside the container"),
         ("runner.runtime_env", runner.runtime_env, "Ray: set variables in experiment.envs"),
         ("runner.cli_args.model_path", runner.cli_args.model_path, "use serve[0].engine_args.model"),
         ("runner.cli_args.engine_args", runner.cli_args.engine_args, "use serve[0].engine_args"),
-        ("node_envs", experiment.node_envs, several),
-        ("node_args", experiment.node_args, several),
-        ("device_type_envs", experiment.device_type_envs, several),
         ("cmds.after_stop", experiment.cmds.after_stop, "commands after the stop: remove it"),
-        (
-            "runner.deploy.prefill_decode_disaggregation",
-            deploy.prefill_decode_disaggregation,
-            "prefill and decode in separate instances: set it to false",
-        ),
         (
             "runner.deploy.enable_composition",
             deploy.enable_composition,

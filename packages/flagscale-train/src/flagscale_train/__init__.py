@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale_train.__about__ import __version__
 
-# Not on first use: the function has its module's name, and whoever imports the module first would put it in
-# its place.
+# Not on first use: these functions have their modules' names, and whoever imports the module first would put
+# it in their place.
 from flagscale_train.plan import plan
+from flagscale_train.report import report
 
 if TYPE_CHECKING:
-    from flagscale_train.data import tokenize, train_tokenizer
+    from flagscale_train.data import inspect, merge, tokenize, train_tokenizer
     from flagscale_train.errors import InvalidInput, NotFound, RunFailed, TrainError
     from flagscale_train.findings import Findings, examine
     from flagscale_train.logits import compute_logits
@@ -37,9 +38,12 @@ __all__ = [
     "__version__",
     "compute_logits",
     "examine",
+    "inspect",
     "list_runs",
     "logs",
+    "merge",
     "plan",
+    "report",
     "run",
     "status",
     "stop",
@@ -48,7 +52,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "data": ("tokenize", "train_tokenizer"),
+    "data": ("inspect", "merge", "tokenize", "train_tokenizer"),
     "errors": ("InvalidInput", "NotFound", "RunFailed", "TrainError"),
     "findings": ("Findings", "examine"),
     "logits": ("compute_logits",),

@@ -34,6 +34,9 @@ _NEEDS_GPU = (
     "use_flash_attn",
     "use_precision_aware_optimizer",
     "nccl_ub",
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_router_fusion",
 )
 
 
@@ -88,8 +91,6 @@ def conflicts(chip: str, options: Mapping[str, Any], findings: Findings) -> list
             for name in _NEEDS_GPU
             if options.get(name)
         ]
-    if forced and int(options.get("context_parallel_size", 1)) > 1:
-        problems.append(f"context_parallel_size: {options['context_parallel_size']}: {place} it must be 1")
     return problems
 
 
@@ -104,7 +105,7 @@ def environment(chip: str) -> dict[str, str]:
         return {}
     rendered = flagos_env(FlagOSProfile(), chip)
     chosen = {name: value for name, value in rendered.items() if name.startswith(("TE_FL_", "MG_FL_"))}
-    return {**dict(row.settings), **chosen, "FLAGSCALE_COLLECTIVE_BACKEND": row.collective_backend}
+    return {**dict(row.settings), **chosen}
 
 
 def _text(value: Any) -> str:

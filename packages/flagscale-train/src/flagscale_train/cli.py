@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flagscale_config.command import parse
 from flagscale_config.command import run as run_command
 from flagscale_train.__about__ import __version__
 from flagscale_train.errors import InvalidInput
@@ -31,17 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    given, rest = parser().parse_known_args(words)
-    # Overrides may stand after options too, where argparse no longer takes them.
-    strange = [
-        word for word in rest if word.startswith("-") or "=" not in word or not hasattr(given, "overrides")
-    ]
-    if strange:
-        raise InvalidInput(
-            f"{strange[0]}: not an option of this command: see `flagscale-train {given.verb} --help`"
-        )
-    if rest:
-        given.overrides = [*given.overrides, *rest]
+    given = parse(parser(), words)
     action: Callable[[argparse.Namespace], int] = given.action
     return action(given)
 
@@ -140,6 +131,9 @@ def _add_look_verbs(verbs: Any) -> None:
     verb = _verb(verbs, "logs", _logs, "Print what the processes of a run wrote.")
     _experiment(verb, _TARGET)
     verb.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
+    verb = _verb(verbs, "report", _report_page, "Write one HTML page on a training, with its curves.")
+    _experiment(verb, f"{_TARGET}; of an experiment all runs are shown as one curve")
+    verb.add_argument("--output", type=Path, metavar="FILE", help="HTML file to write (default: beside it)")
     verb = _verb(verbs, "list", _list, "List the training runs of this machine.")
     verb.add_argument("--json", action="store_true", help="print JSON")
 
@@ -161,6 +155,17 @@ def _add_data_verbs(verbs: Any) -> None:
     end = verb.add_mutually_exclusive_group()
     end.add_argument("--eod", metavar="TOKEN", help="end of a document (default: the tokenizer's eos_token)")
     end.add_argument("--no-eod", action="store_true", help="do not mark the end of a document")
+    verb = _verb(verbs, "inspect", _inspect, "Check that a dataset is whole, and say what is in it.")
+    verb.add_argument("prefix", type=Path, metavar="PREFIX", help="path without .bin and .idx")
+    verb.add_argument("--tokenizer", type=Path, metavar="DIR", help="show text, and check the ids against it")
+    verb.add_argument("--count", action="store_true", help="read every id, for the highest and the ends")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb = _verb(verbs, "merge", _merge, "Join datasets to one.")
+    verb.add_argument("inputs", nargs="+", type=Path, metavar="PREFIX", help="paths without .bin and .idx")
+    verb.add_argument(
+        "--output", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx"
+    )
+    verb.add_argument("--overwrite", action="store_true", help="replace what exists")
     verb = _verb(verbs, "train-tokenizer", _train_tokenizer, "Train a byte-level BPE tokenizer on text.")
     _inputs(verb)
     verb.add_argument(
@@ -373,6 +378,13 @@ def _list(given: argparse.Namespace) -> int:
     return 0
 
 
+def _report_page(given: argparse.Namespace) -> int:
+    from flagscale_train.report import report
+
+    print(report(given.source, given.overrides, output=given.output))
+    return 0
+
+
 def _logits(given: argparse.Namespace) -> int:
     from flagscale_train.logits import compute_logits
 
@@ -403,6 +415,41 @@ def _tokenize(given: argparse.Namespace) -> int:
         f"{made.prefix}.bin, {made.prefix}.idx: {made.num_documents:,} documents, {made.num_tokens:,} tokens "
         f"({made.num_bytes / made.num_tokens:.2f} bytes each), {made.dtype}"
         + (f", {made.num_empty:,} empty documents left out" if made.num_empty else "")
+    )
+    return 0
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    from flagscale_train.data import inspect
+
+    facts = inspect(given.prefix, tokenizer=given.tokenizer, count=given.count)
+    if given.json:
+        _print_json(asdict(facts))
+        return 0
+    mean = facts.num_tokens / max(1, facts.num_documents)
+    print(f"{facts.prefix}: {facts.num_documents:,} documents, {facts.num_tokens:,} tokens, {facts.dtype}")
+    print(f"  documents have {facts.shortest:,} to {facts.longest:,} tokens, {mean:,.1f} on average")
+    if facts.num_sequences != facts.num_documents:
+        print(f"  in {facts.num_sequences:,} sequences")
+    if facts.max_token is not None:
+        print(f"  highest id {facts.max_token:,}")
+    if facts.num_eod is not None:
+        print(f"  {facts.num_eod:,} ends of documents")
+    if facts.made_by is not None:
+        print(f"  made with {facts.made_by.tokenizer} ({facts.made_by.vocab_size:,} tokens)")
+    if facts.text is not None:
+        print(f"  begins: {json.dumps(facts.text, ensure_ascii=False)}")
+    return 0
+
+
+def _merge(given: argparse.Namespace) -> int:
+    from flagscale_train.data import inspect, merge
+
+    merge(given.inputs, given.output, overwrite=given.overwrite)
+    facts = inspect(given.output)
+    print(
+        f"{facts.prefix}.bin, {facts.prefix}.idx: {facts.num_documents:,} documents, "
+        f"{facts.num_tokens:,} tokens, {facts.dtype}"
     )
     return 0
 

@@ -21,7 +21,7 @@ from flagscale_train.events import FILE_NAME, Progress, read
 from flagscale_train.findings import Findings, examine
 from flagscale_train.plan import checkpoint_dir, options_for, process_for
 
-__all__ = ["compute_logits"]
+__all__ = ["compute_logits", "reference_options"]
 
 _SAVING = (
     "save",
@@ -38,7 +38,11 @@ _SHARING = (
     "use_distributed_optimizer",
     "overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap", "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers", "dist_ckpt_optim_fully_reshardable", "exit_signal_handler",
-    "global_batch_size",
+    "global_batch_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout", "recompute_granularity", "recompute_method", "recompute_num_layers",
+    "moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion",
+    "moe_shared_expert_overlap",
 )  # fmt: skip
 _PRECISION = (
     "bf16",
@@ -132,12 +136,11 @@ def _plan(
 ) -> hw.Plan:
     """Plan one process on plain torch layers in fp32, the reference that other engines are compared with."""
     tokens, output, root = paths
-    # Without optional packages the plan uses plain layers; data that were deleted since are no problem here.
-    plain = replace(findings, installed=frozenset(), problems=(), data_max_token=None)
-    options = options_for(_alone(experiment), machine, plain)
-    for name in (*_SAVING, *_SHARING, *_PRECISION):
-        options.pop(name, None)
-    options |= {"load": str(root), "no_load_optim": True, "no_load_rng": True, "micro_batch_size": 1}
+    options = reference_options(experiment, machine, findings) | {
+        "load": str(root),
+        "no_load_optim": True,
+        "no_load_rng": True,
+    }
     launcher = (
         "-m",
         "flagscale_train.worker.torchrun",
@@ -168,6 +171,25 @@ def _plan(
     }
     process = process_for(experiment, name="logits", argv=argv, environment=environment)
     return hw.Plan(kind="logits", name=experiment.name, processes=(process,))
+
+
+def reference_options(experiment: Experiment, machine: hw.Machine, findings: Findings) -> dict[str, Any]:
+    """Return the Megatron options of an experiment's model on one process, in fp32 and plain torch layers.
+
+    Args:
+        experiment: describes the model.
+        machine: where it runs.
+        findings: what was found of its files.
+
+    Raises:
+        InvalidInput: the experiment does not train, or an option cannot be followed.
+    """
+    # Without optional packages the plan uses plain layers; data that were deleted since are no problem here.
+    plain = replace(findings, installed=frozenset(), problems=(), data_max_token=None)
+    options = options_for(_alone(experiment), machine, plain)
+    for name in (*_SAVING, *_SHARING, *_PRECISION):
+        options.pop(name, None)
+    return options | {"micro_batch_size": 1}
 
 
 def _alone(experiment: Experiment) -> Experiment:

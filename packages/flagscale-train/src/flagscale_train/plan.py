@@ -366,7 +366,6 @@ def _environment(
 ) -> dict[str, str]:
     chosen = {
         **chip_environment(machine.chip),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's overlap relies on the order of launches
         "FLAGSCALE_EVENTS": f"{{run_dir}}/{FILE_NAME}",
         "FLAGSCALE_PLATFORM": runtime(machine.chip).torch_device,
         "OMP_NUM_THREADS": str(max(1, machine.num_cpus // layout.per_node)),
@@ -374,6 +373,9 @@ def _environment(
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if not (options.get("use_torch_fsdp2") or options.get("use_megatron_fsdp")):
+        # Megatron's overlap relies on the order of launches; with FSDP it refuses the same value.
+        chosen["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if machine.chip == "cpu":
         chosen["TORCH_COMPILE_DISABLE"] = "1"
         chosen["GLOO_SOCKET_IFNAME"] = "lo"  # one host: no name lookup, no firewall

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import flagscale_hw as hw
 from flagscale_config import load
-from flagscale_train.cause import killed_rank
 from flagscale_train.checkpoints import choose
 from flagscale_train.errors import InvalidInput, NotFound
 from flagscale_train.events import FILE_NAME, Progress, read
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Slurm",
     "TrainStatus",
+    "events_of",
     "find",
     "finished",
     "list_runs",
@@ -252,11 +252,11 @@ def status(target: str | os.PathLike[str] | hw.Run, overrides: Sequence[str] = (
     """Say how a run stands; `target` as for `find`, or the run itself."""
     found = target if isinstance(target, hw.Run) else find(target, overrides)
     now = found.status()
-    progress = Progress.of(_events(found))
+    progress = Progress.of(events_of(found))
     return TrainStatus(found.dir, found.name, now, progress, _killed(found) if now.state == "failed" else "")
 
 
-def _events(found: hw.Run) -> list[dict[str, Any]]:
+def events_of(found: hw.Run) -> list[dict[str, Any]]:
     """Return the events of all hosts, in the order of their clocks."""
     events = [event for folder in found.folders() for event in read(folder / FILE_NAME)]
     return sorted(events, key=lambda event: event["time"])
@@ -264,7 +264,7 @@ def _events(found: hw.Run) -> list[dict[str, Any]]:
 
 def _killed(found: hw.Run) -> str:
     logs = sorted(log for folder in found.folders() for log in (folder / "logs").glob("train*.log"))
-    return next((text for text in map(killed_rank, logs) if text), "")
+    return next((text for text in map(hw.killed_rank, logs) if text), "")
 
 
 def logs(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import flagscale_hw as hw
 from flagscale_train.events import FILE_NAME, Progress, follow
 
-__all__ = ["duration", "step_line", "watch"]
+__all__ = ["duration", "event_line", "step_line", "watch"]
 
 _Events = Iterator[dict[str, Any] | None]
 
@@ -107,8 +107,8 @@ def step_line(progress: Progress, *, is_over: bool = False) -> str:
     return "  ".join(parts)
 
 
-def _event_line(event: Mapping[str, Any]) -> str:
-    """Return what is said of an event other than a step; empty for nothing."""
+def event_line(event: Mapping[str, Any]) -> str:
+    """Return what is said of an event other than a step, in one line; empty for nothing."""
     line = _LINES.get(event["event"])
     return line(event) if line else ""
 
@@ -152,7 +152,7 @@ class _Plain:
 
     def event(self, event: Mapping[str, Any], progress: Progress) -> None:
         if event["event"] != "step":
-            if line := _event_line(event):
+            if line := event_line(event):
                 self._say(line)
             return
         is_last = progress.iteration == progress.train_iters
@@ -183,7 +183,7 @@ class _Live:
         if event["event"] == "step":
             done, total = progress.iteration, progress.train_iters
             self._bar.update(self._task, description=step_line(progress), completed=done, total=total)
-        elif line := _event_line(event):
+        elif line := event_line(event):
             self._bar.console.print(line, markup=False, highlight=False)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ that a hang on one card keeps the cards before it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import sys
@@ -145,6 +146,7 @@ def _device(library: _Library, chip: str, index: int, driver: str | None) -> Ite
                 yield _problem(f"{chip} {index} {name}", str(failure))
     memory = device.pop("memory")
     device["memory_total_bytes"], device["memory_used_bytes"] = memory or (None, None)
+    device["health"], device["health_reasons"] = _health(library, handle)
     if device["is_sliced"]:
         device["slices"] = list(_slices(library, handle))
     yield {"device": device}
@@ -160,6 +162,49 @@ def _is_ecc_on(library: _Library, handle: ctypes.c_void_p) -> bool:
     now, later = ctypes.c_uint(), ctypes.c_uint()
     library.call("nvmlDeviceGetEccMode", handle, ctypes.byref(now), ctypes.byref(later))
     return now.value == 1
+
+
+def _health(library: _Library, handle: ctypes.c_void_p) -> tuple[str | None, list[str]]:
+    """Judge a card by its memory: rows or pages that broke, and errors that could not be corrected.
+
+    None where the library answers none of it, as for cards without ECC: that a card answers is no proof.
+    """
+    said: dict[str, int] = {}
+    for ask in (_remapped_rows, _retired_pages, _uncorrected_errors):
+        with contextlib.suppress(_Failure):
+            said |= ask(library, handle)
+    if not said:
+        return None, []
+    found = [(health, text.format(said[name])) for name, health, text in _SIGNS if said.get(name)]
+    if not found:
+        return "ok", []
+    return min(health for health, _ in found), [text for _, text in found]  # `bad` sorts before `degraded`
+
+
+def _remapped_rows(library: _Library, handle: ctypes.c_void_p) -> dict[str, int]:
+    names = ("corrected", "uncorrected", "remap_pending", "remap_failed")
+    values = [ctypes.c_uint() for _ in names]
+    library.call("nvmlDeviceGetRemappedRows", handle, *map(ctypes.byref, values))
+    return {name: value.value for name, value in zip(names, values, strict=True)}
+
+
+def _retired_pages(library: _Library, handle: ctypes.c_void_p) -> dict[str, int]:
+    return {"retire_pending": library.number("nvmlDeviceGetRetiredPagesPendingStatus", handle)}
+
+
+def _uncorrected_errors(library: _Library, handle: ctypes.c_void_p) -> dict[str, int]:
+    count = ctypes.c_ulonglong()
+    uncorrected, since_load = ctypes.c_uint(1), ctypes.c_uint(0)
+    library.call("nvmlDeviceGetTotalEccErrors", handle, uncorrected, since_load, ctypes.byref(count))
+    return {"errors": count.value}
+
+
+_SIGNS = (
+    ("remap_failed", "bad", "a broken row of its memory could not be replaced: the card must be"),
+    ("remap_pending", "degraded", "a broken row of its memory is replaced at the next reset"),
+    ("retire_pending", "degraded", "a broken page of its memory is retired at the next reset"),
+    ("errors", "degraded", "{} uncorrected memory errors since the driver was loaded"),
+)
 
 
 def _slices(library: _Library, handle: ctypes.c_void_p) -> Iterator[dict[str, Any]]:

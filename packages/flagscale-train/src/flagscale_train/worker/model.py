@@ -21,6 +21,7 @@ def configure(args: Any) -> Any:
         The configuration; its layers are Megatron's own with Transformer Engine and plain torch ones without.
     """
     config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 forgets it, and takes 8
     if args.transformer_impl == "local" and args.spec is None:
         config.transformer_layer_spec = local_spec
     return config

@@ -147,19 +147,29 @@ def _count_parameters(model: list[Any]) -> int:
     """Count the parameters of the whole model; every rank must take part.
 
     Copies of one parameter (norms under tensor parallel, an embedding tied across pipeline stages) count
-    once.
+    once. Experts are spread over other ranks than the rest, so they are summed over a group of their own.
     """
-    count = 0
-    first = mpu.get_tensor_model_parallel_rank() == 0
-    for chunk in model:
-        for parameter in chunk.parameters():
-            split = getattr(parameter, "tensor_model_parallel", False)
-            copied = getattr(parameter, "shared", False)  # set on the last stage's copy only
-            if (split or first) and not copied:
-                count += parameter.numel()
-    total = torch.tensor([count], dtype=torch.long, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(total, group=mpu.get_model_parallel_group())
-    return int(total.item())
+    groups = {
+        False: (mpu.get_tensor_model_parallel_rank(), mpu.get_model_parallel_group()),
+        True: (
+            mpu.get_expert_tensor_parallel_rank(),
+            mpu.get_expert_tensor_model_pipeline_parallel_group(),
+        ),
+    }
+    total = 0
+    for is_expert, (rank, group) in groups.items():
+        count = sum(
+            parameter.numel()
+            for chunk in model
+            for parameter in chunk.parameters()
+            if getattr(parameter, "allreduce", True) is not is_expert
+            and (rank == 0 or getattr(parameter, "tensor_model_parallel", False))
+            and not getattr(parameter, "shared", False)  # set on the last stage's copy only
+        )
+        counted = torch.tensor([count], dtype=torch.long, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(counted, group=group)
+        total += int(counted.item())
+    return total
 
 
 def _facts(num_parameters: int) -> dict[str, Any]:

@@ -35,7 +35,9 @@ __all__ = ["Keeper", "SaveError", "chosen"]
 _SHAPE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "swiglu", "normalization", "qk_layernorm", "add_bias_linear", "add_qkv_bias", "position_embedding_type",
-    "untie_embeddings_and_output_weights", "num_experts", "multi_latent_attention", "padded_vocab_size",
+    "untie_embeddings_and_output_weights", "num_experts", "moe_ffn_hidden_size", "moe_layer_freq",
+    "moe_shared_expert_intermediate_size", "multi_latent_attention", "q_lora_rank", "kv_lora_rank",
+    "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "mtp_num_layers", "padded_vocab_size",
 )  # fmt: skip
 """Megatron's arguments that decide which tensors a model has and what they mean."""
 
@@ -180,19 +182,34 @@ def _same_model(path: Path) -> None:
     """Compare the model with the checkpoint's before Megatron compares tensors and names none of this.
 
     Raises:
-        Refusal: it has another shape.
+        Refusal: it has another shape, or its optimizer state cannot be spread in the way asked for.
     """
     saved = dist_checkpointing.load_common_state_dict(str(path)).get("args")
     args = get_args()
     differ = [
-        f"{name}: {getattr(args, name, None)}: it has {getattr(saved, name)}"
+        f"{name}: {_value(args, name)}: it has {_value(saved, name)}"
         for name in _SHAPE
-        if getattr(saved, name, None) not in (None, getattr(args, name, None))
+        if _value(saved, name) not in (None, _value(args, name))
     ]
     if differ:
         raise Refusal(
             f"{path}: a checkpoint of another model: {'; '.join(differ)}: give another exp_dir or load"
         )
+
+    sizes = [getattr(each, "expert_model_parallel_size", 1) for each in (saved, args)]
+    if min(sizes) == 1 < max(sizes) and not (args.no_load_optim or args.finetune):
+        raise Refusal(
+            f"expert_model_parallel_size: {sizes[1]}: {path} was saved with {sizes[0]}; Megatron keeps the "
+            "optimizer state of experts apart from 2 on: resume with the same size, or without that state "
+            "(no_load_optim: true)"
+        )
+
+
+def _value(args: Any, name: str) -> Any:
+    """Return an argument; of the number of groups what counts, which Megatron overwrites while it trains."""
+    if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
+        return None
+    return getattr(args, name, None)
 
 
 def _allow_longer_training() -> None:

@@ -67,5 +67,11 @@ def forward(
     timers("batch-generator", log_level=2).start()
     batch = _batch(data)
     timers("batch-generator").stop()
-    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
     return output, partial(_fold, batch["loss_mask"])

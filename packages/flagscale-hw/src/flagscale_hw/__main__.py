@@ -1,4 +1,4 @@
-"""Run the command as `python -m flagscale_hw.cli`."""
+"""Run the command as `python -m flagscale_hw`."""
 
 from flagscale_hw.cli import main
 

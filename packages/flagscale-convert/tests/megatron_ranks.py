@@ -1,0 +1,138 @@
+"""Processes of real megatron-core on the CPU that save and load in its per-rank format.
+
+Reads a request (JSON) with parallel sizes and jobs. `save` writes the same random model as `--ckpt-format
+torch` and as `torch_dist`. `load` loads a per-rank checkpoint strictly into a model full of NaN and saves
+that as `torch_dist`. File names and contents come from Megatron's own trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron_process import adapt_to_cpu, build
+
+
+def make(args: argparse.Namespace, sizes: dict[str, Any]) -> list[Any]:
+    from megatron.core import parallel_state
+
+    chunks = sizes["virtual_pipeline_model_parallel_size"]
+    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), sizes["pipeline_model_parallel_size"]
+    models = []
+    for chunk in range(chunks or 1):
+        is_last_chunk = chunk == (chunks or 1) - 1
+        options = {"vp_stage": chunk} if chunks else {}
+        models.append(
+            build(
+                args,
+                sizes["tensor_model_parallel_size"],
+                sizes={**sizes, "pipeline_dtype": torch.float32},
+                pre_process=stage == 0 and chunk == 0,
+                post_process=stage == stages - 1 and is_last_chunk,
+                **options,
+            )
+        )
+    return models
+
+
+def fill(models: list[Any], *, is_tied: bool) -> None:
+    """Random values, alike on the ranks that hold the same tensor."""
+    from megatron.core import parallel_state
+
+    for model in models:
+        for name, parameter in model.named_parameters():
+            seed = "embedding.word_embeddings.weight" if is_tied and name == "output_layer.weight" else name
+            if name.startswith("decoder.layers."):
+                layer = int(name.split(".")[2])
+                seed += f" {model.decoder.layers[layer].layer_number}"
+            if getattr(parameter, "tensor_model_parallel", False):
+                seed += f" tensor {parallel_state.get_tensor_model_parallel_rank()}"
+            if ".local_experts." in name:
+                seed += f" expert {parallel_state.get_expert_model_parallel_rank()}"
+            generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+
+def arguments(job: dict[str, Any], sizes: dict[str, Any]) -> argparse.Namespace:
+    return argparse.Namespace(**{**job["args"], **sizes, "no_save_optim": True, "no_save_rng": True})
+
+
+def save_torch_dist(models: list[Any], args: argparse.Namespace, path: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    folder = Path(path) / "iter_0000007"
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir(parents=True)
+    torch.distributed.barrier()
+    names = ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]
+    state = {
+        "args": args,
+        "iteration": 7,
+        "checkpoint_version": 3.0,
+        "content_metadata": {"singleton_local_shards": False},
+        **{name: model.sharded_state_dict() for name, model in zip(names, models, strict=True)},
+    }
+    dist_checkpointing.save(state, str(folder))
+
+
+def save(job: dict[str, Any], sizes: dict[str, Any]) -> None:
+    from megatron.training import checkpointing
+
+    args = arguments(job, sizes)
+    models = make(args, sizes)
+    fill(models, is_tied=not args.untie_embeddings_and_output_weights)
+    save_torch_dist(models, args, job["path"] + "-dist")
+    args.ckpt_format = "torch"
+    state = checkpointing.generate_state_dict(args, models, None, None, None, iteration=7)
+    name = checkpointing.get_checkpoint_name(job["path"], 7)
+    checkpointing.ensure_directory_exists(name)
+    torch.save(state, name)
+
+
+def load(job: dict[str, Any], sizes: dict[str, Any]) -> None:
+    from megatron.training import checkpointing
+
+    name = checkpointing.get_checkpoint_name(job["path"], 0, release=True)
+    state = torch.load(name, map_location="cpu", weights_only=False)
+    models = make(state["args"], sizes)
+    for number, model in enumerate(models):
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))
+        key = "model" if len(models) == 1 else f"model{number}"
+        model.load_state_dict(state[key], strict=True)
+    save_torch_dist(models, state["args"], job["path"] + "-loaded")
+
+
+def main(path: str) -> None:
+    adapt_to_cpu()
+    from megatron.core import parallel_state, tensor_parallel
+
+    request = json.loads(Path(path).read_text())
+    torch.distributed.init_process_group("gloo")
+    for group in request["groups"]:
+        sizes = group["sizes"]
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=sizes["tensor_model_parallel_size"],
+            pipeline_model_parallel_size=sizes["pipeline_model_parallel_size"],
+            virtual_pipeline_model_parallel_size=sizes["virtual_pipeline_model_parallel_size"],
+            expert_model_parallel_size=sizes["expert_model_parallel_size"],
+        )
+        tensor_parallel.random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+        tensor_parallel.random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(
+            state
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        for job in group["jobs"]:
+            (save if job["do"] == "save" else load)(job, sizes)
+            torch.distributed.barrier()
+        parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":  # the checkpoint writer starts a process that imports this file again
+    main(sys.argv[1])

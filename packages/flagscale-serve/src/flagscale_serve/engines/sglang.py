@@ -1,0 +1,107 @@
+"""SGLang: `python -m sglang.launch_server`, on accelerators.
+
+Not run here: its option table comes from its own parser (0.5.23), the rest from its documentation
+(https://docs.sglang.io, "Server Arguments" and "Multi-Node Deployment").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flagscale_serve.engines.adapter import Context, Layout, Rendered
+from flagscale_serve.engines.choice import choose, count_of
+from flagscale_serve.errors import InvalidService
+from flagscale_serve.service import Instance
+
+__all__ = ["SGLANG", "Sglang"]
+
+_SIZES = {
+    "tensor": ("tensor_parallel_size", "tp_size"),
+    "pipeline": ("pipeline_parallel_size", "pp_size"),
+    "data": ("data_parallel_size", "dp_size"),
+}
+
+
+class Sglang:
+    """The adapter; it holds no state."""
+
+    name = "sglang"
+    program = None
+    modules = ("sglang", "torch")
+    distributions = ("sglang",)
+    install = "pip install 'flagscale-serve[sglang]'"
+    phases = (
+        ("server_args=", "starting the engine"),
+        ("Init torch distributed", "connecting the devices"),
+        ("Load weight begin", "loading weights"),
+        ("Load weight end", "weights are loaded"),
+        ("KV Cache is allocated", "making room for keys and values"),
+        ("Capture cuda graph begin", "capturing graphs"),
+        ("Capture cuda graph end", "opening the port"),
+        ("Application startup complete", "waiting for the first token"),
+    )
+    grace_s = 30.0
+
+    def layout(self, instance: Instance) -> Layout:
+        """Read the parallel sizes, in vLLM's words or its own; see `Engine.layout`."""
+        own = instance.specific.get(self.name, {})
+        sizes = {
+            kind: count_of(own.get(word, instance.options.get(common)), f"{instance.name}: {common}")
+            for kind, (common, word) in _SIZES.items()
+        }
+        if own.get("enable_dp_attention"):
+            sizes["data"] = 1  # the copies share the devices of tensor parallelism
+        return Layout(**sizes)
+
+    def render(self, instance: Instance, context: Context) -> Rendered:
+        """Translate one instance; see `Engine.render`."""
+        if context.chip == "cpu":
+            raise InvalidService(
+                f"{instance.name}: engine `sglang`: needs an accelerator, and this machine has none: use "
+                "engine `vllm` or `transformers`"
+            )
+        if instance.role is not None:
+            raise InvalidService(
+                f"{instance.name}: engine `sglang`: prefill and decode in separate instances are planned "
+                "for vLLM only: use engine `vllm`"
+            )
+        if instance.api_key is not None:
+            raise InvalidService(
+                f"{instance.name}: api_key: SGLang takes its key on the command line only, where everybody "
+                "on the machine can read it: remove it and serve on 127.0.0.1, or use engine `vllm`"
+            )
+        seat = context.seat
+        defaults: dict[str, Any] = {"enable_metrics": True}
+        env = {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+        if seat.num_hosts > 1:
+            defaults |= {
+                "nnodes": seat.num_hosts,
+                "node_rank": seat.rank,
+                "dist_init_addr": f"{seat.head}:{seat.rendezvous}",
+            }
+            if seat.interface:
+                env |= {"GLOO_SOCKET_IFNAME": seat.interface, "NCCL_SOCKET_IFNAME": seat.interface}
+        choice = choose(instance, self.name, label="SGLang", defaults=defaults, version=context.version)
+        name = instance.served_names[0]
+        argv = (
+            context.python,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            instance.model,
+            "--served-model-name",
+            name,
+            "--host",
+            instance.host,
+            "--port",
+            f"{{port:{instance.name}}}",
+            *choice.words,
+            *instance.extra_args,
+        )
+        warnings: tuple[str, ...] = ()
+        if choice.skipped:
+            warnings = (f"{instance.name}: SGLang has no use for {', '.join(choice.skipped)}: skipped",)
+        return Rendered(argv=argv, env=env, warnings=warnings, served_names=(name,), chosen=choice.chosen)
+
+
+SGLANG = Sglang()

@@ -1,0 +1,151 @@
+"""vLLM over several processes: one instance on several hosts, and prefill apart from decode.
+
+Several hosts are vLLM's own business (`--nnodes`, `--node-rank`, `--master-addr`; ranks above 0 are
+`--headless`; https://docs.vllm.ai, "Parallelism and Scaling" and "Data Parallel Deployment"), or Ray's where
+the file asks for it (`distributed_executor_backend: ray`). Keys and values move from prefill to decode by
+the connector that the file names, else by FlagScale's, P2pNcclConnector (https://docs.vllm.ai, "P2P NCCL
+Connector" and "NixlConnector Usage Guide").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flagscale_serve.engines.adapter import Companion, Context, Layout
+from flagscale_serve.errors import InvalidService
+from flagscale_serve.service import Instance
+
+__all__ = ["CONNECTORS", "Rank", "across_hosts", "connector_of", "ray_node", "transfer", "uses_ray"]
+
+CONNECTORS = ("P2pNcclConnector", "NixlConnector")
+"""Connectors whose ports and roles are known here, FlagScale's own first."""
+# Bytes of keys and values that a side may hold for the other: next to nothing where they leave at once.
+_BUFFER_BYTES = {"prefill": "1e1", "decode": "8e9"}
+_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """What one rank of an instance that spans hosts has beside the instance's own options."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    """Options whose values are known only where the instance starts."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    is_headless: bool = False
+    """It has no API server."""
+
+
+def across_hosts(instance: Instance, layout: Layout, context: Context) -> Rank:
+    """Describe one rank of an instance; nothing for one that stays on its host.
+
+    Raises:
+        InvalidService: copies of the model that each span hosts.
+    """
+    seat = context.seat
+    if seat.num_hosts == 1:
+        return Rank()
+    env = {"VLLM_HOST_IP": seat.own}
+    if seat.interface:
+        env |= {"GLOO_SOCKET_IFNAME": seat.interface, "NCCL_SOCKET_IFNAME": seat.interface}
+    if uses_ray(instance):
+        return Rank(env=env | {"RAY_ADDRESS": f"{seat.head}:{seat.rendezvous}"})
+    headless = {"headless": True} if seat.rank else {}
+    if layout.data == 1:
+        return Rank(
+            options={"nnodes": seat.num_hosts, "node_rank": seat.rank, **headless},
+            words=("--master-addr", seat.head, "--master-port", seat.rendezvous),
+            env=env,
+            is_headless=bool(headless),
+        )
+    copies, rest = divmod(seat.num_devices, layout.tensor * layout.pipeline)
+    if rest:
+        raise InvalidService(
+            f"{instance.name}: data_parallel_size: {layout.data}: each copy needs "
+            f"{layout.tensor * layout.pipeline} devices, into which {seat.num_devices} devices of a host "
+            "cannot be divided: choose tensor_parallel_size so that copies fit into a host, or set "
+            "distributed_executor_backend to ray"
+        )
+    start = {"data_parallel_start_rank": copies * seat.rank} if seat.rank else {}
+    return Rank(
+        options={"data_parallel_size_local": copies, **start, **headless},
+        words=("--data-parallel-address", seat.head, "--data-parallel-rpc-port", seat.rendezvous),
+        env=env,
+        is_headless=bool(headless),
+    )
+
+
+def uses_ray(instance: Instance) -> bool:
+    """Tell whether the file wants Ray to spread the instance."""
+    return bool(instance.settled.get("distributed_executor_backend") == "ray")
+
+
+def ray_node(context: Context) -> Companion:
+    """Return the Ray process of one host; the first is the head."""
+    seat = context.seat
+    where = (
+        ("--head", "--port", seat.rendezvous)
+        if seat.rank == 0
+        else ("--address", f"{seat.head}:{seat.rendezvous}")
+    )
+    words = ("--node-ip-address", seat.own, "--num-gpus", str(seat.num_devices), "--disable-usage-stats")
+    return Companion(
+        name="ray", argv=(context.python, "-m", "ray.scripts.scripts", "start", "--block", *where, *words)
+    )
+
+
+def connector_of(instance: Instance) -> str:
+    """Return how keys and values move between prefill and decode.
+
+    Raises:
+        InvalidService: a connector whose ports are not known here.
+    """
+    given = instance.settled.get("kv_transfer_config")
+    name = given.get("kv_connector") if isinstance(given, Mapping) else None
+    if name is not None and name not in CONNECTORS:
+        raise InvalidService(
+            f"{instance.name}: engine_args.kv_transfer_config.kv_connector: {name!r}: prefill and decode "
+            f"are connected by {' or '.join(CONNECTORS)}: choose one of them, or leave it out"
+        )
+    return str(name or CONNECTORS[0])
+
+
+def transfer(instance: Instance, context: Context) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the options and variables of a prefill or decode instance; none for one that does both."""
+    if instance.role is None:
+        return {}, {}
+    connector, port = connector_of(instance), context.transfer_ports[0]
+    given = instance.settled.get("kv_transfer_config")
+    config: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
+    if connector == "NixlConnector":
+        config |= {"kv_connector": connector, "kv_role": "kv_both"}
+        env = {
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": context.seat.own,
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": port,
+        }
+        return {"kv_transfer_config": config}, env
+    if context.chip == "cpu":
+        raise InvalidService(
+            f"{instance.name}: {connector}: moves keys and values between accelerators, and there is none "
+            "here: set engine_args.kv_transfer_config.kv_connector to NixlConnector, or serve both halves "
+            "in one instance"
+        )
+    address, registry_port = context.registry
+    extra = {
+        "proxy_ip": address,
+        "proxy_port": registry_port,
+        "http_port": f"{{port:{instance.name}}}",
+        "send_type": "PUT_ASYNC",
+        **config.get("kv_connector_extra_config", {}),
+    }
+    config = {
+        "kv_buffer_size": _BUFFER_BYTES[instance.role],
+        **config,
+        "kv_connector": connector,
+        "kv_role": _ROLES[instance.role],
+        "kv_port": port,
+        "kv_connector_extra_config": extra,
+    }
+    return {"kv_transfer_config": config}, {"VLLM_HOST_IP": context.seat.own}

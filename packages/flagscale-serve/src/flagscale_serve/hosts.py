@@ -1,0 +1,176 @@
+"""The hosts of a service: from the experiment's hostfile to machines that were looked at.
+
+What does not live here: which instance runs where (`placing.py`), reaching hosts (`flagscale_hw`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import flagscale_hw as hw
+from flagscale_serve.errors import InvalidService, NotServing
+from flagscale_serve.service import absolute
+
+if TYPE_CHECKING:
+    from flagscale_config import Experiment
+
+__all__ = ["Node", "find_nodes", "promised_nodes", "targets_of"]
+
+_THIS_HOST = frozenset({"localhost", "127.0.0.1", "::1"})
+_LEADER, _SIZE = "LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One host of a service."""
+
+    target: hw.Target
+    machine: hw.Machine
+    slots: int | None = None
+    """Devices that the hostfile allows; None: all."""
+    type: str | None = None
+    """Label of its kind of device in the hostfile."""
+    interface: str | None = None
+    """Network interface by which it reaches the first host."""
+
+
+def find_nodes(
+    experiment: Experiment, *, python: str | None = None, packages: Sequence[str] = ()
+) -> tuple[Node, ...]:
+    """Look at every host of the experiment; none where it runs on this host alone.
+
+    Args:
+        experiment: a loaded serve file.
+        python: interpreter that has the engines on every host.
+        packages: distributions that it must have, in one version everywhere.
+
+    Raises:
+        InvalidService: the hostfile is missing or wrong, or names too few hosts.
+        NotServing: a host cannot be reached or is not ready; every obstacle is named.
+    """
+    listed = targets_of(experiment)
+    if not listed:
+        return ()
+    models = {item.engine_args.get("model") for item in experiment.serve}
+    reports = hw.survey(
+        [target for target, _ in listed],
+        hw.SurveyRequest(
+            folder=experiment.exp_dir,
+            python=python,
+            packages=tuple(packages),
+            paths=tuple(sorted(str(absolute(model, experiment.cwd)) for model in models if model)),
+        ),
+    )
+    obstacles = hw.judge(reports, needs_shared=len(listed) > 1 and not experiment.runner.no_shared_fs)
+    for obstacle in obstacles:
+        if not obstacle.is_fatal:
+            print(f"warning: {obstacle}", file=sys.stderr)  # noqa: T201 - said while people wait
+    fatal = [str(obstacle) for obstacle in obstacles if obstacle.is_fatal]
+    if fatal:
+        raise NotServing("not every host is ready:\n" + "\n".join(fatal))
+    return tuple(
+        Node(
+            target=report.target,
+            machine=report.machine,
+            slots=entry.slots,
+            type=entry.type,
+            interface=report.interface,
+        )
+        for report, (_, entry) in zip(reports, listed, strict=True)
+        if report.machine is not None
+    )
+
+
+def targets_of(experiment: Experiment) -> list[tuple[hw.Target, hw.HostEntry]]:
+    """Read the hostfile and say how each host is reached; none without a hostfile and container.
+
+    Raises:
+        InvalidService: the hostfile is missing or wrong, or names too few hosts.
+    """
+    runner = experiment.runner
+    least, _, most = str(runner.nnodes or 1).partition(":")
+    if runner.hostfile is None:
+        if int(least) > 1:
+            raise InvalidService(
+                f"experiment.runner.nnodes: {runner.nnodes}: no hostfile says which hosts: set "
+                "experiment.runner.hostfile"
+            )
+        if runner.docker is None:
+            return []
+        entries: tuple[hw.HostEntry, ...] = (hw.HostEntry(name="localhost", slots=1 << 16),)
+    else:
+        path = Path(experiment.cwd) / runner.hostfile
+        try:
+            entries = hw.read_hostfile(path)
+        except hw.InputError as error:
+            raise InvalidService(f"experiment.runner.hostfile: {error}") from error
+        if len(entries) < int(least):
+            raise InvalidService(
+                f"experiment.runner.nnodes: {runner.nnodes}: {path} has {len(entries)} hosts: add hosts, or "
+                "ask for fewer"
+            )
+    limit = None if runner.nnodes is None else int(most or least)
+    return [
+        (
+            hw.Target(
+                name=entry.name,
+                transport="local" if _is_this_host(entry.name) else "ssh",
+                address="127.0.0.1" if entry.name == "localhost" else "",
+                port=runner.ssh_port,
+                docker=runner.docker,
+            ),
+            entry,
+        )
+        for entry in entries[:limit]
+    ]
+
+
+def _is_this_host(name: str) -> bool:
+    """Tell whether a name means the host we run on, which needs no ssh: its address can be bound."""
+    if name in _THIS_HOST or name == socket.gethostname():
+        return True
+    try:
+        family, _, _, _, where = socket.getaddrinfo(name, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as trial:
+            trial.bind(where)
+    except OSError:
+        return False
+    return True
+
+
+def promised_nodes(
+    experiment: Experiment, machine: hw.Machine, environ: Mapping[str, str] = os.environ
+) -> tuple[Node, ...]:
+    """Return the pods of a LeaderWorkerSet, which the cluster chooses and nobody can look at beforehand.
+
+    Args:
+        experiment: its `runner.nnodes` is the size of the group where the pod's own variables do not say it.
+        machine: every pod is as this one.
+        environ: the variables of the pod: `LWS_GROUP_SIZE`.
+
+    Raises:
+        InvalidService: nobody says how many pods there are.
+    """
+    least = str(experiment.runner.nnodes or "").partition(":")[0]
+    given = environ.get(_SIZE) or least
+    if not given.isdigit() or int(given) < 1:
+        raise InvalidService(
+            f"experiment.runner.type: 'cloud': how many pods? neither {_SIZE} nor experiment.runner.nnodes "
+            "says it: set one of them"
+        )
+    count = experiment.runner.nproc_per_node
+    leader = environ.get(_LEADER) or experiment.runner.master_addr or ""
+    return tuple(
+        Node(
+            target=hw.Target(name=f"pod-{rank}", address=leader if rank == 0 else ""),
+            machine=machine,
+            slots=count,
+        )
+        for rank in range(int(given))
+    )

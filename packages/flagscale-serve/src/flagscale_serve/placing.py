@@ -1,0 +1,129 @@
+"""Which devices of which host each instance gets: first come, first served, in the order of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flagscale_hw import Device, Machine
+from flagscale_serve.errors import InvalidService
+from flagscale_serve.hosts import Node
+from flagscale_serve.service import Instance
+
+__all__ = ["Berth", "place"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Berth:
+    """The share of one host in an instance."""
+
+    machine: Machine
+    node: Node | None = None
+    """None: this host, and no other takes part."""
+    devices: tuple[Device, ...] = ()
+    is_shared: bool = False
+    """Whether the devices must be told, because others use the rest of them."""
+
+    @property
+    def host(self) -> str:
+        """The host's name in the plan."""
+        return self.node.target.name if self.node is not None else "local"
+
+
+def place(
+    instances: Sequence[Instance], wanted: Mapping[str, int], machine: Machine, nodes: Sequence[Node]
+) -> dict[str, tuple[Berth, ...]]:
+    """Give each instance its devices.
+
+    Args:
+        instances: in the order in which they choose.
+        wanted: instance -> number of devices.
+        machine: this host, where there are no nodes.
+        nodes: the hosts; none: this host alone.
+
+    Returns:
+        Instance -> its berths, more than one where it spans hosts, which then share it evenly.
+
+    Raises:
+        InvalidService: there are too few devices, or the file names a host that is not there.
+    """
+    if not nodes:
+        return _on_this_host(instances, wanted, machine)
+    free = {node.target.name: _Free(node) for node in nodes}
+    found = {}
+    for instance in instances:
+        if instance.wanted_host is not None and instance.wanted_host not in free:
+            raise InvalidService(
+                f"{instance.name}: host {instance.wanted_host}: not among the hosts {', '.join(free)}: write "
+                "it as the hostfile does"
+            )
+        hosts = [one for name, one in free.items() if instance.wanted_host in (None, name)]
+        found[instance.name] = _aboard(instance, wanted[instance.name], hosts)
+    return found
+
+
+class _Free:
+    """What is left of one host."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        devices = node.machine.visible
+        self.devices = devices[: node.slots] if node.slots is not None else devices
+        self.is_cpu = node.machine.chip == "cpu"
+        self.load = 0
+
+    @property
+    def count(self) -> int:
+        """Devices that nobody has yet."""
+        return len(self.devices)
+
+    def take(self, count: int) -> Berth:
+        self.load += 1
+        if self.is_cpu:
+            return Berth(machine=self.node.machine, node=self.node)
+        is_whole = count == len(self.node.machine.visible)
+        mine, self.devices = self.devices[:count], self.devices[count:]
+        return Berth(machine=self.node.machine, node=self.node, devices=mine, is_shared=not is_whole)
+
+
+def _aboard(instance: Instance, count: int, hosts: Sequence[_Free]) -> tuple[Berth, ...]:
+    if all(host.is_cpu for host in hosts):
+        if count > 1:
+            raise InvalidService(
+                f"{instance.name}: {count} devices asked for: the hosts have no accelerators: use parallel "
+                "sizes of 1"
+            )
+        return (min(hosts, key=lambda host: host.load).take(1),)
+    for host in hosts:
+        if host.count >= count:
+            return (host.take(count),)
+    for number in range(2, len(hosts) + 1):
+        share, rest = divmod(count, number)
+        able = [host for host in hosts if host.count >= share]
+        if rest == 0 and len(able) >= number:
+            return tuple(host.take(share) for host in able[:number])
+    left = ", ".join(f"{host.node.target.name} {host.count}" for host in hosts)
+    raise InvalidService(
+        f"{instance.name}: {count} devices asked for: the hosts have {left} left, and each must give the "
+        "same number: lower the parallel sizes, add hosts, or serve fewer instances"
+    )
+
+
+def _on_this_host(
+    instances: Sequence[Instance], wanted: Mapping[str, int], machine: Machine
+) -> dict[str, tuple[Berth, ...]]:
+    """A single instance keeps what the user's environment shows it."""
+    if machine.chip == "cpu":
+        return {name: (Berth(machine=machine),) for name in wanted}
+    total, free = sum(wanted.values()), machine.visible
+    if total > len(free):
+        asked = ", ".join(f"{name} {count}" for name, count in wanted.items())
+        raise InvalidService(
+            f"devices: {total} asked for ({asked}): this process may use {len(free)} ({machine.chip}): lower "
+            "tensor_parallel_size, or serve fewer instances"
+        )
+    found: dict[str, tuple[Berth, ...]] = {}
+    for name, count in wanted.items():
+        found[name] = (Berth(machine=machine, devices=free[:count], is_shared=len(instances) > 1),)
+        free = free[count:]
+    return found

@@ -1,0 +1,67 @@
+"""The router in front of several instances: vllm-router, a maintained program with prebuilt wheels.
+
+It knows least-loaded and cache-aware policies, retries, circuit breakers and pairs of prefill and decode.
+`sglang-router` was not taken: it knows SGLang's pairs, not vLLM's connectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from flagscale_serve.service import Front, Instance
+
+__all__ = ["DISTRIBUTION", "ENGINE", "INSTALL", "MODULE", "router_argv"]
+
+ENGINE = "router"
+"""What stands for the engine in facts and status."""
+DISTRIBUTION = "vllm-router"
+MODULE = "vllm_router"
+INSTALL = "pip install 'flagscale-serve[router]'"
+
+
+def router_argv(  # noqa: PLR0913 - what its command line says
+    front: Front,
+    members: Sequence[Instance],
+    *,
+    python: str,
+    host: str,
+    urls: Mapping[str, str],
+    uses_registry: bool,
+    startup_s: float,
+) -> tuple[str, ...]:
+    """Return the router's command line.
+
+    Args:
+        front: where it listens and how it spreads requests.
+        members: the instances behind it.
+        python: interpreter that has the router.
+        host: address to listen on.
+        urls: instance -> base address.
+        uses_registry: instances tell the router their addresses (P2pNcclConnector), it is not told them.
+        startup_s: seconds that the instances may take to answer.
+    """
+    if members[0].role is None:
+        workers: tuple[str, ...] = ("--worker-urls", *(urls[one.name] for one in members))
+    elif uses_registry:
+        workers = (
+            "--vllm-pd-disaggregation",
+            "--vllm-discovery-address",
+            f"{host}:{{port:{front.name}-registry}}",
+        )
+    else:
+        workers = ("--vllm-pd-disaggregation",)
+        for one in members:
+            workers += (f"--{one.role}", urls[one.name])
+    return (
+        python,
+        "-m",
+        f"{MODULE}.launch_router",
+        *("--host", host, "--port", f"{{port:{front.name}}}"),
+        *("--policy", front.policy),
+        *("--worker-startup-timeout-secs", str(max(1, round(startup_s)))),
+        *("--worker-startup-check-interval", "1"),
+        # Its own habit is to notice a dead instance after three minutes.
+        *("--health-check-interval-secs", "5", "--health-failure-threshold", "2"),
+        *("--prometheus-host", "127.0.0.1", "--prometheus-port", f"{{port:{front.name}-metrics}}"),
+        *workers,
+    )

@@ -1,0 +1,414 @@
+"""Plans over several hosts, all of them faked: one instance on many hosts, copies, prefill apart from decode.
+
+`FLAGSCALE_WRITE_GOLDEN=1 pytest test_hosts.py` writes the golden files anew; read what has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from flagscale_config import load
+from flagscale_hw import Target, render_scripts
+from flagscale_hw.testing import fake_host
+from flagscale_serve import InvalidService, Node, plan
+from flagscale_serve.hosts import promised_nodes, targets_of
+
+GOLDEN = Path(__file__).parent / "golden"
+HOSTS = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
+NVIDIA = fake_host("nvidia", 8)
+
+
+def nodes(count: int = 2, chip: str = "nvidia", devices: int = 8, **more) -> tuple[Node, ...]:
+    machine = fake_host(chip, devices)
+    return tuple(
+        Node(target=Target(name=name), machine=machine, slots=devices, interface="eth1", **more)
+        for name in HOSTS[:count]
+    )
+
+
+def check_golden(name: str, made) -> None:
+    data = json.loads(made.to_json())
+    data["files"] = [file["path"] for file in data["files"]]
+    for one in data["facts"]["instances"]:
+        one["options"] = [[row["option"], row["value"], row["source"]] for row in one["options"]]
+    data["facts"]["source"] = Path(data["facts"]["source"]).name
+    for process in data["processes"]:
+        process["cwd"] = "."
+    text = json.dumps(data, indent=2, sort_keys=True) + "\n"
+    path = GOLDEN / name
+    if os.environ.get("FLAGSCALE_WRITE_GOLDEN") == "1":
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def served(serve_file, args: str, experiment: str = "", more: str = "", engine: str = "vllm"):
+    path = serve_file(
+        f"- serve_id: a\n  engine: {engine}\n  engine_args: {{model: /m, {args}}}\n{more}",
+        experiment=experiment,
+    )
+    return load(path)
+
+
+def words(process) -> str:
+    return " ".join(process.argv)
+
+
+def test_tensor_parallelism_over_hosts_is_vllms_own(serve_file):
+    made = plan(served(serve_file, "tensor_parallel_size: 16"), NVIDIA, nodes=nodes(), python="py")
+    head, other = made.processes
+    assert (head.name, head.host, head.rank) == ("a", "10.0.0.1", 0)
+    assert (other.name, other.host, other.rank) == ("a-rank-1", "10.0.0.2", 1)
+    ranks = "--master-addr {address:10.0.0.1} --master-port {port:a-ranks}"
+    assert ranks in words(head)
+    assert ranks in words(other)
+    assert "--nnodes 2" in words(head)
+    assert "--node-rank 0" in words(head)
+    assert "--node-rank 1" in words(other)
+    assert "--headless" in words(other)
+    assert "--headless" not in words(head)
+    assert "--port" not in other.argv
+    assert made.port_hosts["a-ranks"] == "10.0.0.1"
+    (probe,) = made.probes
+    assert probe.url == "http://{address:10.0.0.1}:{port:a}/v1/completions"
+    assert head.env["VLLM_HOST_IP"] == "{own_address}"
+    assert head.env["GLOO_SOCKET_IFNAME"] == "eth1"
+    assert "CUDA_VISIBLE_DEVICES" not in head.env
+    check_golden("hosts-tensor-16.json", made)
+
+
+def test_the_stages_of_a_pipeline_lie_on_different_hosts(serve_file):
+    experiment = served(serve_file, "tensor_parallel_size: 8, pipeline_parallel_size: 2")
+    made = plan(experiment, NVIDIA, nodes=nodes(3), python="py")
+    assert [process.host for process in made.processes] == ["10.0.0.1", "10.0.0.2"]
+    assert [target.name for target in made.targets] == ["10.0.0.1", "10.0.0.2"]
+
+
+def test_copies_by_data_parallelism_are_counted_on_each_host(serve_file):
+    experiment = served(serve_file, "tensor_parallel_size: 4, data_parallel_size: 4")
+    head, other = plan(experiment, NVIDIA, nodes=nodes(), python="py").processes
+    assert "--data-parallel-size-local 2" in words(head)
+    assert "--data-parallel-address {address:10.0.0.1}" in words(other)
+    assert "--data-parallel-rpc-port {port:a-ranks}" in words(other)
+    assert "--data-parallel-start-rank 2" in words(other)
+    assert "--data-parallel-start-rank" not in words(head)
+    assert "--headless" in words(other)
+    assert "--nnodes" not in words(head)
+
+
+def test_a_copy_that_spans_hosts_needs_ray(serve_file):
+    args = "tensor_parallel_size: 16, data_parallel_size: 2"
+    eight = nodes(2, devices=8) + tuple(
+        Node(target=Target(name=f"10.0.1.{n}"), machine=NVIDIA, slots=8) for n in (1, 2)
+    )
+    with pytest.raises(InvalidService, match="each copy needs 16 devices"):
+        plan(served(serve_file, args), NVIDIA, nodes=eight)
+
+
+def test_ray_where_the_file_asks_for_it(serve_file):
+    args = "tensor_parallel_size: 16, distributed_executor_backend: ray"
+    made = plan(served(serve_file, args), NVIDIA, nodes=nodes(), python="py")
+    assert [process.name for process in made.processes] == ["a-ray", "a", "a-rank-1-ray"]
+    ray, engine, other = made.processes
+    assert words(ray).startswith("py -m ray.scripts.scripts start --block --head --port {port:a-ranks}")
+    assert "--address {address:10.0.0.1}:{port:a-ranks}" in words(other)
+    assert "--num-gpus 8" in words(other)
+    assert words(engine).startswith("py {run_dir}/ray_launch.py 2 py -m vllm.entrypoints.cli.main serve /m")
+    assert engine.env["RAY_ADDRESS"] == "{address:10.0.0.1}:{port:a-ranks}"
+    assert "--nnodes" not in engine.argv
+    check_golden("hosts-ray.json", made)
+
+
+def test_the_engine_waits_for_rays_last_host(tmp_path):
+    """The launcher runs in the engine's Python, so it is run here beside a stand-in for Ray."""
+    (tmp_path / "ray.py").write_text(
+        "import pathlib\ncount = pathlib.Path(__file__).with_name('count')\n"
+        "def init(address, log_to_driver):\n"
+        "    seen = int(count.read_text() or 0) if count.exists() else 0\n"
+        "    count.write_text(str(seen + 1))\n"
+        "    if seen == 0: raise ConnectionError(address)\n"
+        "def nodes(): return [{'Alive': True}] * int(count.read_text()) + [{'Alive': False}]\n"
+        "def shutdown(): pass\n"
+    )
+    script = tmp_path / "launch.py"
+    script.write_text(files("flagscale_serve.engines").joinpath("ray_launch.py").read_text())
+    done = subprocess.run(
+        [sys.executable, script, "3", sys.executable, "-c", "print('engine')"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "RAY_ADDRESS": "head:1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [
+        "Ray has 0 of 3 hosts",
+        "Ray has 2 of 3 hosts",
+        "Ray has 3 of 3 hosts",
+        "engine",
+    ]
+
+
+def test_sglang_meets_at_the_head(serve_file):
+    experiment = served(serve_file, "tensor_parallel_size: 16", engine="sglang")
+    head, other = plan(experiment, NVIDIA, nodes=nodes(), python="py").processes
+    for rank, process in enumerate((head, other)):
+        assert f"--node-rank {rank}" in words(process)
+        assert "--dist-init-addr {address:10.0.0.1}:{port:a-ranks}" in words(process)
+        assert "--nnodes 2" in words(process)
+
+
+def test_instances_fill_the_hosts_in_order(serve_file):
+    more = "- serve_id: b\n  engine_args: {model: /b, tensor_parallel_size: 4}\n"
+    more += "- serve_id: c\n  engine_args: {model: /c, tensor_parallel_size: 8}\n"
+    made = plan(served(serve_file, "tensor_parallel_size: 2", more=more), NVIDIA, nodes=nodes())
+    assert [(p.name, p.host, p.env.get("CUDA_VISIBLE_DEVICES")) for p in made.processes] == [
+        ("a", "10.0.0.1", "0,1"),
+        ("b", "10.0.0.1", "2,3,4,5"),
+        ("c", "10.0.0.2", None),
+    ]
+
+
+def test_too_many_devices_for_the_hosts(serve_file):
+    with pytest.raises(InvalidService, match=r"32 devices asked for: the hosts have 10.0.0.1 8, 10.0.0.2 8"):
+        plan(served(serve_file, "tensor_parallel_size: 32"), NVIDIA, nodes=nodes())
+
+
+def test_variables_and_options_of_single_hosts(serve_file):
+    experiment = served(
+        serve_file,
+        "tensor_parallel_size: 16, max_num_seqs: 8",
+        """
+        envs:
+          COMMON: 1
+          device_type_specific: {A800: {COMMON: 2, TYPED: a}}
+          nodes_envs:
+            10.0.0.2: {COMMON: 3, NCCL_SOCKET_IFNAME: ib0}
+        node_args:
+          10.0.0.2: {engine_args: {max_num_seqs: 16}}
+        """,
+    )
+    head, other = plan(experiment, NVIDIA, nodes=nodes(type="A800")).processes
+    assert (head.env["COMMON"], head.env["TYPED"]) == ("2", "a")
+    assert (other.env["COMMON"], other.env["NCCL_SOCKET_IFNAME"]) == ("3", "ib0")
+    assert "--max-num-seqs 8" in words(head)
+    assert "--max-num-seqs 16" in words(other)
+
+
+DISAGGREGATED = """
+runner:
+  deploy:
+    prefill_decode_disaggregation: true
+    prefill_num: 2
+    decode_num: 1
+    prefill_decode_strategy: random
+    port: 9000
+"""
+
+
+def kv_config(process) -> dict:
+    return json.loads(process.argv[process.argv.index("--kv-transfer-config") + 1])
+
+
+def test_prefill_and_decode_on_one_host(serve_file):
+    experiment = served(serve_file, "served_model_name: m", DISAGGREGATED)
+    made = plan(experiment, NVIDIA, python="py", router_python="router-py")
+    assert [(one.name, one.env.get("CUDA_VISIBLE_DEVICES")) for one in made.processes] == [
+        ("a-prefill-1", "0"),
+        ("a-prefill-2", "1"),
+        ("a-decode-1", "2"),
+        ("a-router", None),
+    ]
+    first, _, decode, router = made.processes
+    assert kv_config(first) == {
+        "kv_connector": "P2pNcclConnector",
+        "kv_role": "kv_producer",
+        "kv_buffer_size": "1e1",
+        "kv_port": "{port:a-prefill-1-kv-0}",
+        "kv_connector_extra_config": {
+            "proxy_ip": "127.0.0.1",
+            "proxy_port": "{port:a-router-registry}",
+            "http_port": "{port:a-prefill-1}",
+            "send_type": "PUT_ASYNC",
+        },
+    }
+    assert kv_config(decode)["kv_role"] == "kv_consumer"
+    assert words(router).startswith("router-py -m vllm_router.launch_router --host 127.0.0.1 --port")
+    assert "--policy random" in words(router)
+    assert "--vllm-discovery-address 127.0.0.1:{port:a-router-registry}" in words(router)
+    assert made.ports["a-router"] == 9000
+    # A half is not asked for a token by itself: that would break it. The router is.
+    assert [(probe.url.rpartition("/")[2], probe.expect) for probe in made.probes] == [
+        ("health", None),
+        ("health", None),
+        ("health", None),
+        ("completions", "usage.completion_tokens"),
+    ]
+    check_golden("disaggregated.json", made)
+
+
+def test_another_connector_is_told_its_ports_by_the_environment(serve_file):
+    args = "kv_transfer_config: {kv_connector: NixlConnector, kv_load_failure_policy: fail}"
+    made = plan(served(serve_file, args, DISAGGREGATED), NVIDIA, python="py")
+    prefill, *_, router = made.processes
+    assert kv_config(prefill) == {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "fail",
+    }
+    assert prefill.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "{port:a-prefill-1-kv-0}"
+    assert "--prefill http://127.0.0.1:{port:a-prefill-2}" in words(router)
+    assert "--decode http://127.0.0.1:{port:a-decode-1}" in words(router)
+    assert "a-router-registry" not in made.ports
+    with pytest.raises(InvalidService, match="'LMCacheConnectorV1': prefill and decode are connected by"):
+        plan(
+            served(serve_file, "kv_transfer_config: {kv_connector: LMCacheConnectorV1}", DISAGGREGATED),
+            NVIDIA,
+        )
+
+
+def test_prefill_and_decode_on_chosen_hosts(serve_file):
+    experiment = served(
+        serve_file,
+        "tensor_parallel_size: 4",
+        DISAGGREGATED + "    prefill_address: 10.0.0.1\n    decode_address: 10.0.0.2\n",
+    )
+    made = plan(experiment, NVIDIA, nodes=nodes(), python="py")
+    assert [one.host for one in made.processes] == ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.1"]
+    decode = made.processes[2]
+    assert kv_config(decode)["kv_connector_extra_config"]["proxy_ip"] == "{address:10.0.0.1}"
+    assert decode.env["VLLM_HOST_IP"] == "{own_address}"
+    # Four devices count their ports on from the first, so that these are fixed, and leased.
+    assert [made.ports[f"a-decode-1-kv-{number}"] for number in range(4)] == [21201, 21202, 21203, 21204]
+    assert made.port_hosts["a-decode-1-kv-0"] == "10.0.0.2"
+    check_golden("disaggregated-hosts.json", made)
+
+
+def test_without_accelerators_nothing_is_moved_between_them(serve_file):
+    with pytest.raises(InvalidService, match="moves keys and values between accelerators"):
+        plan(served(serve_file, "", DISAGGREGATED), fake_host("cpu"))
+
+
+def test_the_ports_of_the_file_are_used(serve_file):
+    runner = "runner:\n  master_port: 29777\n  ray_port: 6400\n"
+    made = plan(served(serve_file, "tensor_parallel_size: 16", runner), NVIDIA, nodes=nodes())
+    assert made.ports["a-ranks"] == 29777
+    args = "tensor_parallel_size: 16, distributed_executor_backend: ray"
+    assert plan(served(serve_file, args, runner), NVIDIA, nodes=nodes()).ports["a-ranks"] == 6400
+
+
+def test_what_does_nothing_here_is_said(serve_file):
+    made = plan(served(serve_file, "", DISAGGREGATED + "    prefill_decode_log_dir: /logs\n"), NVIDIA)
+    assert made.facts["warnings"] == [
+        "experiment.runner.deploy.prefill_decode_log_dir: /logs: not used: every log is in the run directory"
+    ]
+
+
+def test_a_chosen_host_must_be_there(serve_file):
+    experiment = served(serve_file, "", DISAGGREGATED + "    decode_address: 10.9.9.9\n")
+    with pytest.raises(InvalidService, match=r"host 10.9.9.9: not among the hosts 10.0.0.1, 10.0.0.2"):
+        plan(experiment, NVIDIA, nodes=nodes())
+
+
+def test_copies_stand_behind_a_router(serve_file):
+    experiment = served(serve_file, "port: 8000", more="  resources: {num_replicas: 2}\n")
+    made = plan(experiment, NVIDIA, python="py", router_python="rp", ready_timeout_s=60)
+    assert [process.name for process in made.processes] == ["a-1", "a-2", "a-router"]
+    urls = "--worker-urls http://127.0.0.1:{port:a-1} http://127.0.0.1:{port:a-2}"
+    assert urls in words(made.processes[2])
+    assert "--worker-startup-timeout-secs 60" in words(made.processes[2])
+    assert made.ports["a-router"] == 8000
+    assert [one.get("behind") for one in made.facts["instances"]] == ["a-router", "a-router", None]
+
+
+@pytest.mark.parametrize("engine", ["transformers", "llama_cpp", "sglang"])
+def test_only_vllm_parts_prefill_from_decode(serve_file, engine):
+    with pytest.raises(InvalidService, match="use engine `vllm`"):
+        plan(served(serve_file, "", DISAGGREGATED, engine=engine), NVIDIA)
+
+
+# --- where the hosts come from ------------------------------------------------------------------------------
+
+
+def test_the_hostfile_is_read_and_containers_are_entered(serve_file, tmp_path):
+    (tmp_path / "hosts").write_text("10.0.0.1 slots=8\n10.0.0.2 slots=8\n10.0.0.3 slots=4\n")
+    experiment = served(
+        serve_file,
+        "",
+        f"runner:\n  hostfile: {tmp_path / 'hosts'}\n  nnodes: 2\n  ssh_port: 2222\n  docker: box",
+    )
+    assert [
+        (target.name, target.transport, target.port, target.docker) for target, _ in targets_of(experiment)
+    ] == [("10.0.0.1", "ssh", 2222, "box"), ("10.0.0.2", "ssh", 2222, "box")]
+
+
+def test_a_container_on_this_host_needs_no_hostfile(serve_file):
+    ((target, _),) = targets_of(served(serve_file, "", "runner:\n  docker: box"))
+    assert (target.transport, target.docker) == ("local", "box")
+
+
+@pytest.mark.parametrize(
+    ("runner", "message"),
+    [
+        ("nnodes: 2", "no hostfile says which hosts"),
+        ("hostfile: no-such-file", "experiment.runner.hostfile: .*no-such-file"),
+        ("nnodes: 3\n  hostfile: {hosts}", "has 1 hosts"),
+    ],
+)
+def test_what_is_wrong_with_the_hosts_is_said(serve_file, shell, tmp_path, model_dir, runner, message):
+    (tmp_path / "one").write_text("10.0.0.1 slots=8\n")
+    experiment = served(serve_file, "", f"runner:\n  {runner.format(hosts=tmp_path / 'one')}")
+    with pytest.raises(InvalidService, match=message):
+        targets_of(experiment)
+
+
+CLOUD = "runner:\n  type: cloud\n  nnodes: 2\n  nproc_per_node: 8\n"
+
+
+def test_pods_are_counted_by_the_group_or_by_the_file(serve_file):
+    experiment = served(serve_file, "tensor_parallel_size: 16", CLOUD)
+    assert len(promised_nodes(experiment, NVIDIA, {})) == 2
+    pods = promised_nodes(experiment, NVIDIA, {"LWS_GROUP_SIZE": "4", "LWS_LEADER_ADDRESS": "lead.svc"})
+    assert [pod.target.reached_as for pod in pods] == ["lead.svc", "pod-1", "pod-2", "pod-3"]
+    with pytest.raises(InvalidService, match="how many pods"):
+        promised_nodes(served(serve_file, "", "runner:\n  type: cloud"), NVIDIA, {})
+
+
+def test_a_cloud_file_becomes_a_leader_worker_set(serve_file, shell, model_dir):
+    from flagscale_hw.testing import faked_host
+
+    path = serve_file(
+        f"- serve_id: a\n  engine: vllm\n  engine_args: {{model: {model_dir}, tensor_parallel_size: 16}}\n",
+        experiment=CLOUD,
+    )
+    with faked_host("nvidia", 8):
+        done = shell("plan", path, "--as", "lws", "--image", "registry/vllm:1", "--python", "python3")
+        assert done.returncode == 0, done.stderr
+        assert 'kind: "LeaderWorkerSet"' in done.stdout
+        assert "LWS_LEADER_ADDRESS" in done.stdout
+        assert "--headless" in done.stdout
+        assert '"nvidia.com/gpu": 8' in done.stdout or "nvidia.com/gpu: 8" in done.stdout
+        refused = shell("plan", path, "--as", "lws")
+        assert refused.returncode == 2
+        assert "--image" in refused.stderr
+        run = shell("run", path)
+        assert run.returncode == 2
+        assert "kubectl apply -f -" in run.stderr
+
+
+def test_the_hosts_of_a_file_are_never_left_out_in_silence(serve_file, tmp_path):
+    (tmp_path / "hosts").write_text("10.0.0.1 slots=8\n")
+    with pytest.raises(InvalidService, match="give the hosts"):
+        plan(served(serve_file, "", f"runner:\n  hostfile: {tmp_path / 'hosts'}"), NVIDIA)
+
+
+def test_a_plan_of_hosts_becomes_scripts(serve_file):
+    made = plan(served(serve_file, "tensor_parallel_size: 16"), NVIDIA, nodes=nodes(), python="py")
+    scripts = render_scripts(made)
+    assert len(scripts) == 2
+    assert "--headless" in list(scripts.values())[1]
