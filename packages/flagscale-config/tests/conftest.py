@@ -37,6 +37,21 @@ TINY = {
 }
 
 
+COVERED = pytest.StashKey[list[str]]()
+"""How many options of the real parsers the tables hold, one line each; printed at the end of a run."""
+
+
+@pytest.fixture
+def covered(request):
+    """Return the list of lines to print at the end."""
+    return request.config.stash.setdefault(COVERED, [])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash.get(COVERED, []):
+        terminalreporter.write_line(f"options in the table: {line}")
+
+
 def write(folder: Path, files: dict[str, str | bytes]) -> Path:
     """Write files below a folder and return the path of the first."""
     for name, content in files.items():

@@ -71,13 +71,12 @@ def positive(action):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_option_of_the_real_parser_is_in_the_table(engine, parsers, capsys):
+def test_every_option_of_the_real_parser_is_in_the_table(engine, parsers, covered):
     parser = parsers(engine)
     table = option_table(engine, parser.version)
     wanted = [action for action in parser.actions if action["dest"] != "help"]
     known = [action for action in wanted if all(flag[2:] in table for flag in positive(action))]
-    with capsys.disabled():
-        print(f"\n{engine} {parser.version}: {len(known)} of {len(wanted)} options")
+    covered.append(f"{engine} {parser.version}: {len(known)} of {len(wanted)} options")
     assert [action["flags"] for action in wanted if action not in known] == []
     if parser.version.partition("+")[0] in known_versions(engine):
         assert len(table.options) == len(wanted)
@@ -96,13 +95,36 @@ TEXT = st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1, max_s
 )
 
 
+PATTERN = st.lists(st.sampled_from([0, 1]), min_size=1, max_size=5).map(tuple)
+
+
+def integers(bounds):
+    """Return the whole numbers of a range."""
+    low = bounds.get("ge", bounds.get("gt", -(2**31) - 1) + 1)
+    return st.integers(low, bounds.get("le", bounds.get("lt", 2**31 + 1) - 1))
+
+
+def floats(bounds):
+    """Return the numbers of a range."""
+    low, high = bounds.get("ge", bounds.get("gt", -1e9)), bounds.get("le", bounds.get("lt", 1e9))
+    return st.floats(low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds)
+
+
+def written_value_of(option):
+    """Return a strategy of values that the engine takes apart; None where only it knows its grammar."""
+    if option.type == "tuple":
+        return st.lists(st.integers(0, 9), min_size=2, max_size=2).map(tuple)
+    is_pattern = option.type == "expr" and option.kind == "value" and not option.choices
+    return PATTERN if is_pattern else None
+
+
 def value_of(option):
     """Return a strategy of values that the engine keeps as they are; None for those it computes with."""
     if option.is_switch:
         return st.booleans()
-    if option.kind == "json" or option.type in {"expr", "bool"}:
-        return None
-    one = {"int": st.integers(-(2**31), 2**31), "size": st.integers(1, 2**31), "float": st.floats(-1e9, 1e9)}
+    if option.kind == "json" or option.type in {"expr", "bool", "tuple"}:
+        return written_value_of(option)
+    one = {"int": integers(option.bounds), "size": st.integers(1, 2**31), "float": floats(option.bounds)}
     single = st.sampled_from(option.choices) if option.choices else one.get(option.type, TEXT)
     if option.kind in {"list", "append"}:
         safe = single.filter(lambda item: not str(item).startswith("-"))
@@ -140,7 +162,7 @@ def test_rendered_options_read_back_by_the_real_parser(engine, parsers, data):
         given_, found = options[item.name], back[item.attribute]
         if item.kind == "false":
             assert found is (not given_)
-        elif item.kind in {"list", "append"}:
+        elif item.kind in {"list", "append"} or isinstance(given_, tuple):
             assert tuple(found) == given_
         elif item.kind == "true" and not given_ and table.twin(item) is None:
             assert not found
@@ -168,7 +190,7 @@ def reads_back(words, options, parser, table):
     assert "refused" not in back, back["refused"]
     for key, value in options.items():
         option = table.options[key]
-        if option.type not in {"expr", "bool"} and option.kind not in {"false", "true", "json"}:
+        if option.type not in {"expr", "bool", "tuple"} and option.kind not in {"false", "true", "json"}:
             assert back[option.attribute] == (list(value) if isinstance(value, tuple) else value)
 
 

@@ -6,9 +6,10 @@ from importlib.resources import files
 import pytest
 
 from flagscale_config import ConfigError, check, load, option_table, render, render_engine
+from flagscale_config.cli import main
 from flagscale_config.options import ENGINES, known_versions
 from flagscale_config.translation import effective_options, translate
-from flagscale_config.versions import choose
+from flagscale_config.versions import choose, using
 
 SERVE = "experiment: {{exp_name: s, exp_dir: out, task: {{type: serve}}}}\nserve: [{{serve_id: m, {item}}}]\n"
 
@@ -26,7 +27,7 @@ def test_every_version_of_every_table_is_whole(engine):
             assert name == option.name
             assert table.find(name) == (option, False)
             assert option.kind in {"true", "false", "pair", "value", "list", "json", "append", "optional"}
-            assert option.type in {"str", "int", "float", "bool", "expr", "size", "toggle"}
+            assert option.type in {"str", "int", "float", "bool", "expr", "tuple", "size", "toggle"}
             assert all(flag.startswith("-") for flag in option.flags)
             assert (option.negative is not None) == (option.kind == "pair")
             if option.default is not None and option.choices and option.kind == "value":
@@ -81,6 +82,55 @@ def test_options_of_megatron_lm_fl_hold_with_that_version(tiny):
     fork = {"megatron": "0.17.1+fl"}
     assert check(tiny, overrides, versions=fork) == ()
     assert load(tiny, overrides, versions=fork).train.options["lora_dim"] == 8
+
+
+def test_an_option_of_the_fork_says_how_to_ask_for_it(tiny):
+    (problem,) = check(tiny, ["+train.model.lora_dim=8"], versions={"megatron": "0.19.2"})
+    assert problem.message.endswith("flagscale-config check --engine megatron=0.17.1+fl")
+
+
+def test_versions_asked_for_hold_for_every_table(project):
+    text = "experiment: {exp_name: s, exp_dir: out, task: {type: serve}}\nserve: [{serve_id: m}]\n"
+    project({"s.yaml": (text + "node_specific: {a: {peft_type: lora}}\n").encode()})
+    assert any("only megatron 0.17.1+fl" in line for line in errors("s.yaml", megatron="0.19.2"))
+    assert errors("s.yaml", megatron="0.17.1+fl") == []
+    with using({"vllm": "0.25"}):
+        assert option_table("vllm").version == "0.25.1"
+        with using({"megatron": "0.18"}):
+            assert (option_table("vllm").version, option_table("megatron").version) == ("0.25.1", "0.18.2")
+    assert option_table("vllm").version != "0.25.1"
+
+
+def test_the_command_line_asks_for_versions(project, capsys):
+    project({"s.yaml": SERVE.format(item="engine_args: {calculate_kv_scales: true}").encode()})
+    assert main(["check", "s.yaml", "--engine", "vllm=0.27"]) == 0
+    assert main(["check", "s.yaml", "--engine", "vllm=0.33", "--engine", "sglang=0.5.23"]) == 2
+    assert main(["explain", "s.yaml", "calculate_kv_scales", "--engine", "vllm=0.25.1"]) == 0
+    assert "vllm 0.25.1" in capsys.readouterr().out
+    for asked, words in (
+        ("vllm=0.1", "no options of vllm 0.1 are known; known versions: 0.25.1"),
+        ("vllm=9", "no options of vllm 9 are known"),
+        ("vllm", "names no version; known versions"),
+        ("vlm=0.25", "no engine 'vlm'; known: llama_cpp"),
+    ):
+        assert main(["check", "s.yaml", "--engine", asked]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_bounds_and_keys_are_those_of_the_version(project):
+    project({"s.yaml": SERVE.format(item="engine_args: {gpu_memory_utilization: 1.5}").encode()})
+    (line,) = errors("s.yaml", vllm="0.32")
+    assert line.endswith("must be more than 0 and at most 1 (1.5 given)")
+    project(
+        {
+            "s.yaml": SERVE.format(
+                item="engine_args: {eplb_config: {enable_migration_batching: true}}"
+            ).encode()
+        }
+    )
+    assert errors("s.yaml", vllm="0.33") == []
+    (line,) = errors("s.yaml", vllm="0.25")
+    assert "has no key enable_migration_batching" in line
 
 
 def test_what_replaces_an_option_is_named():

@@ -34,6 +34,9 @@ MEGATRON = option_table("megatron").version
 PARSERS = {engine: parser_of(engine) for engine in ("megatron", "vllm", "transformers")}
 
 
+RANGE = (("ge", "gt"), ("le", "lt"))
+
+
 def value_of(option):
     """Return a strategy of the values an option takes."""
     if option.is_switch:
@@ -41,15 +44,21 @@ def value_of(option):
     if option.choices:
         one = st.sampled_from(option.choices)
     elif option.type in {"int", "size"}:
-        one = st.integers(-(2**40), 2**40)
+        low = option.bounds.get("ge", option.bounds.get("gt", -(2**40) - 1) + 1)
+        one = st.integers(low, 2**40)
     elif option.type == "float":
-        one = st.floats(allow_nan=False, allow_infinity=False)
+        low, high = (next((b for name, b in option.bounds.items() if name in pair), None) for pair in RANGE)
+        strict = {"exclude_min": "gt" in option.bounds, "exclude_max": "lt" in option.bounds}
+        one = st.floats(low, high, allow_nan=False, allow_infinity=False, **strict)
+    elif option.type in {"expr", "tuple"}:
+        one = st.text("[]()0123456789,+*", min_size=1)
     else:
         one = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1).filter(
             lambda text: not text.isspace()
         )
     if option.kind == "json":
-        return st.dictionaries(st.text(max_size=5), st.integers() | st.lists(st.booleans()), min_size=1)
+        keys = st.sampled_from(option.keys) if option.keys else st.text(max_size=5)
+        return st.dictionaries(keys, st.integers() | st.lists(st.booleans()), min_size=1)
     if option.kind in {"list", "append"}:
         safe = one.filter(lambda item: not str(item).startswith("-"))
         count = option.nargs if isinstance(option.nargs, int) else None
@@ -208,9 +217,23 @@ def test_tables_are_whole(engine):
     assert len(table.options) > {"megatron": 800, "vllm": 250, "transformers": 20}[engine]
     for option in table.options.values():
         assert option.kind in {"true", "false", "pair", "value", "list", "json", "append", "optional"}
-        assert option.type in {"str", "int", "float", "bool", "expr", "size"}
+        assert option.type in {"str", "int", "float", "bool", "expr", "size", "tuple"}
         assert all(flag.startswith("--") for flag in option.flags)
         assert (option.negative is not None) == (option.kind == "pair")
         assert table.find(option.name) == (option, False)
     helped = [option for option in table.options.values() if option.help]
     assert len(helped) > 0.9 * len(table.options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "word"),
+    [
+        ("moe_layer_freq", [1, 0, 1], "[1,0,1]"),
+        ("moe_layer_freq", "([0] * 1 + [1] * 2)", "([0]*1+[1]*2)"),
+        ("moe_layer_freq", 2, "2"),
+        ("window_size", [128, 0], "(128,0)"),
+        ("window_size", "(128, 0)", "(128,0)"),
+    ],
+)
+def test_expressions_have_no_blanks_which_megatron_refuses(option, value, word):
+    assert render_megatron({option: value})[1] == word

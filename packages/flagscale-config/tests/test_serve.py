@@ -48,7 +48,7 @@ def test_items_of_a_two_level_file_are_read(project):
                     enforce_eager: true
                     trust_remote_code: false
                     limit_mm_per_prompt.image: 8
-                    compilation_config: {level: 3}
+                    compilation_config: {mode: 3}
                     served_model_name: qwen
                     seed: null
                   engine_args_specific:
@@ -73,7 +73,7 @@ def test_items_of_a_two_level_file_are_read(project):
         "enforce_eager": True,
         "trust_remote_code": False,
         "limit_mm_per_prompt": {"image": 8},
-        "compilation_config": {"level": 3},
+        "compilation_config": {"mode": 3},
         "served_model_name": ("qwen",),
     }
     assert item.engine_args_specific == {

@@ -71,7 +71,7 @@ def test_an_option_may_stand_in_any_section_in_either_spelling(section, name, ti
         ("persistent_save_interval=10", "save_interval", 10),
         ("mrope_section=[16,24,24]", "mrope_section", (16, 24, 24)),
         ("moe_layer_freq='[0]+[1]*26'", "moe_layer_freq", "[0]+[1]*26"),
-        ("moe_layer_freq=[0,1,1]", "moe_layer_freq", "[0, 1, 1]"),
+        ("moe_layer_freq=[0,1,1]", "moe_layer_freq", "[0,1,1]"),
         ("moe_layer_freq=2", "moe_layer_freq", "2"),
         ("attention_backend=flash", "attention_backend", "flash"),
         ("rampup_batch_size=[32,32,2000000]", "rampup_batch_size", (32, 32, 2000000)),

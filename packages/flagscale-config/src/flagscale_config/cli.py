@@ -21,6 +21,8 @@ __all__ = ["main"]
 _EXIT_CODES = "exit codes: 0 done, 1 bug, 2 the file or the command line is wrong, 130 interrupted"
 _FILE = "experiment file, or a recipe such as qwen3/0_6b"
 _OVERRIDES = "overrides in Hydra's grammar: a.b=c, +a.b=c, ++a.b=c, ~a.b"
+_OPTION_READERS = ("check", "show", "explain", "diff", "models")
+"""Verbs that read a file by the option tables of engines."""
 
 
 def _print_json(value: Any) -> None:
@@ -288,8 +290,32 @@ def _verb(
     )
     if name != "schema":
         parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(function=function)
+    if name in _OPTION_READERS:
+        parser.add_argument(
+            "--engine", action="append", default=[], metavar="NAME=VERSION", dest="engines",
+            help="read options by this version of an engine, such as vllm=0.25.1, instead of the one "
+            "installed here, or the newest known; may be repeated",
+        )  # fmt: skip
+    parser.set_defaults(function=function, engines=[])
     return parser
+
+
+def _versions(words: Sequence[str]) -> dict[str, str]:
+    """Return the versions that `--engine NAME=VERSION` asks for."""
+    from flagscale_config.options import ENGINES, known_versions
+    from flagscale_config.versions import is_known
+
+    found: dict[str, str] = {}
+    for word in words:
+        engine, _, version = word.partition("=")
+        if engine not in ENGINES:
+            raise _usage(f"--engine {word}: no engine {engine!r}; known: {', '.join(ENGINES)}")
+        known = known_versions(engine)
+        if not is_known(known, version):
+            asked = f"no options of {engine} {version} are known" if version else "names no version"
+            raise _usage(f"--engine {word}: {asked}; known versions: {', '.join(known)}")
+        found[engine] = version
+    return found
 
 
 def _models(options: argparse.Namespace) -> int:
@@ -320,6 +346,7 @@ def _add_check(verbs: Any) -> None:
     text = "report every mistake in a file, with its place and its cure"
     examples = (
         "check conf/tiny.yaml",
+        "check conf/tiny.yaml --engine megatron=0.17.1",
         "check conf/*.yaml --quiet",
         "check conf/tiny.yaml train.model.num_layers=8",
     )
@@ -404,9 +431,12 @@ def _add_models(verbs: Any) -> None:
 
 
 def _dispatch(argv: list[str]) -> int:
+    from flagscale_config.versions import using
+
     options = parse(_parser(), argv)
     function: Callable[[argparse.Namespace], int] = options.function
-    return function(options)
+    with using(_versions(options.engines) if options.engines else None):
+        return function(options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,6 +43,7 @@ _TYPES: dict[str, Schema] = {
     "bool": {"type": ["string", "number"]},
     "size": {"type": ["integer", "string"]},
     "expr": {"type": ["string", "number", "array"]},
+    "tuple": {"type": ["string", "array"]},
 }
 _KINDS: dict[str, Schema] = {
     "bool": {"type": "boolean"},

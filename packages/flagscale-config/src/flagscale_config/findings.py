@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flagscale_config.compose import Composed
@@ -16,14 +16,12 @@ __all__ = ["Findings"]
 class Findings:
     """Problems and notes of one experiment, each with key and place.
 
-    `option_paths` says where each Megatron option was set, `origins` where each dotted path comes from,
-    `versions` holds the versions of engines asked for.
+    `option_paths` says where each Megatron option was set, `origins` where each dotted path comes from.
     `excused` holds options that a reported key probably meant, so that they are not called missing as well.
     """
 
-    def __init__(self, composed: Composed, versions: Mapping[str, str] | None = None) -> None:
+    def __init__(self, composed: Composed) -> None:
         self.composed = composed
-        self.versions: Mapping[str, str] = versions or {}
         self.problems = [problem for problem in composed.problems if problem.severity == "error"]
         self.notes = [problem for problem in composed.problems if problem.severity == "note"]
         self.option_paths: dict[str, Path] = {}

@@ -30,6 +30,7 @@ from flagscale_config.serving import typed_options
 from flagscale_config.suggest import suggestion
 from flagscale_config.task import TASKS, check_task, read_task
 from flagscale_config.tuning import check_tuner
+from flagscale_config.versions import using
 
 __all__ = ["check", "load"]
 
@@ -85,9 +86,10 @@ def _load(
 ) -> tuple[Experiment | None, list[Problem]]:
     composed = compose(path, overrides)
     data, unresolved = resolve(composed)
-    findings = Findings(composed, versions)
+    findings = Findings(composed)
     findings.problems += unresolved
-    experiment = _read(without_placeholders(data, findings), findings, path)
+    with using(versions):
+        experiment = _read(without_placeholders(data, findings), findings, path)
     return experiment, findings.problems + findings.notes
 
 

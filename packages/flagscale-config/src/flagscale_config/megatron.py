@@ -61,7 +61,7 @@ def is_dropped(key: str) -> bool:
 class _Reader:
     def __init__(self, findings: Findings, script: str | None = None) -> None:
         self.findings = findings
-        self.table: OptionTable = option_table("megatron", findings.versions.get("megatron"))
+        self.table: OptionTable = option_table("megatron")
         self.script = script_table(script) if script is not None else None
         self.script_options: dict[str, Any] = {}
         self.hetero: dict[str, tuple[Any, Path]] = {}

@@ -11,15 +11,16 @@ from __future__ import annotations
 import functools
 import json
 import math
+import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
 
 from flagscale_config.errors import show
-from flagscale_config.versions import choose, installed, precedes
+from flagscale_config.versions import choose, meant, precedes
 
 __all__ = [
     "ENGINES",
@@ -68,7 +69,8 @@ class Option:
     `optional`: a flag with or without value."""
     type: str = "str"
     """`int`, `float`, `str`, `bool` (text the engine calls `bool` on), `size` (1k, 2M, ...), `toggle`
-    (`on`, `off`, perhaps `auto`), `expr` (text the engine parses itself)."""
+    (`on`, `off`, perhaps `auto`), `expr` (text that the engine parses itself) or
+    `tuple` (`(128,0)`, likewise)."""
     nargs: str | int | None = None
     choices: tuple[Any, ...] = ()
     default: Any = None
@@ -77,6 +79,10 @@ class Option:
     """The `--no-x` flag of a `pair`."""
     dest: str | None = None
     """The attribute in the engine's parsed arguments, where it is not the name."""
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    """Range of a number: `ge`, `gt`, `le`, `lt`, as the engine checks it."""
+    keys: tuple[str, ...] = ()
+    """Keys of a `json` option that takes no others; empty where any will do."""
     since: str | None = None
     """The first version that has the option as it is here; None for the oldest version known."""
     removed: str | None = None
@@ -103,12 +109,21 @@ class Option:
         if self.is_switch:
             return _switch(value)
         if self.kind == "json":
-            return _json(value)
+            return self._known_keys(_json(value))
         if self.kind == "optional" and isinstance(value, bool):
             return value
         if self.kind in {"list", "append"}:
             return self._sequence(value)
         return self._scalar(value)
+
+    def _known_keys(self, value: OptionValue) -> OptionValue:
+        """Refuse a key that the engine's own class does not have."""
+        for key in value if self.keys and isinstance(value, Mapping) else ():
+            if spelled(str(key)).partition(".")[0] not in self.keys:
+                near = get_close_matches(spelled(str(key)), self.keys, 1, 0.6)
+                hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(self.keys)}"
+                raise OptionError(f"has no key {key}{hint}", self.keys, near[0] if near else None)
+        return value
 
     def _sequence(self, value: Any) -> tuple[Any, ...]:
         """Return a list option's values; text is split at blanks, as FlagScale's shell did."""
@@ -121,18 +136,35 @@ class Option:
             raise OptionError("takes at least one value")
         return tuple(self._scalar(item) for item in items)
 
+    def _check_bounds(self, number: float) -> None:
+        if not all(_BOUNDS[name][0](number, limit) for name, limit in self.bounds.items()):
+            allowed = " and ".join(f"{_BOUNDS[name][1]} {limit}" for name, limit in self.bounds.items())
+            raise OptionError(f"must be {allowed} ({show(number)} given)")
+
     def _scalar(self, value: Any) -> OptionValue:
         if self.type == "expr" and isinstance(value, (list, tuple)):
-            value = json.dumps(list(value))
+            value = json.dumps(list(value), separators=(",", ":"))
+        if self.type == "tuple" and isinstance(value, (list, tuple)):
+            value = f"({','.join(map(str, value))})"
         if isinstance(value, (list, tuple, Mapping)):
             raise OptionError(f"takes one {_WORDS[self.type]} ({show(value)} given)")
         converted: OptionValue = _CONVERTERS[self.type](value)
+        if self.bounds and isinstance(converted, (int, float)):
+            self._check_bounds(converted)
         if self.choices and converted not in self.choices:
             near = get_close_matches(str(converted), [str(item) for item in self.choices], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             message = f"must be one of {', '.join(map(str, self.choices))} ({show(value)} given){hint}"
             raise OptionError(message, self.choices, near[0] if near else None)
         return converted
+
+
+_BOUNDS: Mapping[str, tuple[Callable[[float, float], bool], str]] = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "more than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
 
 
 def _switch(value: Any) -> bool:
@@ -193,6 +225,12 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _expression(value: Any) -> str:
+    """Return an expression without blanks, which Megatron refuses in patterns: `([0]*1+[1]*3)`."""
+    text = _text(value)
+    return "".join(text.split()) if text.lstrip()[:1] in ("[", "(") else text
+
+
 def _size(value: Any) -> int | str:
     if isinstance(value, str) and not value.lstrip("-").isdigit():
         if _SIZE.fullmatch(value):
@@ -212,7 +250,8 @@ _CONVERTERS: dict[str, Any] = {
     "int": _integer,
     "float": _number,
     "str": _text,
-    "expr": _text,
+    "expr": _expression,
+    "tuple": _expression,
     "bool": _text,
     "size": _size,
     "toggle": _toggle,
@@ -222,6 +261,7 @@ _WORDS = {
     "float": "number",
     "str": "text",
     "expr": "value",
+    "tuple": "tuple",
     "bool": "text",
     "size": "size",
     "toggle": "word",
@@ -292,14 +332,15 @@ class OptionTable:
         """Say which other version has an option that this one lacks, and what replaces it; "" for none.
 
         For example `removed in vllm 0.28.0`, `new in vllm 0.31.0 (this is 0.25.1)`,
-        `only megatron 0.17.1+fl has it`.
+        `only megatron 0.17.1+fl has it; to check for that version: ...`.
         """
         option = self.others.get(spelled(key))
         if option is None:
             return ""
         cure = f"; use {option.renamed_to}" if option.renamed_to else ""
         if option.since is not None and "+" in option.since:
-            return f"only {self.engine} {option.since} has it{cure}"
+            ask = f"flagscale-config check --engine {self.engine}={option.since}"
+            return f"only {self.engine} {option.since} has it{cure}; to check for that version: {ask}"
         if option.removed is not None and not precedes(self.version, option.removed):
             return f"removed in {self.engine} {option.removed}{cure}"
         return f"new in {self.engine} {option.since} (this is {self.version}){cure}"
@@ -373,15 +414,15 @@ def option_table(engine: str, version: str | None = None) -> OptionTable:
     Args:
         engine: the engine.
         version: its version, such as `0.33` or `0.17.1+fl` (FlagOS's Megatron-LM-FL); by default the one
-            installed beside this package, else the newest known. The nearest version known not newer than it
-            is taken: `OptionTable.version`.
+            asked for around the call (`versions.using`), else the one installed beside this package, else
+            the newest known. The nearest version known not newer than it is taken: `OptionTable.version`.
 
     Raises:
         KeyError: no table is shipped for this engine.
     """
     if engine not in ENGINES:
         raise KeyError(engine)
-    return _table(engine, choose(_data(engine)["versions"], version or installed(engine)))
+    return _table(engine, choose(_data(engine)["versions"], version or meant(engine)))
 
 
 def known_versions(engine: str) -> tuple[str, ...]:
@@ -446,6 +487,8 @@ def _option(engine: str, record: Mapping[str, Any]) -> Option:
         help=_help(engine).get(name, ""),
         negative=_negative(record, kind),
         dest=record.get("dest"),
+        bounds={name: record[name] for name in _BOUNDS if name in record},
+        keys=tuple(record.get("keys", ())),
         since=since,
         removed=removed,
         renamed_to=_renamed().get(engine, {}).get(name),

@@ -10,7 +10,7 @@ from flagscale_config.findings import Findings
 from flagscale_config.options import OptionError, option_table, spelled
 from flagscale_config.places import Path
 from flagscale_config.resolve import is_incomplete
-from flagscale_config.suggest import suggestion
+from flagscale_config.suggest import Hint, suggestion
 
 __all__ = ["read_overlays"]
 
@@ -64,7 +64,8 @@ def _read_option(key: str, value: Any, path: Path, findings: Findings) -> dict[s
     table = option_table("megatron")
     found = table.find(key)
     if found is None:
-        hint = suggestion(spelled(key), table, ("train",), sections=_OWN)
+        gone = table.elsewhere(key)
+        hint = Hint(f": {gone}") if gone else suggestion(spelled(key), table, ("train",), sections=_OWN)
         findings.error("config/unknown-key", path, f"unknown option of Megatron {table.version}{hint}")
     if found is None or value is None:
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flagscale_config.arithmetic.vllm import check_vllm
 from flagscale_config.errors import show
 from flagscale_config.experiment import ServeInstance
 from flagscale_config.findings import Findings
@@ -16,7 +17,7 @@ from flagscale_config.runner import Task
 from flagscale_config.sections import read_model
 from flagscale_config.suggest import Hint, suggestion
 
-__all__ = ["read_serve", "typed_options"]
+__all__ = ["check_vllm_options", "read_serve", "typed_options"]
 
 _ENGINES = tuple(engine for engine in ENGINES if engine != "megatron")
 _GONE = {
@@ -30,10 +31,13 @@ _GONE = {
 }
 
 
-def read_serve(tree: Any, findings: Findings, task: Task | None = None) -> tuple[ServeInstance, ...]:
+def read_serve(
+    tree: Any, findings: Findings, task: Task | None = None, envs: Mapping[str, Any] | None = None
+) -> tuple[ServeInstance, ...]:
     """Return the instances of a file's `serve` section; broken ones are reported and left out.
 
-    Where the task names a script of FlagScale's as entrypoint, the items hold that script's arguments.
+    `envs` are the environment variables that the file sets, of which some lift limits of vLLM. Where the
+    task names a script of FlagScale's as entrypoint, the items hold that script's arguments.
     """
     if not isinstance(tree, list) or not tree:
         findings.error(
@@ -46,6 +50,8 @@ def read_serve(tree: Any, findings: Findings, task: Task | None = None) -> tuple
         instance = _read_item(item, ("serve", index), findings, is_script=is_script)
         if instance is not None:
             instances.append(instance)
+        if not is_script and isinstance(item, Mapping) and item.get("module") is None:
+            _check_item(item, ("serve", index), findings, envs or {})
     _check_ids(instances, findings)
     return tuple(instances)
 
@@ -73,6 +79,41 @@ def _read_item(item: Any, path: Path, findings: Findings, *, is_script: bool) ->
     return read_model(ServeInstance, content, path, findings)
 
 
+def _check_item(item: Mapping[str, Any], path: Path, findings: Findings, envs: Mapping[str, Any]) -> None:
+    """Check the options of an item against each other, where vLLM serves it or no other engine is named."""
+    specific = item.get("engine_args_specific")
+    parts = {
+        ("engine_args",): item.get("engine_args"),
+        ("engine_args_specific", "vllm"): specific.get("vllm") if isinstance(specific, Mapping) else None,
+    }
+    if item.get("engine") in (None, "vllm"):
+        check_vllm_options({(*path, *where): tree for where, tree in parts.items()}, findings, envs)
+
+
+def check_vllm_options(parts: Mapping[Path, Any], findings: Findings, envs: Mapping[str, Any]) -> None:
+    """Report contradictions between vLLM's options that stand at these places; later ones win.
+
+    Nothing is said where an option is wrong by itself or still to be given: it is known no better then.
+    """
+    given: dict[str, Any] = {}
+    places: dict[str, Path] = {"": next(iter(parts))}
+    table = option_table("vllm")
+    for path, tree in parts.items():
+        for key, value in _joined(tree).items() if isinstance(tree, Mapping) else ():
+            found = table.find(table.renamed(spelled(key)) or spelled(key))
+            if is_incomplete(value) and (found is None or found[0].name != "model"):
+                return
+            if found is None or value is None or is_incomplete(value):
+                continue
+            try:
+                typed = found[0].coerce(value)
+            except OptionError:
+                return
+            given[found[0].name] = not typed if found[1] else typed
+            places[found[0].name] = (*path, key if key in tree else key.partition(".")[0])
+    check_vllm(given, places, findings, envs)
+
+
 def _specific(tree: Mapping[str, Any], path: Path, findings: Findings) -> dict[str, Any]:
     """Type the options that are said for one engine only."""
     typed: dict[str, Any] = {}
@@ -95,7 +136,7 @@ def typed_options(
     tree: Mapping[str, Any], engine: str, path: Path, findings: Findings, own: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Return engine options by canonical name, typed by the engine's table; `own` are other names near."""
-    table = option_table(engine, findings.versions.get(engine))
+    table = option_table(engine)
     typed: dict[str, Any] = {}
     for key, value in _joined(tree).items():
         here = (*path, key if key in tree else next(word for word in tree if word.startswith(f"{key}.")))

@@ -22,7 +22,7 @@ from flagscale_config.policy_server import PolicyServer
 from flagscale_config.resolve import MISSING
 from flagscale_config.runner import Runner, Task
 from flagscale_config.sections import read_model
-from flagscale_config.serving import read_serve, typed_options
+from flagscale_config.serving import check_vllm_options, read_serve, typed_options
 from flagscale_config.verl import read_rl
 
 __all__ = ["BACKENDS", "TASKS", "check_task", "read_task"]
@@ -79,12 +79,19 @@ def read_task(
         return {"external": _read_external(tree, (kind, wrapper), findings)}
     readers: dict[str, Callable[[], dict[str, Any]]] = {
         "train": lambda: _read_train(tree, task, runner, findings),
-        "serve": lambda: _read_serve(tree, task, findings),
-        "inference": lambda: {"inference": _read_inference(tree, findings)},
+        "serve": lambda: _read_serve(tree, task, findings, _envs(data)),
+        "inference": lambda: {"inference": _read_inference(tree, findings, _envs(data))},
         "compress": lambda: {"compress": _read_section(Compression, tree, kind, findings)},
         "rl": lambda: {"rl": read_rl(tree, findings)},
     }
     return readers[kind]()
+
+
+def _envs(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the environment variables that a file sets for all processes."""
+    experiment = data.get("experiment")
+    envs = experiment.get("envs") if isinstance(experiment, Mapping) else None
+    return envs if isinstance(envs, Mapping) else {}
 
 
 def _has(data: Mapping[str, Any], task: str, findings: Findings) -> bool:
@@ -147,10 +154,10 @@ def _check_steps(native: NativeTraining, findings: Findings) -> None:
                 findings.error("config/unknown-key", path, message)
 
 
-def _read_inference(tree: Any, findings: Findings) -> Inference | None:
+def _read_inference(tree: Any, findings: Findings, envs: Mapping[str, Any]) -> Inference | None:
     section = _read_section(InferenceFile, tree, "inference", findings)
     content = tree.get("llm") if isinstance(tree, Mapping) else None
-    model = _read_llm(content, findings) if isinstance(content, Mapping) else None
+    model = _read_llm(content, findings, envs) if isinstance(content, Mapping) else None
     if section is None:
         return None
     if section.llm is None and section.engine is None:
@@ -162,18 +169,19 @@ def _read_inference(tree: Any, findings: Findings) -> Inference | None:
     return Inference(llm=model, **fields)
 
 
-def _read_llm(tree: Mapping[str, Any], findings: Findings) -> LanguageModel | None:
+def _read_llm(tree: Mapping[str, Any], findings: Findings, envs: Mapping[str, Any]) -> LanguageModel | None:
     """Return the language model: FlagScale's own keys, and all others as vLLM's options."""
     path = ("inference", "llm")
     own = {key: value for key, value in tree.items() if key in OWN_LLM_KEYS}
     rest = {key: value for key, value in tree.items() if key not in OWN_LLM_KEYS}
     options = typed_options(rest, "vllm", path, findings, own=sorted(OWN_LLM_KEYS))
+    check_vllm_options({path: rest}, findings, envs)
     if tree.get("model") is None:
         findings.error("config/required", path, "model is required: the name or path of the model")
     return read_model(LanguageModel, {**own, "options": options}, path, findings)
 
 
-def _read_serve(tree: Any, task: Task | None, findings: Findings) -> dict[str, Any]:
+def _read_serve(tree: Any, task: Task | None, findings: Findings, envs: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(tree, Mapping) or not {"engine", "generate"} & set(tree):
-        return {"serve": read_serve(tree, findings, task)}
+        return {"serve": read_serve(tree, findings, task, envs)}
     return {"policy_server": read_model(PolicyServer, tree, ("serve",), findings)}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
-__all__ = ["choose", "installed", "precedes"]
+__all__ = ["choose", "installed", "is_known", "meant", "precedes", "using"]
 
 _DISTRIBUTIONS = {
     "megatron": ("megatron-core",),
@@ -47,6 +49,34 @@ def choose(known: Sequence[str], asked: str | None) -> str:
     same = [version for version in known if _is_fork(version) == _is_fork(asked)] or plain
     minor = ".".join(map(str, _numbers(asked)[:2]))
     return next((version for version in reversed(same) if not precedes(minor, version)), same[0])
+
+
+def is_known(known: Sequence[str], asked: str) -> bool:
+    """Whether the options of a version are known: one of the same minor version is, or the fork itself."""
+    chosen = choose(known, asked)
+    same = _numbers(asked)[:2] == _numbers(chosen)[:2]
+    return bool(_numbers(asked)) and same and _is_fork(asked) == _is_fork(chosen)
+
+
+_ASKED: ContextVar[Mapping[str, str]] = ContextVar("versions of engines asked for", default={})  # noqa: B039  never changed
+
+
+@contextmanager
+def using(versions: Mapping[str, str] | None) -> Iterator[None]:
+    """Let these versions of engines be meant wherever none is named, as `{"vllm": "0.25.1"}`, until the end.
+
+    What was asked for around it still holds for other engines.
+    """
+    token = _ASKED.set({**_ASKED.get(), **(versions or {})})
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
+
+
+def meant(engine: str) -> str | None:
+    """Return the version asked for, else the one installed; None where neither is."""
+    return _ASKED.get().get(engine) or installed(engine)
 
 
 @functools.cache

@@ -66,6 +66,9 @@ def _check_losses(options: Options) -> None:
     if len(kinds) > 1 and len(weights) != len(kinds):
         message = f"has {len(weights)} values for {len(kinds)} of moe_router_load_balancing_type"
         options.error("moe_aux_loss_coeff", message)
+    if kinds == ("sinkhorn",) and any(weights):
+        # The router finds out at the first step.
+        options.error("moe_aux_loss_coeff", "must be 0 with moe_router_load_balancing_type sinkhorn")
     factor = options["moe_expert_capacity_factor"]
     odd = [kind for kind in kinds if kind not in _BALANCED]
     if factor is not None and odd:
@@ -213,7 +216,8 @@ CHECKS: tuple[Check, ...] = (
     Rule(
         "moe_hybridep_num_sms",
         lambda o: (
-            o.has("moe_deepep_num_sms", "moe_hybridep_num_sms")
+            o.knows("moe_flex_dispatcher_num_sms")
+            and o.has("moe_deepep_num_sms", "moe_hybridep_num_sms")
             and not o.has("moe_flex_dispatcher_num_sms")
             and o["moe_deepep_num_sms"] != o["moe_hybridep_num_sms"]
         ),

@@ -1,4 +1,4 @@
-"""The options of a training run as Megatron's checks see them, and the shape of a check.
+"""The options of a run as an engine's checks see them, and the shape of a check.
 
 What does not live here: the checks themselves, one module per subject beside this one.
 """
@@ -12,20 +12,29 @@ from typing import Any
 from flagscale_config.findings import Findings
 from flagscale_config.options import option_table
 
-__all__ = ["Check", "Options", "Rule", "clashes", "divisors", "listed", "nearest_multiples", "needs"]
+__all__ = [
+    "Check",
+    "EngineOptions",
+    "Options",
+    "Rule",
+    "clashes",
+    "divisors",
+    "listed",
+    "nearest_multiples",
+    "needs",
+]
 
 
-class Options:
-    """The options of a run as Megatron would see them: what is not given has Megatron's default.
+class EngineOptions:
+    """Options as their engine would see them: what is not given has the engine's default.
 
     `options["no_x"]` is whether `no_x` was given, not the value of the attribute it switches off.
     """
 
-    def __init__(self, given: Mapping[str, Any], findings: Findings, world_size: int | None) -> None:
+    def __init__(self, given: Mapping[str, Any], findings: Findings, engine: str) -> None:
         self.given = given
         self.findings = findings
-        self.world_size = world_size
-        self._table = option_table("megatron").options
+        self._table = option_table(engine).options
 
     def __getitem__(self, name: str) -> Any:
         value = self.given.get(name)
@@ -38,6 +47,41 @@ class Options:
     def has(self, *names: str) -> bool:
         """Whether every option named has a value."""
         return all(self[name] is not None for name in names)
+
+    def knows(self, name: str) -> bool:
+        """Whether the version of the engine that is meant has an option."""
+        return name in self._table
+
+    def values(self, name: str) -> tuple[Any, ...]:
+        """Return a list option's values; empty when it has none."""
+        value = self[name]
+        if value is None:
+            return ()
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+    def error(self, name: str, message: str) -> None:
+        """Report a contradiction at the place where an option is set."""
+        self.findings.error("config/arithmetic", self.path(name), message, self[name])
+
+    def note(self, name: str, message: str) -> None:
+        """Report that an option does nothing."""
+        self.findings.note("config/no-effect", self.path(name), message)
+
+    def path(self, name: str) -> Sequence[str | int]:
+        """Return where an option stands in the file; the section around it when it is a default."""
+        raise NotImplementedError
+
+    def blame(self, *names: str) -> str:
+        """Return the first of the options that is given, to point at."""
+        return next((name for name in names if name in self.given), names[0])
+
+
+class Options(EngineOptions):
+    """The options of a training run as Megatron would see them."""
+
+    def __init__(self, given: Mapping[str, Any], findings: Findings, world_size: int | None) -> None:
+        super().__init__(given, findings, "megatron")
+        self.world_size = world_size
 
     @property
     def tp(self) -> int:
@@ -96,28 +140,9 @@ class Options:
         """The kind of position embedding."""
         return "rope" if self["use_rotary_position_embeddings"] else str(self["position_embedding_type"])
 
-    def values(self, name: str) -> tuple[Any, ...]:
-        """Return a list option's values; empty when it has none."""
-        value = self[name]
-        if value is None:
-            return ()
-        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-    def error(self, name: str, message: str) -> None:
-        """Report a contradiction at the place where `name` (or the first given of others) is set."""
-        self.findings.error("config/arithmetic", self.path(name), message, self[name])
-
-    def note(self, name: str, message: str) -> None:
-        """Report that an option does nothing."""
-        self.findings.note("config/no-effect", self.path(name), message)
-
     def path(self, name: str) -> Sequence[str | int]:
         """Return where an option stands in the file; the train section when it is a default."""
         return self.findings.option_paths.get(name, ("train",))
-
-    def blame(self, *names: str) -> str:
-        """Return the first of the options that is given, to point at."""
-        return next((name for name in names if name in self.given), names[0])
 
 
 Check = Callable[[Options], None]
@@ -131,10 +156,10 @@ class Rule:
     """
 
     name: str
-    broken: Callable[[Options], Any]
+    broken: Callable[[Any], Any]
     message: str
 
-    def __call__(self, options: Options) -> None:
+    def __call__(self, options: EngineOptions) -> None:
         """Report the contradiction, if it is one."""
         if self.broken(options):
             options.error(self.name, self.message.format_map(options))
