@@ -211,6 +211,12 @@ runner:
 """
 
 
+UNUSED = """\
+    prefill_decode_log_dir: /logs
+    pd_proxy_port: 30001
+"""
+
+
 def kv_config(process) -> dict:
     return json.loads(process.argv[process.argv.index("--kv-transfer-config") + 1])
 
@@ -225,22 +231,12 @@ def test_prefill_and_decode_on_one_host(serve_file):
         ("a-router", None),
     ]
     first, _, decode, router = made.processes
-    assert kv_config(first) == {
-        "kv_connector": "P2pNcclConnector",
-        "kv_role": "kv_producer",
-        "kv_buffer_size": "1e1",
-        "kv_port": "{port:a-prefill-1-kv-0}",
-        "kv_connector_extra_config": {
-            "proxy_ip": "127.0.0.1",
-            "proxy_port": "{port:a-router-registry}",
-            "http_port": "{port:a-prefill-1}",
-            "send_type": "PUT_ASYNC",
-        },
-    }
-    assert kv_config(decode)["kv_role"] == "kv_consumer"
+    assert kv_config(first) == kv_config(decode) == {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    assert first.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "{port:a-prefill-1-kv-0}"
     assert words(router).startswith("router-py -m vllm_router.launch_router --host 127.0.0.1 --port")
     assert "--policy random" in words(router)
-    assert "--vllm-discovery-address 127.0.0.1:{port:a-router-registry}" in words(router)
+    assert "--prefill http://127.0.0.1:{port:a-prefill-2}" in words(router)
+    assert "--decode http://127.0.0.1:{port:a-decode-1}" in words(router)
     assert made.ports["a-router"] == 9000
     # A half is not asked for a token by itself: that would break it. The router is.
     assert [(probe.url.rpartition("/")[2], probe.expect) for probe in made.probes] == [
@@ -252,24 +248,27 @@ def test_prefill_and_decode_on_one_host(serve_file):
     check_golden("disaggregated.json", made)
 
 
-def test_another_connector_is_told_its_ports_by_the_environment(serve_file):
+def test_what_the_file_says_of_the_connector_is_kept(serve_file):
     args = "kv_transfer_config: {kv_connector: NixlConnector, kv_load_failure_policy: fail}"
-    made = plan(served(serve_file, args, DISAGGREGATED), NVIDIA, python="py")
-    prefill, *_, router = made.processes
+    prefill = plan(served(serve_file, args, DISAGGREGATED), NVIDIA, python="py").processes[0]
     assert kv_config(prefill) == {
         "kv_connector": "NixlConnector",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "fail",
     }
-    assert prefill.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "{port:a-prefill-1-kv-0}"
-    assert "--prefill http://127.0.0.1:{port:a-prefill-2}" in words(router)
-    assert "--decode http://127.0.0.1:{port:a-decode-1}" in words(router)
-    assert "a-router-registry" not in made.ports
-    with pytest.raises(InvalidService, match="'LMCacheConnectorV1': prefill and decode are connected by"):
-        plan(
-            served(serve_file, "kv_transfer_config: {kv_connector: LMCacheConnectorV1}", DISAGGREGATED),
-            NVIDIA,
-        )
+
+
+@pytest.mark.parametrize(
+    ("connector", "said"),
+    [
+        ("P2pNcclConnector", "vLLM 0.25 and later have no P2pNcclConnector: leave it out"),
+        ("LMCacheConnectorV1", "prefill and decode are connected by NixlConnector: leave it out"),
+    ],
+)
+def test_other_connectors_are_refused(serve_file, connector, said):
+    args = f"kv_transfer_config: {{kv_connector: {connector}}}"
+    with pytest.raises(InvalidService, match=said):
+        plan(served(serve_file, args, DISAGGREGATED), NVIDIA)
 
 
 def test_prefill_and_decode_on_chosen_hosts(serve_file):
@@ -281,17 +280,11 @@ def test_prefill_and_decode_on_chosen_hosts(serve_file):
     made = plan(experiment, NVIDIA, nodes=nodes(), python="py")
     assert [one.host for one in made.processes] == ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.1"]
     decode = made.processes[2]
-    assert kv_config(decode)["kv_connector_extra_config"]["proxy_ip"] == "{address:10.0.0.1}"
-    assert decode.env["VLLM_HOST_IP"] == "{own_address}"
+    assert decode.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "{own_address}"
     # Four devices count their ports on from the first, so that these are fixed, and leased.
     assert [made.ports[f"a-decode-1-kv-{number}"] for number in range(4)] == [21201, 21202, 21203, 21204]
     assert made.port_hosts["a-decode-1-kv-0"] == "10.0.0.2"
     check_golden("disaggregated-hosts.json", made)
-
-
-def test_without_accelerators_nothing_is_moved_between_them(serve_file):
-    with pytest.raises(InvalidService, match="moves keys and values between accelerators"):
-        plan(served(serve_file, "", DISAGGREGATED), fake_host("cpu"))
 
 
 def test_the_ports_of_the_file_are_used(serve_file):
@@ -303,9 +296,10 @@ def test_the_ports_of_the_file_are_used(serve_file):
 
 
 def test_what_does_nothing_here_is_said(serve_file):
-    made = plan(served(serve_file, "", DISAGGREGATED + "    prefill_decode_log_dir: /logs\n"), NVIDIA)
+    made = plan(served(serve_file, "", DISAGGREGATED + UNUSED), NVIDIA)
     assert made.facts["warnings"] == [
-        "experiment.runner.deploy.prefill_decode_log_dir: /logs: not used: every log is in the run directory"
+        "experiment.runner.deploy.prefill_decode_log_dir: /logs: not used: every log is in the run directory",
+        "experiment.runner.deploy.pd_proxy_port: 30001: not used: the router is told all addresses",
     ]
 
 

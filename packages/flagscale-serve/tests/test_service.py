@@ -190,7 +190,7 @@ def test_prefill_and_decode_are_instances_of_one_item(serve_file):
         ("vllm_model-decode-1", "decode", "host-b"),
     ]
     (front,) = service.fronts
-    assert (front.policy, front.port, front.registry_port) == ("round_robin", 9000, 30001)
+    assert (front.policy, front.port) == ("round_robin", 9000)
 
 
 def test_an_engines_own_words_for_what_the_service_settles(serve_file):

@@ -32,12 +32,18 @@ _GONE = {
 
 
 def read_serve(
-    tree: Any, findings: Findings, task: Task | None = None, envs: Mapping[str, Any] | None = None
+    tree: Any,
+    findings: Findings,
+    task: Task | None = None,
+    envs: Mapping[str, Any] | None = None,
+    *,
+    is_parted: bool = False,
 ) -> tuple[ServeInstance, ...]:
     """Return the instances of a file's `serve` section; broken ones are reported and left out.
 
     `envs` are the environment variables that the file sets, of which some lift limits of vLLM. Where the
-    task names a script of FlagScale's as entrypoint, the items hold that script's arguments.
+    task names a script of FlagScale's as entrypoint, the items hold that script's arguments. Where prefill is
+    parted from decode, each half is given its role in moving keys and values when it is started.
     """
     if not isinstance(tree, list) or not tree:
         findings.error(
@@ -51,7 +57,7 @@ def read_serve(
         if instance is not None:
             instances.append(instance)
         if not is_script and isinstance(item, Mapping) and item.get("module") is None:
-            _check_item(item, ("serve", index), findings, envs or {})
+            _check_item(item, ("serve", index), findings, envs or {}, is_parted=is_parted)
     _check_ids(instances, findings)
     return tuple(instances)
 
@@ -79,7 +85,9 @@ def _read_item(item: Any, path: Path, findings: Findings, *, is_script: bool) ->
     return read_model(ServeInstance, content, path, findings)
 
 
-def _check_item(item: Mapping[str, Any], path: Path, findings: Findings, envs: Mapping[str, Any]) -> None:
+def _check_item(
+    item: Mapping[str, Any], path: Path, findings: Findings, envs: Mapping[str, Any], *, is_parted: bool
+) -> None:
     """Check the options of an item against each other, where vLLM serves it or no other engine is named."""
     specific = item.get("engine_args_specific")
     parts = {
@@ -87,7 +95,16 @@ def _check_item(item: Mapping[str, Any], path: Path, findings: Findings, envs: M
         ("engine_args_specific", "vllm"): specific.get("vllm") if isinstance(specific, Mapping) else None,
     }
     if item.get("engine") in (None, "vllm"):
-        check_vllm_options({(*path, *where): tree for where, tree in parts.items()}, findings, envs)
+        trees = {where: _with_role(tree) if is_parted else tree for where, tree in parts.items()}
+        check_vllm_options({(*path, *where): tree for where, tree in trees.items()}, findings, envs)
+
+
+def _with_role(tree: Any) -> Any:
+    """Give a connector the role that it will have, where options name one."""
+    transfer = tree.get("kv_transfer_config") if isinstance(tree, Mapping) else None
+    if not isinstance(transfer, Mapping) or "kv_connector" not in transfer:
+        return tree
+    return {**tree, "kv_transfer_config": {"kv_role": "kv_both", **transfer}}
 
 
 def check_vllm_options(parts: Mapping[Path, Any], findings: Findings, envs: Mapping[str, Any]) -> None:

@@ -79,7 +79,7 @@ def read_task(
         return {"external": _read_external(tree, (kind, wrapper), findings)}
     readers: dict[str, Callable[[], dict[str, Any]]] = {
         "train": lambda: _read_train(tree, task, runner, findings),
-        "serve": lambda: _read_serve(tree, task, findings, _envs(data)),
+        "serve": lambda: _read_serve(tree, task, runner, findings, _envs(data)),
         "inference": lambda: {"inference": _read_inference(tree, findings, _envs(data))},
         "compress": lambda: {"compress": _read_section(Compression, tree, kind, findings)},
         "rl": lambda: {"rl": read_rl(tree, findings)},
@@ -181,7 +181,10 @@ def _read_llm(tree: Mapping[str, Any], findings: Findings, envs: Mapping[str, An
     return read_model(LanguageModel, {**own, "options": options}, path, findings)
 
 
-def _read_serve(tree: Any, task: Task | None, findings: Findings, envs: Mapping[str, Any]) -> dict[str, Any]:
+def _read_serve(
+    tree: Any, task: Task | None, runner: Runner | None, findings: Findings, envs: Mapping[str, Any]
+) -> dict[str, Any]:
     if not isinstance(tree, Mapping) or not {"engine", "generate"} & set(tree):
-        return {"serve": read_serve(tree, findings, task, envs)}
+        is_parted = runner is not None and runner.deploy.prefill_decode_disaggregation
+        return {"serve": read_serve(tree, findings, task, envs, is_parted=is_parted)}
     return {"policy_server": read_model(PolicyServer, tree, ("serve",), findings)}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale_hw import Machine, Plan, Probe, Process, StopPolicy, env, runtime
 from flagscale_serve.engines import Context, Rendered, Seat, default_engine, engine_named
-from flagscale_serve.engines.vllm_hosts import CONNECTORS, connector_of
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.fit import fit
 from flagscale_serve.hosts import Node
@@ -132,7 +131,6 @@ class _Crew:
         self._berths = berths
         self._python = python
         self._versions = versions
-        self._front_of = {name: front for front in service.fronts for name in front.members}
         self._rendezvous = service.rendezvous_port
         self.ports: dict[str, int | None] = {}
         self.port_hosts: dict[str, str] = {}
@@ -149,7 +147,6 @@ class _Crew:
             self._lease(f"{instance.name}-ranks", self._rendezvous, head)
             self._rendezvous = None  # one number serves one instance; the others take what is free
         ports = self._transfer_ports(instance, head)
-        registry = self._registry(instance)
         found = []
         for rank, berth in enumerate(berths):
             seat = Seat(
@@ -164,7 +161,7 @@ class _Crew:
             here = replace(
                 instance, options={**instance.options, **self._service.node_options.get(berth.host, {})}
             )
-            context = self._context(here, berth, seat, ports, registry)
+            context = self._context(here, berth, seat, ports)
             rendered = engine_named(here.engine).render(here, context)
             found.append(
                 _Part(
@@ -185,14 +182,12 @@ class _Crew:
         self._lease(front.name, front.port, head)
         self._lease(f"{front.name}-metrics", None, head)
         host = _OWN if head.node is not None and front.host in _LOOPBACK else front.host
-        uses_registry = f"{front.name}-registry" in self.ports
         argv = router_argv(
             front,
             members,
             python=python,
             host=host,
             urls={one.name: self._url(one) for one in members},
-            uses_registry=uses_registry,
             startup_s=timeout_s,
         )
         process = Process(name=front.name, argv=argv, cwd=self._service.cwd, host=head.host)
@@ -221,22 +216,12 @@ class _Crew:
             self._lease(name, None if first is None else first + number, head)
         return tuple(f"{{port:{name}}}" for name in names)
 
-    def _registry(self, instance: Instance) -> tuple[str, str]:
-        """Lease the port at which prefill and decode instances make themselves known."""
-        front = self._front_of.get(instance.name)
-        if instance.role is None or front is None or connector_of(instance) != CONNECTORS[0]:
-            return ("", "")
-        head = self._berths[front.members[0]][0]
-        self._lease(f"{front.name}-registry", front.registry_port, head)
-        return _address(head), f"{{port:{front.name}-registry}}"
-
     def _context(
         self,
         instance: Instance,
         berth: Berth,
         seat: Seat,
         transfer_ports: tuple[str, ...],
-        registry: tuple[str, str],
     ) -> Context:
         """Share a host's cores and memory among the instances that run there.
 
@@ -255,7 +240,6 @@ class _Crew:
             version=self._versions.get(instance.engine),
             seat=seat,
             transfer_ports=transfer_ports,
-            registry=registry,
         )
 
     def _processes(

@@ -19,14 +19,13 @@ MODULE = "vllm_router"
 INSTALL = "pip install 'flagscale-serve[router]'"
 
 
-def router_argv(  # noqa: PLR0913 - what its command line says
+def router_argv(
     front: Front,
     members: Sequence[Instance],
     *,
     python: str,
     host: str,
     urls: Mapping[str, str],
-    uses_registry: bool,
     startup_s: float,
 ) -> tuple[str, ...]:
     """Return the router's command line.
@@ -37,17 +36,10 @@ def router_argv(  # noqa: PLR0913 - what its command line says
         python: interpreter that has the router.
         host: address to listen on.
         urls: instance -> base address.
-        uses_registry: instances tell the router their addresses (P2pNcclConnector), it is not told them.
         startup_s: seconds that the instances may take to answer.
     """
     if members[0].role is None:
         workers: tuple[str, ...] = ("--worker-urls", *(urls[one.name] for one in members))
-    elif uses_registry:
-        workers = (
-            "--vllm-pd-disaggregation",
-            "--vllm-discovery-address",
-            f"{host}:{{port:{front.name}-registry}}",
-        )
     else:
         workers = ("--vllm-pd-disaggregation",)
         for one in members:

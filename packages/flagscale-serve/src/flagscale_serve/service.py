@@ -93,8 +93,6 @@ class Front:
     """How requests are spread, in the router's words."""
     members: tuple[str, ...]
     """Names of the instances behind it."""
-    registry_port: int | None = None
-    """Where prefill and decode instances register, if a number is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +208,11 @@ def _notes(experiment: Experiment) -> Iterator[str]:
             f"experiment.runner.deploy.prefill_decode_log_dir: {deploy.prefill_decode_log_dir}: not used: "
             "every log is in the run directory"
         )
+    if deploy.pd_proxy_port is not None:
+        yield (
+            f"experiment.runner.deploy.pd_proxy_port: {deploy.pd_proxy_port}: not used: the router is told "
+            "all addresses"
+        )
 
 
 def _places(experiment: Experiment, item: ServeInstance, index: int) -> dict[str, str]:
@@ -267,7 +270,6 @@ def _front(one: Instance, copies: Sequence[Instance], experiment: Experiment) ->
         port=one.port,
         policy=_POLICIES[deploy.prefill_decode_strategy] if is_parted else _DEFAULT_POLICY,
         members=tuple(copy.name for copy in copies),
-        registry_port=deploy.pd_proxy_port if is_parted else None,
     )
 
 

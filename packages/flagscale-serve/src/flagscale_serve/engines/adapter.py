@@ -64,8 +64,6 @@ class Context:
     seat: Seat = field(default_factory=Seat)
     transfer_ports: tuple[str, ...] = ()
     """Ports for moving keys and values between prefill and decode, as placeholders, one per device."""
-    registry: tuple[str, str] = ("", "")
-    """Address and port at which a router learns of prefill and decode instances, as placeholders."""
 
 
 @dataclass(frozen=True, kw_only=True)

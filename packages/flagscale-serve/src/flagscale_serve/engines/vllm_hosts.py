@@ -3,8 +3,8 @@
 Several hosts are vLLM's own business (`--nnodes`, `--node-rank`, `--master-addr`; ranks above 0 are
 `--headless`; https://docs.vllm.ai, "Parallelism and Scaling" and "Data Parallel Deployment"), or Ray's where
 the file asks for it (`distributed_executor_backend: ray`). Keys and values move from prefill to decode by
-the connector that the file names, else by FlagScale's, P2pNcclConnector (https://docs.vllm.ai, "P2P NCCL
-Connector" and "NixlConnector Usage Guide").
+NixlConnector (https://docs.vllm.ai, "NixlConnector Usage Guide"); FlagScale's P2pNcclConnector is in no vLLM
+from 0.25 on.
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ from flagscale_serve.engines.adapter import Companion, Context, Layout
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.service import Instance
 
-__all__ = ["CONNECTORS", "Rank", "across_hosts", "connector_of", "ray_node", "transfer", "uses_ray"]
+__all__ = ["Rank", "across_hosts", "ray_node", "transfer", "uses_ray"]
 
-CONNECTORS = ("P2pNcclConnector", "NixlConnector")
-"""Connectors whose ports and roles are known here, FlagScale's own first."""
-# Bytes of keys and values that a side may hold for the other: next to nothing where they leave at once.
-_BUFFER_BYTES = {"prefill": "1e1", "decode": "8e9"}
-_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
+_CONNECTOR = "NixlConnector"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,56 +92,25 @@ def ray_node(context: Context) -> Companion:
     )
 
 
-def connector_of(instance: Instance) -> str:
-    """Return how keys and values move between prefill and decode.
+def transfer(instance: Instance, context: Context) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the options and variables of a prefill or decode instance; none for one that does both.
 
     Raises:
         InvalidService: a connector whose ports are not known here.
     """
-    given = instance.settled.get("kv_transfer_config")
-    name = given.get("kv_connector") if isinstance(given, Mapping) else None
-    if name is not None and name not in CONNECTORS:
-        raise InvalidService(
-            f"{instance.name}: engine_args.kv_transfer_config.kv_connector: {name!r}: prefill and decode "
-            f"are connected by {' or '.join(CONNECTORS)}: choose one of them, or leave it out"
-        )
-    return str(name or CONNECTORS[0])
-
-
-def transfer(instance: Instance, context: Context) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the options and variables of a prefill or decode instance; none for one that does both."""
     if instance.role is None:
         return {}, {}
-    connector, port = connector_of(instance), context.transfer_ports[0]
     given = instance.settled.get("kv_transfer_config")
     config: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
-    if connector == "NixlConnector":
-        config |= {"kv_connector": connector, "kv_role": "kv_both"}
-        env = {
-            "VLLM_NIXL_SIDE_CHANNEL_HOST": context.seat.own,
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": port,
-        }
-        return {"kv_transfer_config": config}, env
-    if context.chip == "cpu":
+    name = config.get("kv_connector") or _CONNECTOR
+    if name != _CONNECTOR:
+        gone = ", and vLLM 0.25 and later have no P2pNcclConnector" if name == "P2pNcclConnector" else ""
         raise InvalidService(
-            f"{instance.name}: {connector}: moves keys and values between accelerators, and there is none "
-            "here: set engine_args.kv_transfer_config.kv_connector to NixlConnector, or serve both halves "
-            "in one instance"
+            f"{instance.name}: engine_args.kv_transfer_config.kv_connector: {name!r}: prefill and decode are "
+            f"connected by {_CONNECTOR}{gone}: leave it out"
         )
-    address, registry_port = context.registry
-    extra = {
-        "proxy_ip": address,
-        "proxy_port": registry_port,
-        "http_port": f"{{port:{instance.name}}}",
-        "send_type": "PUT_ASYNC",
-        **config.get("kv_connector_extra_config", {}),
+    env = {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": context.seat.own,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": context.transfer_ports[0],
     }
-    config = {
-        "kv_buffer_size": _BUFFER_BYTES[instance.role],
-        **config,
-        "kv_connector": connector,
-        "kv_role": _ROLES[instance.role],
-        "kv_port": port,
-        "kv_connector_extra_config": extra,
-    }
-    return {"kv_transfer_config": config}, {"VLLM_HOST_IP": context.seat.own}
+    return {"kv_transfer_config": {**config, "kv_connector": name, "kv_role": "kv_both"}}, env
