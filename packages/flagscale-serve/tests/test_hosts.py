@@ -277,7 +277,7 @@ def test_prefill_and_decode_on_chosen_hosts(serve_file):
         "tensor_parallel_size: 4",
         DISAGGREGATED + "    prefill_address: 10.0.0.1\n    decode_address: 10.0.0.2\n",
     )
-    made = plan(experiment, NVIDIA, nodes=nodes(), python="py")
+    made = plan(experiment, NVIDIA, nodes=nodes(), python="py", router_python="router-py")
     assert [one.host for one in made.processes] == ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.1"]
     decode = made.processes[2]
     assert decode.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "{own_address}"
