@@ -424,7 +424,7 @@ _BUILT_IN = {
             "DeepseekV3ForCausalLM",
             "deepseek_v3",
             "DeepSeek-V3, R1, Moonlight, Kimi-K2",
-            f"{_LOGITS}, one rank, further-token layers included",
+            f"{_LOGITS}, TP 1 and 2, EP 1 and 2, further-token layers included",
             rules=_DEEPSEEK,
             fused=_fused("mlp", "gate_proj", "up_proj", "down_proj"),
             own_code=("configuration_deepseek", "modeling_deepseek"),
