@@ -159,8 +159,11 @@ class VllmOptions(EngineOptions):
 
     @cached_property
     def model(self) -> ModelNumbers | None:
-        """The model's numbers: of the `config.json` at its path, or of a published model."""
-        name = self["hf_config_path"] or self["model"]
+        """The model's numbers: of the `config.json` at its path, or of a published model.
+
+        None for a model still to be given: vLLM's own default is never what a file means.
+        """
+        name = self["hf_config_path"] or (self["model"] if "model" in self.places else None)
         if not isinstance(name, str) or self["hf_overrides"] or self["config_format"] not in {"auto", "hf"}:
             return None
         folder = FilePath(name)
