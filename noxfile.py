@@ -27,7 +27,9 @@ import nox
 ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
 PACKAGES = ("config", "hw", "train", "serve", "convert")
-TEST_TOOLS = ("pytest>=8,<10", "hypothesis>=6.130,<7", "jsonschema>=4.23,<5")
+TEST_TOOLS = ("pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.130,<7", "jsonschema>=4.23,<5")
+# Most tests of hw wait for processes that wait: several at once take half the time.
+SIDE_BY_SIDE = {"hw": ("-n", "4")}
 # Newer torch works; one version is what the figures in the docs were measured with.
 TORCH = "torch==2.11.0"
 # The same examples each time: a landing is not the place to discover a new one. Fuzz with --hypothesis-seed.
@@ -122,18 +124,11 @@ def layers(session: nox.Session) -> None:
 @each_package
 def unit(session: nox.Session, package: str) -> None:
     """One package's quick tests, with nothing installed but what it declares."""
-    extras = {
-        "train": ["numpy>=2", "tokenizers>=0.22,<1"],
-        "convert": [TORCH],
-        "hw": ["pytest-xdist>=3.6,<4"],
-    }.get(package, [])
+    extras = {"train": ["numpy>=2", "tokenizers>=0.22,<1"], "convert": [TORCH]}.get(package, [])
     session.install(*TEST_TOOLS, *extras, *editable(closure(package)))
     tests_of_one = f"packages/flagscale-{package}/tests"
-    # Most tests of hw wait for processes that wait: side by side they take half the time.
-    side_by_side = ("-n", "4") if package == "hw" else ()
-    session.run(
-        "pytest", "-q", REPEATABLE, *side_by_side, tests_of_one, "-m", f"not ({MARKED})", *session.posargs
-    )
+    quick = ("-m", f"not ({MARKED})", *SIDE_BY_SIDE.get(package, ()))
+    session.run("pytest", "-q", REPEATABLE, tests_of_one, *quick, *session.posargs)
 
 
 @nox.session
@@ -185,7 +180,7 @@ def isolation(session: nox.Session, package: str) -> None:
         shutil.copytree(ROOT / f"packages/flagscale-{package}/tests", outside / "tests")
         shutil.copy(ROOT / "pyproject.toml", outside)  # only its pytest table is read there
         with session.chdir(outside):
-            quick = ("-m", f"not ({MARKED})")
+            quick = ("-m", f"not ({MARKED})", *SIDE_BY_SIDE.get(package, ()))
             session.run("python", "-I", "-m", "pytest", "-q", REPEATABLE, "tests", *quick, *session.posargs)
 
 
