@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from flagscale_hw.scripts import render_scripts
     from flagscale_hw.slurm import render_slurm, submit
     from flagscale_hw.status import ProcessStatus, RunStatus
-    from flagscale_hw.target import Target
+    from flagscale_hw.target import Target, transport_to
 
 __all__ = [
     "CHIPS",
@@ -86,6 +86,7 @@ __all__ = [
     "runtime",
     "submit",
     "survey",
+    "transport_to",
 ]
 
 # No home may bear the name of something in it: importing the submodule would put the module in the name's
@@ -117,7 +118,7 @@ _HOMES = {
     "placeholders": ("literal",),
     "scripts": ("render_scripts",),
     "slurm": ("render_slurm", "submit"),
-    "target": ("Target",),
+    "target": ("Target", "transport_to"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -6,13 +6,15 @@ What does not live here: the connection (`ssh.py`), files that list hosts (`host
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["LOCAL", "Target", "problems_of_target"]
+__all__ = ["LOCAL", "Target", "problems_of_target", "transport_to"]
 
 LOCAL = "local"
+_THIS_HOST = frozenset({"localhost", "127.0.0.1", "::1"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]*")
 _WORD = re.compile(r"[A-Za-z0-9_@][A-Za-z0-9_.,@:\[\]%/-]*")
 
@@ -41,6 +43,23 @@ class Target:
     def reached_as(self) -> str:
         """The address that other hosts use."""
         return self.address or self.name
+
+
+def transport_to(name: str) -> Literal["ssh", "local"]:
+    """Choose the transport to a host by its name: none is needed to the one we run on.
+
+    An address is this host's when it can be bound. A name that cannot be resolved is left to ssh, whose
+    configuration may know it.
+    """
+    if name in _THIS_HOST or name == socket.gethostname():
+        return "local"
+    try:
+        family, _, _, _, where = socket.getaddrinfo(name, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as trial:
+            trial.bind(where)
+    except OSError:
+        return "ssh"
+    return "local"
 
 
 def problems_of_target(target: Target) -> Iterator[str]:

@@ -6,7 +6,6 @@ What does not live here: which instance runs where (`placing.py`), reaching host
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Node", "find_nodes", "promised_nodes", "targets_of"]
 
-_THIS_HOST = frozenset({"localhost", "127.0.0.1", "::1"})
 _LEADER, _SIZE = "LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE"
 
 
@@ -120,7 +118,7 @@ def targets_of(experiment: Experiment) -> list[tuple[hw.Target, hw.HostEntry]]:
         (
             hw.Target(
                 name=entry.name,
-                transport="local" if _is_this_host(entry.name) else "ssh",
+                transport=hw.transport_to(entry.name),
                 address="127.0.0.1" if entry.name == "localhost" else "",
                 port=runner.ssh_port,
                 docker=runner.docker,
@@ -129,19 +127,6 @@ def targets_of(experiment: Experiment) -> list[tuple[hw.Target, hw.HostEntry]]:
         )
         for entry in entries[:limit]
     ]
-
-
-def _is_this_host(name: str) -> bool:
-    """Tell whether a name means the host we run on, which needs no ssh: its address can be bound."""
-    if name in _THIS_HOST or name == socket.gethostname():
-        return True
-    try:
-        family, _, _, _, where = socket.getaddrinfo(name, 0, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as trial:
-            trial.bind(where)
-    except OSError:
-        return False
-    return True
 
 
 def promised_nodes(

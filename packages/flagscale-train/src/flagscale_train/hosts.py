@@ -5,7 +5,6 @@ What does not live here: what runs on them (`plan.py`), reaching them (`flagscal
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Node", "find_nodes", "promised_nodes", "targets_of"]
 
 _PACKAGES = ("torch", "megatron-core", "flagscale-train", "flagscale-config", "flagscale-hw")
-_THIS_HOST = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,23 +122,10 @@ def _target(entry: hw.HostEntry, experiment: Experiment) -> hw.Target:
     runner = experiment.runner
     return hw.Target(
         name=entry.name,
-        transport="local" if _is_this_host(entry.name) else "ssh",
+        transport=hw.transport_to(entry.name),
         port=runner.ssh_port,
         docker=runner.docker,
     )
-
-
-def _is_this_host(name: str) -> bool:
-    """Tell whether a name means the host we run on, which needs no ssh: its address can be bound."""
-    if name in _THIS_HOST or name == socket.gethostname():
-        return True
-    try:
-        family, _, _, _, where = socket.getaddrinfo(name, 0, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as trial:
-            trial.bind(where)
-    except OSError:
-        return False
-    return True
 
 
 def _paths(experiment: Experiment) -> tuple[str, ...]:
