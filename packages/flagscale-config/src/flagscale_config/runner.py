@@ -275,11 +275,19 @@ class Runner(Model):
     """Output folder of the HIP profiler."""
 
     @property
+    def node_bounds(self) -> tuple[int, int | None]:
+        """Fewest and most hosts that `nnodes` asks for; most is None where it is not given: all there are."""
+        if self.nnodes is None:
+            return 1, None
+        least, _, most = str(self.nnodes).partition(":")
+        return int(least), int(most or least)
+
+    @property
     def num_nodes(self) -> int | None:
         """Number of hosts: the minimum of `min:max`, 1 without a hostfile, None when the hostfile says it."""
         if self.nnodes is None:
             return 1 if self.hostfile is None else None
-        return int(str(self.nnodes).partition(":")[0])
+        return self.node_bounds[0]
 
     @property
     def world_size(self) -> int | None:

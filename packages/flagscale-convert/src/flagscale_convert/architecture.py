@@ -128,8 +128,3 @@ class Architecture:
     def kv_size(self) -> int:
         """Rows of the key (and of the value) projection."""
         return self.num_kv_heads * self.head_size
-
-    @property
-    def qkv_size(self) -> int:
-        """Rows of Megatron's fused projection."""
-        return self.query_size + 2 * self.kv_size

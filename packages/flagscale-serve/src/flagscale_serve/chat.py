@@ -33,6 +33,11 @@ class Server:
     has_chat_template: bool | None = None
     """None: not known."""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is this machine: no proxy of the environment must see, or break, a request to it."""
+        return (urlsplit(self.url).hostname or "") in ("localhost", "127.0.0.1", "::1")
+
 
 def chat(  # noqa: PLR0913 - what people set on a request
     target: str | None,
@@ -122,11 +127,9 @@ def _ask(server: Server, body: dict[str, Any], api_key: str | None) -> Iterator[
     import httpx
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    # A proxy of the environment must not see, or break, a request to this very machine.
-    is_local = (urlsplit(server.url).hostname or "") in ("localhost", "127.0.0.1", "::1")
     timeout = httpx.Timeout(_TOKEN_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
     try:
-        with httpx.Client(headers=headers, timeout=timeout, trust_env=not is_local) as client:
+        with httpx.Client(headers=headers, timeout=timeout, trust_env=not server.is_local) as client:
             body["model"] = server.model or first_model(client, server.url)
             path = "completions" if "prompt" in body else "chat/completions"
             with client.stream("POST", f"{server.url}/{path}", json=body) as response:

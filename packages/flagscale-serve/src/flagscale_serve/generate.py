@@ -21,7 +21,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from flagscale_serve.chat import Server, find_server, first_model, message_of
 from flagscale_serve.errors import InvalidService, NotServing
@@ -262,11 +261,12 @@ class _Batch:
     def run(self, todo: Mapping[int, str], concurrency: int) -> None:
         import httpx
 
-        is_local = (urlsplit(self.server.url).hostname or "") in ("localhost", "127.0.0.1", "::1")
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         timeout = httpx.Timeout(_ASK_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S, pool=None)
-        with httpx.Client(headers=headers, timeout=timeout, limits=limits, trust_env=not is_local) as client:
+        with httpx.Client(
+            headers=headers, timeout=timeout, limits=limits, trust_env=not self.server.is_local
+        ) as client:
             name = self.server.model or _listed(client, self.server.url)
             waiting = iter(todo.items())
             with ThreadPoolExecutor(max_workers=concurrency) as pool:

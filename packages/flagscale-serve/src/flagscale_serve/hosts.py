@@ -92,9 +92,9 @@ def targets_of(experiment: Experiment) -> list[tuple[hw.Target, hw.HostEntry]]:
         InvalidService: the hostfile is missing or wrong, or names too few hosts.
     """
     runner = experiment.runner
-    least, _, most = str(runner.nnodes or 1).partition(":")
+    least, most = runner.node_bounds
     if runner.hostfile is None:
-        if int(least) > 1:
+        if least > 1:
             raise InvalidService(
                 f"experiment.runner.nnodes: {runner.nnodes}: no hostfile says which hosts: set "
                 "experiment.runner.hostfile"
@@ -108,12 +108,11 @@ def targets_of(experiment: Experiment) -> list[tuple[hw.Target, hw.HostEntry]]:
             entries = hw.read_hostfile(path)
         except hw.InputError as error:
             raise InvalidService(f"experiment.runner.hostfile: {error}") from error
-        if len(entries) < int(least):
+        if len(entries) < least:
             raise InvalidService(
                 f"experiment.runner.nnodes: {runner.nnodes}: {path} has {len(entries)} hosts: add hosts, or "
                 "ask for fewer"
             )
-    limit = None if runner.nnodes is None else int(most or least)
     return [
         (
             hw.Target(
@@ -125,7 +124,7 @@ def targets_of(experiment: Experiment) -> list[tuple[hw.Target, hw.HostEntry]]:
             ),
             entry,
         )
-        for entry in entries[:limit]
+        for entry in entries[:most]
     ]
 
 

@@ -90,7 +90,7 @@ def targets_of(experiment: Experiment) -> list[tuple[hw.Target, hw.HostEntry]]:
         InvalidInput: the hostfile is missing or wrong, or names too few hosts.
     """
     runner = experiment.runner
-    least, most = _bounds(runner.nnodes)
+    least, most = runner.node_bounds
     if runner.hostfile is None:
         if least > 1:
             raise InvalidInput(
@@ -109,13 +109,6 @@ def targets_of(experiment: Experiment) -> list[tuple[hw.Target, hw.HostEntry]]:
             "for fewer"
         )
     return [(_target(entry, experiment), entry) for entry in entries[:most]]
-
-
-def _bounds(nnodes: int | str | None) -> tuple[int, int | None]:
-    if nnodes is None:
-        return 1, None
-    least, _, most = str(nnodes).partition(":")
-    return int(least), int(most or least)
 
 
 def _target(entry: hw.HostEntry, experiment: Experiment) -> hw.Target:
@@ -152,6 +145,6 @@ def promised_nodes(experiment: Experiment, *, chip: str) -> tuple[Node, ...]:
             "beforehand: set the number of devices of each"
         )
     devices = () if chip == "cpu" else tuple(hw.Device(index=number, chip=chip) for number in range(count))
-    names = [f"node-{rank}" for rank in range(_bounds(experiment.runner.nnodes)[0])]
+    names = [f"node-{rank}" for rank in range(experiment.runner.node_bounds[0])]
     machine = hw.Machine(hostname="promised", num_cpus=count, memory_bytes=0, chip=chip, devices=devices)
     return tuple(Node(target=hw.Target(name=name), machine=machine, slots=count) for name in names)

@@ -67,11 +67,6 @@ class ModelNumbers:
         )
 
     @property
-    def is_quantized(self) -> bool:
-        """Whether the checkpoint is quantized."""
-        return self._config.get("quantization_config") is not None
-
-    @property
     def max_length(self) -> float | None:
         """Tokens at most, as vLLM derives them; None where the model does not say it."""
         lengths = [self._text[name] for name in _LENGTHS if isinstance(self._text.get(name), int)]
