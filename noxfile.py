@@ -249,7 +249,7 @@ ENGINES = (
 def engines(session: nox.Session) -> None:
     """Real Megatron parity runs and real servers (transformers here, vLLM in its own environment)."""
     install_all(session)
-    session.install(*TEST_TOOLS)
+    session.install(*TEST_TOOLS, "peft>=0.17,<1")
     tests_of_all = [f"packages/flagscale-{package}/tests" for package in PACKAGES]
     real = ("-m", "megatron or transformers", *APART)
     session.run("pytest", "-q", REPEATABLE, *tests_of_all, "tests", *real, "--durations=10", *session.posargs)

@@ -82,6 +82,8 @@ def _load_model(args: Any, journal: Journal) -> Any:
     config = configure(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = config.get_builder_cls()(config).build_model(groups)
+    for hook in config.pre_wrap_hooks:
+        hook([model])
     model.to(_device())
     training.load_checkpoint([model], None, None)
     model.eval()

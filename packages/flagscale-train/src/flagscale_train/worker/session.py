@@ -105,8 +105,13 @@ def _arguments() -> Any:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import get_tokenizer, set_global_variables
 
-    args = parse_args()
+    from flagscale_train.worker import lora
+
+    args = parse_args(lora.add_arguments)
     validate_args(args)
+    # Megatron averages held-out losses of --sft over micro-batches, whatever their answers count; the mean
+    # over tokens does not depend on the layout.
+    args.trains_on_chats, args.sft = args.sft, False
     set_global_variables(args)
     vocab_size = get_tokenizer().vocab_size
     if vocab_size > args.padded_vocab_size:
