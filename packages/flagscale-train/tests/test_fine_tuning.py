@@ -235,8 +235,10 @@ def place(tmp_path_factory, run_forked):
     folder = tmp_path_factory.mktemp("tuning")
     experiment = write_all(folder)
     jobs = [job(experiment, folder / name, words) for name, words in TRAININGS.items()]
-    for last in (2, 3):  # the second run resumes where the first one saved
-        jobs.append(job(experiment, folder / "lora-resumed", [*LORA, f"train.model.train_iters={last}"]))
+    # The second run resumes where the first one saved.
+    jobs += [
+        job(experiment, folder / "lora-resumed", [*LORA, f"train.model.train_iters={n}"]) for n in (2, 3)
+    ]
     jobs.append(job(experiment, folder / "lora-parts", PARTS))
     jobs += [logits_job(experiment, folder / f"lora-{name}", words) for name, words in ADAPTED.items()]
     run_forked(folder, jobs)
