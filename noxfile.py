@@ -124,8 +124,8 @@ def layers(session: nox.Session) -> None:
 @each_package
 def unit(session: nox.Session, package: str) -> None:
     """One package's quick tests, with nothing installed but what it declares."""
-    extras = {"train": ["numpy>=2", "tokenizers>=0.22,<1", "pyarrow>=17"], "convert": [TORCH]}.get(package, [])
-    session.install(*TEST_TOOLS, *extras, *editable(closure(package)))
+    extras = {"train": ["numpy>=2", "tokenizers>=0.22,<1", "pyarrow>=17"], "convert": [TORCH]}
+    session.install(*TEST_TOOLS, *extras.get(package, []), *editable(closure(package)))
     tests_of_one = f"packages/flagscale-{package}/tests"
     quick = ("-m", f"not ({MARKED})", *SIDE_BY_SIDE.get(package, ()))
     session.run("pytest", "-q", REPEATABLE, tests_of_one, *quick, *session.posargs)

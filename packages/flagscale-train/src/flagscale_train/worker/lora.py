@@ -125,7 +125,7 @@ class Adapter(torch.nn.Module):
             divided, is_parallel=True, dim=0 if self._is_column else 1, stride=1
         )
         # Where a rank sees a part of the sequence only, Megatron sums the gradients of what has this mark.
-        whole.sequence_parallel = self._is_sequence  # type: ignore[attr-defined]
+        whole.sequence_parallel = self._is_sequence
         self._fill()
         self._taught = self._rows_taught()
 
