@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron_process import adapt_to_cpu, build
+from megatron_process import adapt_megatron, adapt_to_cpu, build, fill
 
 
 def make(args: argparse.Namespace, sizes: dict[str, Any]) -> list[Any]:
@@ -38,24 +37,6 @@ def make(args: argparse.Namespace, sizes: dict[str, Any]) -> list[Any]:
             )
         )
     return models
-
-
-def fill(models: list[Any], *, is_tied: bool) -> None:
-    """Random values, alike on the ranks that hold the same tensor."""
-    from megatron.core import parallel_state
-
-    for model in models:
-        for name, parameter in model.named_parameters():
-            seed = "embedding.word_embeddings.weight" if is_tied and name == "output_layer.weight" else name
-            if name.startswith("decoder.layers."):
-                layer = int(name.split(".")[2])
-                seed += f" {model.decoder.layers[layer].layer_number}"
-            if getattr(parameter, "tensor_model_parallel", False):
-                seed += f" tensor {parallel_state.get_tensor_model_parallel_rank()}"
-            if ".local_experts." in name:
-                seed += f" expert {parallel_state.get_expert_model_parallel_rank()}"
-            generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-            parameter.data = torch.randn(parameter.shape, generator=generator)
 
 
 def arguments(job: dict[str, Any], sizes: dict[str, Any]) -> argparse.Namespace:
@@ -85,7 +66,7 @@ def save(job: dict[str, Any], sizes: dict[str, Any]) -> None:
 
     args = arguments(job, sizes)
     models = make(args, sizes)
-    fill(models, is_tied=not args.untie_embeddings_and_output_weights)
+    fill(models)
     save_torch_dist(models, args, job["path"] + "-dist")
     args.ckpt_format = "torch"
     state = checkpointing.generate_state_dict(args, models, None, None, None, iteration=7)
@@ -110,6 +91,7 @@ def load(job: dict[str, Any], sizes: dict[str, Any]) -> None:
 
 def main(path: str) -> None:
     adapt_to_cpu()
+    adapt_megatron()
     from megatron.core import parallel_state, tensor_parallel
 
     request = json.loads(Path(path).read_text())
@@ -121,10 +103,6 @@ def main(path: str) -> None:
             pipeline_model_parallel_size=sizes["pipeline_model_parallel_size"],
             virtual_pipeline_model_parallel_size=sizes["virtual_pipeline_model_parallel_size"],
             expert_model_parallel_size=sizes["expert_model_parallel_size"],
-        )
-        tensor_parallel.random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
-        tensor_parallel.random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(
-            state
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         for job in group["jobs"]:

@@ -27,6 +27,14 @@ PP2_EP2 = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
 CASES = {
     "qwen3-tied-vpp": (VPP, {"family": "qwen3", "tied": True, "heads": 4, "layers": 4}),
     "llama-one-key-head-uneven": (UNEVEN, {"family": "llama", "heads": 4, "groups": 1, "layers": 4}),
+    "deepseek_v3-mtp": (
+        UNEVEN,
+        {"family": "deepseek_v3", "heads": 4, "plain": (0,), "experts": 4, "mtp": 1, "layers": 3},
+    ),
+    "deepseek_v3-tied-pp2-ep2": (
+        PP2_EP2,
+        {"family": "deepseek_v3", "heads": 4, "tied": True, "experts": 4, "mtp": 2, "layers": 2},
+    ),
     "qwen3_moe-pp2-ep2": (PP2_EP2, {"family": "qwen3_moe", "experts": 4, "layers": 2}),
 }
 

@@ -304,3 +304,29 @@ def test_logits_show_what_both_compute(make, shape, tmp_path, capsys):
     swap(swapped, "model.layers.0.self_attn.k_norm.weight", "model.layers.0.self_attn.q_norm.weight")
     report = verify(source, make.hf(model, "swapped", tensors=swapped), mode="logits", num_layers=2)
     assert report.differences[0].tensor == "logits"
+
+
+DEEPSEEK = {"family": "deepseek_v3", "layers": 3, "plain": (0,), "experts": 8, "per_token": 4, "mtp": 1}
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_logits_of_the_first_layers_leave_out_those_for_further_tokens(make, shape, tmp_path, layers):
+    """A cut model ends where it is cut, and what follows the last layer is no longer there."""
+    model = shape(**DEEPSEEK)
+    small = {
+        name: tensor / 8 if "norm" not in name else tensor for name, tensor in model.hf_tensors().items()
+    }
+    source = make.hf(model, tensors=small)
+    convert(make_plan(source, tmp_path / "dist", to="torch_dist"))
+    report = verify(source, tmp_path / "dist", mode="logits", num_layers=layers)
+    assert report.is_equal
+    assert report.logits is not None
+    assert report.logits[1] > 0.1
+    changed = dict(small)
+    name = f"model.layers.{layers - 1}.self_attn.o_proj.weight"
+    changed[name] = changed[name].flip(0)
+    other = make.hf(model, "other", tensors=changed)
+    assert not verify(source, other, mode="logits", num_layers=layers).is_equal
+    if layers > 1:
+        assert verify(source, other, mode="logits", num_layers=layers - 1).is_equal

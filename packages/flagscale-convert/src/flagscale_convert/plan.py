@@ -141,7 +141,8 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
             kept.
         transformer_impl: whose names `torch` has, as Megatron's option of that name.
         moe_grouped_gemm: whether `torch` has experts as Megatron's option of that name keeps them.
-        megatron_version: `0.16` has the arguments of `torch_dist` in `common.pt`, which newer ones read too.
+        megatron_version: `0.16` has the arguments of `torch_dist` in `common.pt`, which newer ones read too,
+            and in `torch` another name for layers that predict further tokens.
         num_layers: keep only so many of the first layers, for a smaller model of the same kind.
         family: which family a Megatron checkpoint is of, where its arguments fit several (see `FAMILIES`).
 
@@ -228,16 +229,22 @@ def _saved_divisor(source: Any) -> int:
 
 
 def _shallow(model: Model, num_layers: int) -> Model:
-    """Cut a model to its first layers."""
+    """Cut a model to its first layers; layers that predict further tokens are behind the last and go too."""
     arch = model.architecture
     num_layers = max(1, min(num_layers, arch.num_layers))
     experts = arch.experts
     if experts is not None:
         dense = tuple(layer for layer in experts.dense_layers if layer < num_layers)
         experts = replace(experts, dense_layers=dense)
-    arch = replace(arch, num_layers=num_layers, experts=experts)
+    arch = replace(arch, num_layers=num_layers, experts=experts, mtp_layers=0)
     present = model.source.tensors() if model.is_megatron else ()
-    return replace(model, architecture=arch, bindings=bind(model.family.rules, arch, present))
+    copies = {name for binding in model.bindings if binding.is_copy for name in binding.hf}
+    return replace(
+        model,
+        architecture=arch,
+        bindings=bind(model.family.rules, arch, present),
+        must_equal=tuple(pair for pair in model.must_equal if pair[0] not in copies),
+    )
 
 
 def _padded(arch: Architecture, multiple: int) -> Architecture:
@@ -341,6 +348,7 @@ class _Parts:
             implementation=self.implementation,
             grouped_experts=self.grouped_experts,
             folder=_RELEASE,
+            is_legacy=self.is_legacy,
         )
         return files, {TRACKER: _RELEASE.encode()}, copies
 
