@@ -204,7 +204,7 @@ def make_both(model, root, name):
         root / f"{name}-converted",
         to="torch_dist",
         layers="per-layer" if "per-layer" in name else "auto",
-        megatron_version="0.16" if MEGATRON == "0.16" else "0.19",
+        megatron_version=MEGATRON,
         # A padding that every layout divides.
         parallel=ParallelLayout(tensor_model_parallel_size=2),
         vocab_divisor=64,

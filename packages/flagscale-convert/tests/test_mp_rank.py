@@ -146,7 +146,7 @@ def test_every_layout_there_and_back(make, shape, tmp_path_factory, data):
     flavour = {
         "transformer_impl": data.draw(st.sampled_from(["local", "transformer_engine"]), "flavour"),
         "moe_grouped_gemm": data.draw(st.booleans(), "grouped"),
-        "megatron_version": data.draw(st.sampled_from(["0.16", "0.19"]), "version"),
+        "megatron_version": data.draw(st.sampled_from(["0.16", "0.18", "0.19"]), "version"),
     }
     try:
         plan = make_plan(
