@@ -6,6 +6,7 @@ Every verb of the command line is one function here with the same name (`list` i
 """
 
 from flagscale_serve.__about__ import __version__
+from flagscale_serve.bench import Benched, Measured, Workload, bench, parse_slo
 from flagscale_serve.chat import chat
 from flagscale_serve.errors import (
     EngineMissing,
@@ -41,6 +42,7 @@ from flagscale_serve.runs import (
 from flagscale_serve.service import Instance, Service, of_experiment, of_model
 
 __all__ = [
+    "Benched",
     "EngineMissing",
     "Fit",
     "Instance",
@@ -48,6 +50,7 @@ __all__ = [
     "InvalidModel",
     "InvalidService",
     "Load",
+    "Measured",
     "Model",
     "Node",
     "NotServing",
@@ -60,7 +63,9 @@ __all__ = [
     "ServeError",
     "Service",
     "ServiceStatus",
+    "Workload",
     "__version__",
+    "bench",
     "chat",
     "check",
     "find_nodes",
@@ -71,6 +76,7 @@ __all__ = [
     "logs",
     "of_experiment",
     "of_model",
+    "parse_slo",
     "plan",
     "prepare",
     "read_model",

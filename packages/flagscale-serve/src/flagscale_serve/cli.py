@@ -17,6 +17,7 @@ from flagscale_serve.__about__ import __version__
 
 if TYPE_CHECKING:
     from flagscale_hw import Plan, Run
+    from flagscale_serve.bench import Workload
     from flagscale_serve.metrics import Load
     from flagscale_serve.runs import Options, ServiceStatus
 
@@ -30,6 +31,7 @@ examples:
   flagscale-serve run FILE.yaml --detach           serve a FlagScale file in the background, return when ready
   flagscale-serve chat MODEL_DIR -m 'Hello'        ask it
   flagscale-serve generate IN.jsonl OUT.jsonl      answer a file of requests by the service that runs
+  flagscale-serve bench MODEL_DIR --slo ttft=200ms measure it under load
   flagscale-serve stop MODEL_DIR                   stop it
 
 exit codes: 0 done, 1 bug, 2 wrong input, 3 not found or not ready, 4 the run failed, 130 interrupted
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_looking(verbs)
     _add_chat(verbs)
     _add_generate(verbs)
+    _add_bench(verbs)
     return parser
 
 
@@ -207,6 +210,65 @@ def _add_generate(verbs: Any) -> None:
     parser.add_argument("--api-key", help="the server's key (default: $OPENAI_API_KEY)")
     parser.add_argument("--engine", metavar="NAME", help="of a service that is started for this")
     parser.add_argument("--python", help="interpreter that has the engine")
+
+
+def _add_bench(verbs: Any) -> None:
+    parser = _add(verbs, "bench", _bench, "load a server at several concurrencies and show what it gives")
+    parser.add_argument(
+        "target", nargs="?", metavar="RUN_OR_URL", help="run, file, model, or address (default: the only run)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+    _add_load(parser)
+    parser.add_argument(
+        "--concurrency",
+        type=_numbers,
+        default=(1, 8, 32),
+        metavar="N,N,...",
+        help="requests at a time, one level after the other (default: 1,8,32)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="for bench.json and bench.html (default: in the run's directory, or here)",
+    )
+    parser.add_argument("--json", action="store_true", help="print bench.json")
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    """Add what a load is made of."""
+    parser.add_argument(
+        "--input-len", type=int, default=512, metavar="N", help="tokens of each prompt (default: 512)"
+    )
+    parser.add_argument(
+        "--output-len", type=int, default=128, metavar="N", help="tokens of each answer (default: 128)"
+    )
+    parser.add_argument(
+        "--requests", type=int, default=128, metavar="N", help="counted requests of each level (default: 128)"
+    )
+    parser.add_argument(
+        "--warmups", type=int, default=8, metavar="N", help="requests before them (default: 8)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts")
+    parser.add_argument(
+        "--slo",
+        default="",
+        metavar="NAME=TIME,...",
+        help="bounds of each request, for the goodput: ttft, tpot, itl, e2e; such as ttft=200ms,tpot=20ms",
+    )
+    parser.add_argument(
+        "--generator",
+        choices=("vllm", "own"),
+        help="`vllm bench serve`, or our own (default: vllm where it is installed and the engine takes it)",
+    )
+    parser.add_argument("--python", help="interpreter that has vLLM (default: the one that runs the engine)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer of the model behind an address")
+    parser.add_argument("--model", help="which model, when several are served")
+    parser.add_argument("--api-key", help="the server's key (default: $OPENAI_API_KEY)")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
 
 
 def _options(arguments: argparse.Namespace) -> Options:
@@ -520,6 +582,56 @@ def _generate(arguments: argparse.Namespace) -> int:
         _say(f"{ended.failed} failed: their lines in {arguments.output} say why; run it again to retry them")
         return 4
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from flagscale_serve.bench import bench, parse_slo
+    from flagscale_serve.foreground import level_text
+
+    slo = parse_slo(arguments.slo)
+    _interrupt_on_signals()
+    done = bench(
+        arguments.target,
+        arguments.overrides,
+        workload=_workload(arguments),
+        concurrencies=arguments.concurrency,
+        slo=slo,
+        generator=arguments.generator,
+        python=arguments.python,
+        tokenizer=arguments.tokenizer,
+        model=arguments.model,
+        api_key=arguments.api_key,
+        tell=lambda level: _say(level_text(level, slo)),
+    )
+    folder = arguments.out or _bench_folder(arguments.target, arguments.overrides)
+    done.write(folder)
+    if arguments.json:
+        print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        best = done.best
+        goodput = f"{best.goodput(slo):.2f} requests/s{' within the SLO' if slo else ''}"
+        print(f"best: {goodput} at {best.workload.concurrency} at a time\n{folder / 'bench.html'}")
+    return 4 if any(not level.answered for level in done.levels) else 0
+
+
+def _workload(arguments: argparse.Namespace) -> Workload:
+    from flagscale_serve.bench import Workload
+
+    return Workload(
+        input_len=arguments.input_len,
+        output_len=arguments.output_len,
+        num_requests=arguments.requests,
+        num_warmups=arguments.warmups,
+        seed=arguments.seed,
+    )
+
+
+def _bench_folder(target: str | None, overrides: Sequence[str]) -> Path:
+    from flagscale_serve.runs import find_run
+
+    name = time.strftime("bench-%Y%m%d-%H%M%S")
+    is_address = target is not None and target.startswith(("http://", "https://"))
+    return Path(name) if is_address else find_run(target, overrides).dir / name
 
 
 def _shown(piece: str) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 import flagscale_hw as hw
 from flagscale_serve.checks import check_addresses, check_engines, check_models, check_router
 from flagscale_serve.engines import default_engine, engine_named
+from flagscale_serve.engines.vllm import MODULE as VLLM_MODULE
 from flagscale_serve.errors import EngineMissing, InvalidModel, InvalidService, NotServing, RunFailed
 from flagscale_serve.fit import Fit, words_of
 from flagscale_serve.hosts import Node, find_nodes, promised_nodes
@@ -51,6 +52,7 @@ __all__ = [
     "status",
     "status_of",
     "stop",
+    "vllm_python",
     "wait_ready",
     "with_load",
 ]
@@ -107,6 +109,8 @@ class InstanceStatus:
     pid: int | None
     log: str
     has_chat_template: bool
+    tokenizer: str
+    """Directory of the tokenizer."""
     behind: str | None = None
     """The router in front of it."""
     load: Load | None = None
@@ -384,6 +388,7 @@ def status_of(run: hw.Run) -> ServiceStatus:
                 pid=pids.get(one["name"]),
                 log=str(_log_of(run, made, one["name"])),
                 has_chat_template=_can_chat(one),
+                tokenizer=one["tokenizer"],
                 behind=one.get("behind"),
             )
             for one in made.get("facts", {}).get("instances", ())
@@ -566,6 +571,15 @@ def read_plan(run: hw.Run) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def vllm_python(run: hw.Run) -> str | None:
+    """Return the interpreter that runs a vLLM of a run; None where there is none on this host."""
+    for process in read_plan(run).get("processes", ()):
+        argv = process["argv"]
+        if process.get("host", "local") == "local" and VLLM_MODULE in argv:
+            return str(argv[argv.index(VLLM_MODULE) - 2])
+    return None
 
 
 def _can_chat(instance: dict[str, Any]) -> bool:

@@ -10,8 +10,10 @@ from flagscale_serve.engines.choice import choose, count_of
 from flagscale_serve.engines.vllm_hosts import across_hosts, ray_node, transfer, uses_ray
 from flagscale_serve.service import Instance
 
-__all__ = ["VLLM", "Vllm"]
+__all__ = ["MODULE", "VLLM", "Vllm"]
 
+MODULE = "vllm.entrypoints.cli.main"
+"""vLLM's command line; run as a module, so that the interpreter is the one that was named."""
 _MIB = 1 << 20
 _RAY = "ray_launch.py"
 
@@ -83,7 +85,7 @@ class Vllm:
         argv: tuple[str, ...] = (
             context.python,
             "-m",
-            "vllm.entrypoints.cli.main",
+            MODULE,
             "serve",
             instance.model,
             "--served-model-name",
