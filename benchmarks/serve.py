@@ -290,6 +290,7 @@ async def added_latency() -> tuple[list[float], list[float]]:
     finally:
         inside.__exit__(None, None, None)
         server.close()
+        await server.wait_closed()  # the router's end has closed its connections
 
 
 async def ask_many(url: str, rounds: int = 20) -> list[float]:

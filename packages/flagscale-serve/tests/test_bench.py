@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_bench_by_vllm_where_the_engine_is_vllm(shell, model_dir):
     assert (level["answered"], level["failed"], level["errors"]) == (2, 1, ["it fell over"])
     assert (level["output_tokens_per_s"], level["goodput_requests_per_s"]) == (3.0, 0.5)
     argv = json.loads((shell.home / "pids.bench").read_text())
-    asked = dict(zip(argv, argv[1:], strict=False))
+    asked = dict(pairwise(argv))
     assert (asked["--tokenizer"], asked["--served-model-name"]) == (str(model_dir), "tiny-qwen3")
     assert (asked["--random-input-len"], asked["--random-output-len"]) == ("8", "4")
     assert (asked["--num-prompts"], asked["--max-concurrency"], asked["--num-warmups"]) == ("6", "2", "1")

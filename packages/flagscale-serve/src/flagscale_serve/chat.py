@@ -105,11 +105,12 @@ def find_server(target: str | None, model: str | None = None, overrides: Sequenc
         return Server(url=base if base.endswith("/v1") else f"{base}/v1", model=model)
     run = find_run(target, overrides)
     now = status_of(run)
-    if not now.is_ready:
+    ready = any(one.is_ready for one in now.instances)
+    instance = _choose(now.instances, model) if ready else None
+    if instance is None or not instance.is_ready:
         raise NotServing(
             f"{now.run_dir}: not ready: it is {now.state}{f' ({now.reason})' if now.reason else ''}"
         )
-    instance = _choose(now.instances, model)
     if instance.url is None:
         raise NotServing(f"{now.run_dir}: the port of {instance.name} is not known")
     return Server(

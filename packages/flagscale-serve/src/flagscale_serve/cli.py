@@ -139,6 +139,13 @@ def _add_run(verbs: Any) -> None:
     parser.add_argument("--detach", action="store_true", help="return when it is ready and leave it running")
     parser.add_argument("--no-wait", action="store_true", help="with --detach: return at once")
     parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="of each instance by itself within ten minutes, once it has been ready (default: 3)",
+    )
+    parser.add_argument(
         "-v", "--verbose", action="store_true", help="show the engine's log from its first line"
     )
 
@@ -161,7 +168,10 @@ def _add_looking(verbs: Any) -> None:
             parser.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
         if name == "stop":
             parser.add_argument(
-                "--grace", type=float, metavar="SECONDS", help="before it is killed (default: the engine's)"
+                "--grace",
+                type=float,
+                metavar="SECONDS",
+                help="for requests under way to end, before it is killed (default: the engine's)",
             )
         if name != "logs":
             parser.add_argument("--json", action="store_true", help="print facts as JSON")
@@ -272,7 +282,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _options(arguments: argparse.Namespace) -> Options:
-    from flagscale_serve.plan import READY_TIMEOUT_S
+    from flagscale_serve.plan import MAX_RESTARTS, READY_TIMEOUT_S
     from flagscale_serve.runs import Options
 
     return Options(
@@ -282,6 +292,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         port=arguments.port,
         run_dir=arguments.run_dir.absolute() if arguments.run_dir else None,
         ready_timeout_s=READY_TIMEOUT_S if arguments.timeout is None else arguments.timeout,
+        max_restarts=getattr(arguments, "max_restarts", MAX_RESTARTS),
     )
 
 
@@ -470,9 +481,11 @@ def _print_status(now: ServiceStatus, *, as_json: bool) -> None:
         return
     print(f"{now.name}: {now.state}{f': {now.reason}' if now.reason else ''}")
     for one in now.instances:
+        again = f", started again {one.restarts} times" if one.restarts else ""
+        away = "" if one.is_ready or now.state != "starting" else ", not ready"
         print(
             f"  {one.name}: {one.engine}, model {one.model}, {one.url or 'no port yet'}, pid {one.pid or '-'}"
-            f"{_load_text(one.load)}"
+            f"{away}{again}{_load_text(one.load)}"
         )
     print(f"  {now.run_dir}")
 

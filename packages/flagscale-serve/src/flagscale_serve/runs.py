@@ -29,7 +29,7 @@ from flagscale_serve.fit import Fit, words_of
 from flagscale_serve.hosts import Node, find_nodes, promised_nodes
 from flagscale_serve.metrics import Load, read_load
 from flagscale_serve.model import Model, has_chat_template
-from flagscale_serve.plan import READY_TIMEOUT_S, plan
+from flagscale_serve.plan import MAX_RESTARTS, READY_TIMEOUT_S, plan
 from flagscale_serve.progress import details
 from flagscale_serve.router import DISTRIBUTION
 from flagscale_serve.router import ENGINE as ROUTER
@@ -75,6 +75,8 @@ class Options:
     """Of the first instance; wins over the file."""
     run_dir: Path | None = None
     ready_timeout_s: float = READY_TIMEOUT_S
+    max_restarts: int = MAX_RESTARTS
+    """Of each instance by itself within ten minutes, once the service has been ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,10 @@ class InstanceStatus:
     has_chat_template: bool
     tokenizer: str
     """Directory of the tokenizer."""
+    is_ready: bool
+    """It has generated a token, and has not ended since."""
+    restarts: int = 0
+    """How often it was started again."""
     behind: str | None = None
     """The router in front of it."""
     load: Load | None = None
@@ -166,6 +172,7 @@ def prepare(target: str, overrides: Sequence[str] = (), options: Options | None 
         python=python,
         router_python=python if nodes else sys.executable,
         ready_timeout_s=wish.ready_timeout_s,
+        max_restarts=wish.max_restarts,
         versions=versions,
         models={str(model.path): model for model in models},
     )
@@ -345,7 +352,8 @@ def stop(
     Args:
         target: as everywhere; without one, the only service that is alive.
         overrides: Hydra overrides of the file.
-        grace_s: seconds before it is killed; the engine's own habit when None.
+        grace_s: seconds in which requests under way may end before it is killed; the engine's own habit when
+            None. New requests are refused from the start.
 
     Raises:
         NotServing: there is none that is alive.
@@ -369,7 +377,7 @@ def list_runs() -> tuple[ServiceStatus, ...]:
 def status_of(run: hw.Run) -> ServiceStatus:
     """Say how one run stands."""
     now, made = run.status(), read_plan(run)
-    pids = {process.name: process.pid for process in now.processes}
+    processes = {process.name: process for process in now.processes}
     return ServiceStatus(
         name=str(made.get("name", run.dir.name)),
         run_dir=str(run.dir),
@@ -385,7 +393,9 @@ def status_of(run: hw.Run) -> ServiceStatus:
                 model=one["served_names"][0],
                 model_dir=one["model"],
                 url=_url(one["host"], now.ports.get(one["name"])),
-                pid=pids.get(one["name"]),
+                pid=_pid_of(processes.get(one["name"])),
+                is_ready=_is_ready(now, processes.get(one["name"])),
+                restarts=processes[one["name"]].restarts if one["name"] in processes else 0,
                 log=str(_log_of(run, made, one["name"])),
                 has_chat_template=_can_chat(one),
                 tokenizer=one["tokenizer"],
@@ -393,6 +403,17 @@ def status_of(run: hw.Run) -> ServiceStatus:
             )
             for one in made.get("facts", {}).get("instances", ())
         ),
+    )
+
+
+def _pid_of(process: hw.ProcessStatus | None) -> int | None:
+    return None if process is None else process.pid
+
+
+def _is_ready(now: hw.RunStatus, process: hw.ProcessStatus | None) -> bool:
+    """Tell whether an instance can be asked, although another one may be starting again."""
+    return now.state == "ready" or bool(
+        now.state == "starting" and process is not None and process.is_running and process.ready_at
     )
 
 

@@ -15,6 +15,7 @@ __all__ = ["MODULE", "VLLM", "Vllm"]
 MODULE = "vllm.entrypoints.cli.main"
 """vLLM's command line; run as a module, so that the interpreter is the one that was named."""
 _MIB = 1 << 20
+_DRAIN_S = 3600
 _RAY = "ray_launch.py"
 
 
@@ -63,9 +64,12 @@ class Vllm:
             "VLLM_NO_USAGE_STATS": "1",
             **_platform(context.chip),
         }
-        defaults: dict[str, Any] = {}
+        # Left to itself it breaks off every answer under way when it is asked to end; who asks kills it after
+        # a grace of their own.
+        defaults: dict[str, Any] = {"shutdown_timeout": _DRAIN_S}
         if context.chip == "cpu":
-            defaults, more = _on_cpu(asked, context, layout)
+            options, more = _on_cpu(asked, context, layout)
+            defaults |= options
             env.update(more)
         rank = across_hosts(instance, layout, context)
         moved, more = transfer(instance, context)
