@@ -40,6 +40,7 @@ from flagscale_serve.runs import (
     wait_ready,
 )
 from flagscale_serve.service import Instance, Service, of_experiment, of_model
+from flagscale_serve.tune import Trial, Tuned, parse_space, tune
 
 __all__ = [
     "Benched",
@@ -63,6 +64,8 @@ __all__ = [
     "ServeError",
     "Service",
     "ServiceStatus",
+    "Trial",
+    "Tuned",
     "Workload",
     "__version__",
     "bench",
@@ -77,6 +80,7 @@ __all__ = [
     "of_experiment",
     "of_model",
     "parse_slo",
+    "parse_space",
     "plan",
     "prepare",
     "read_model",
@@ -84,5 +88,6 @@ __all__ = [
     "start",
     "status",
     "stop",
+    "tune",
     "wait_ready",
 ]

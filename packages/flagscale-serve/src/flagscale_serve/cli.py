@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(verbs)
     _add_generate(verbs)
     _add_bench(verbs)
+    _add_tune(verbs)
     return parser
 
 
@@ -243,6 +244,30 @@ def _add_bench(verbs: Any) -> None:
         help="for bench.json and bench.html (default: in the run's directory, or here)",
     )
     parser.add_argument("--json", action="store_true", help="print bench.json")
+
+
+def _add_tune(verbs: Any) -> None:
+    parser = _add(verbs, "tune", _tune, "search the engine's options for the highest goodput")
+    parser.add_argument("target", metavar="FILE_OR_MODEL_DIR", help="serve file, recipe, or model directory")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+    parser.add_argument(
+        "--try",
+        dest="space",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE,VALUE",
+        help="engine_args to try, such as max_num_seqs=64,128; may be repeated, all combinations are tried",
+    )
+    _add_load(parser)
+    parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="at a time (default: 32)")
+    parser.add_argument("--engine", metavar="NAME", help="see `run`")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("tune"),
+        metavar="DIR",
+        help="for the journal and best.yaml (default: tune)",
+    )
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -625,6 +650,33 @@ def _bench(arguments: argparse.Namespace) -> int:
         goodput = f"{best.goodput(slo):.2f} requests/s{' within the SLO' if slo else ''}"
         print(f"best: {goodput} at {best.workload.concurrency} at a time\n{folder / 'bench.html'}")
     return 4 if any(not level.answered for level in done.levels) else 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from flagscale_serve.bench import parse_slo
+    from flagscale_serve.foreground import trial_text
+    from flagscale_serve.runs import Options
+    from flagscale_serve.tune import parse_space, tune
+
+    _interrupt_on_signals()
+    done = tune(
+        arguments.target,
+        arguments.overrides,
+        space=parse_space(arguments.space),
+        folder=arguments.out,
+        workload=replace(_workload(arguments), concurrency=arguments.concurrency),
+        slo=parse_slo(arguments.slo),
+        options=Options(engine=arguments.engine, python=arguments.python),
+        generator=arguments.generator,
+        tell=lambda trial: _say(trial_text(trial)),
+    )
+    kept = f", {done.kept} of them before" if done.kept else ""
+    _say(f"{len(done.trials)} trials{kept}")
+    if done.best is not None:
+        print(f"best: {trial_text(done.best)}\n{done.file}")
+    return 0
 
 
 def _workload(arguments: argparse.Namespace) -> Workload:

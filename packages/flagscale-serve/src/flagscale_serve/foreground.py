@@ -16,8 +16,9 @@ from flagscale_serve.bench import Measured
 from flagscale_serve.generate import Progress as Batch
 from flagscale_serve.progress import Phases, Tail
 from flagscale_serve.runs import InstanceStatus, ServiceStatus
+from flagscale_serve.tune import Trial
 
-__all__ = ["StartLog", "batch_progress", "level_text", "ready_text"]
+__all__ = ["StartLog", "batch_progress", "level_text", "ready_text", "trial_text"]
 
 _POLL_S = 0.1
 _SILENCE_S = 15.0
@@ -132,6 +133,15 @@ def level_text(level: Measured, slo: Mapping[str, float]) -> str:
         f"{told['concurrency']:4} at a time: {told['output_tokens_per_s']:.1f} tokens/s, "
         f"{told['requests_per_s']:.2f} requests/s, p50/p99 ms {', '.join(times) or '-'}{good}{failed}"
     )
+
+
+def trial_text(trial: Trial) -> str:
+    """Say in one line what a trial of `tune` gave."""
+    options = ", ".join(f"{name}={value}" for name, value in trial.options.items()) or "as it is"
+    if trial.reason:
+        return f"{options}: {trial.fate}: {trial.reason}"
+    early = " (stopped early)" if trial.fate == "stopped early" else ""
+    return f"{options}: {trial.goodput:.2f} requests/s, {trial.output_tokens_per_s:.1f} tokens/s{early}"
 
 
 @contextmanager
