@@ -67,6 +67,12 @@ def test_a_run_resumes_from_its_own_folder_by_default():
     assert (words["--save"], words["--load"]) == (["/exp/checkpoints"], ["/other"])
 
 
+def test_a_run_may_save_nothing_and_yet_resume():
+    words = options(planned("qwen3/tiny", "+experiment.runner.checkpoints.enabled=false"))
+    assert [word for word in words if word.startswith("--save")] == []
+    assert words["--load"] == ["/exp/checkpoints"]
+
+
 def test_the_cpu_gets_gloo_and_plain_layers_and_the_gpu_its_own():
     on_cpu, on_gpu = planned(), planned(chip="nvidia")
     assert options(on_cpu)["--distributed-backend"] == ["gloo"]

@@ -25,7 +25,7 @@ from flagscale_config.base import (
     Text,
 )
 
-__all__ = ["CliArgs", "Cmds", "Deploy", "Heartbeat", "Request", "Runner", "Task", "Tracing"]
+__all__ = ["Checkpoints", "CliArgs", "Cmds", "Deploy", "Heartbeat", "Request", "Runner", "Task", "Tracing"]
 
 
 class Task(Model):
@@ -179,6 +179,13 @@ class Tracing(Model):
     """The collective-communication inspector."""
 
 
+class Checkpoints(Model):
+    """What happens to the checkpoints of a training beside what Megatron's own options say."""
+
+    enabled: Bool = True
+    """Whether any is saved: false for a benchmark or a trial that nobody will resume."""
+
+
 class CliArgs(Model):
     """What FlagScale's command line passes into a file."""
 
@@ -265,6 +272,8 @@ class Runner(Model):
     """Signs of life of the training processes."""
     tracing: Tracing = Tracing()
     """Tracing of collective operations."""
+    checkpoints: Checkpoints = Checkpoints()
+    """What happens to the checkpoints of a training."""
     nsys_bin_path: Text | None = None
     """Path of NVIDIA's profiler."""
     nsys_rep_file_path: Text | None = None

@@ -272,7 +272,13 @@ def options_for(experiment: Experiment, machine: Machine, findings: Findings) ->
         **defaults(machine.chip, given, findings),
         **vocabulary,
     }
-    return {**{name: value for name, value in chosen.items() if name not in given}, **given}
+    options = {**{name: value for name, value in chosen.items() if name not in given}, **given}
+    if not experiment.runner.checkpoints.enabled:
+        options = {name: value for name, value in options.items() if name not in _SAVING}
+    return options
+
+
+_SAVING = ("save", "save_interval", "save_retain_interval", "async_save", "non_persistent_save_interval")
 
 
 def _flagscale_defaults(experiment: Experiment, findings: Findings) -> dict[str, Any]:
