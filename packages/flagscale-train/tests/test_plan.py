@@ -73,6 +73,50 @@ def test_a_run_may_save_nothing_and_yet_resume():
     assert words["--load"] == ["/exp/checkpoints"]
 
 
+def test_rules_for_bad_steps_and_old_checkpoints_reach_the_worker():
+    rules = "+experiment.runner.bad_steps"
+    made = planned(
+        "qwen3/tiny",
+        f"{rules}={{action: skip, spike_threshold: 0.2, patience: 3}}",
+        "+experiment.runner.checkpoints.keep_last=2",
+    )
+    env = made.processes[0].env
+    assert (env["FLAGSCALE_ON_BAD_STEP"], env["FLAGSCALE_SPIKE_THRESHOLD"]) == ("skip", "0.2")
+    assert (env["FLAGSCALE_BAD_STEP_PATIENCE"], env["FLAGSCALE_KEEP_LAST"]) == ("3", "2")
+    # Megatron's own check would end the run before ours is asked.
+    assert "--no-check-for-nan-in-loss-and-grad" in options(made)
+    assert "--no-check-for-nan-in-loss-and-grad" not in options(planned())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["+experiment.runner.bad_steps.action=roll_back", "+experiment.runner.checkpoints.enabled=false"],
+            "there is nothing to go back to",
+        ),
+        (
+            [
+                "+experiment.runner.checkpoints.keep_last=2",
+                "+train.system.checkpoint.save_retain_interval=200",
+            ],
+            "deletes checkpoints by another rule",
+        ),
+    ],
+)
+def test_rules_that_contradict_are_refused(overrides, message):
+    with pytest.raises(InvalidInput, match=message):
+        planned("qwen3/tiny", *overrides)
+
+
+def test_a_save_in_the_background_takes_the_strategy_that_is_installed():
+    words = options(planned("qwen3/tiny", "+train.system.checkpoint.async_save=true"))
+    assert words["--async-strategy"] == ["mcore"]
+    there = Findings(installed=frozenset({"nvidia_resiliency_ext"}))
+    made = planned("qwen3/tiny", "+train.system.checkpoint.async_save=true", findings=there)
+    assert "--async-strategy" not in options(made)
+
+
 def test_the_cpu_gets_gloo_and_plain_layers_and_the_gpu_its_own():
     on_cpu, on_gpu = planned(), planned(chip="nvidia")
     assert options(on_cpu)["--distributed-backend"] == ["gloo"]

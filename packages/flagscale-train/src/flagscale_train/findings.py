@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONAL", "Findings", "examine", "prefixes"]
 
-OPTIONAL = ("transformer_engine", "apex", "tensorboard")
+OPTIONAL = ("transformer_engine", "apex", "tensorboard", "nvidia_resiliency_ext")
 """Packages whose presence changes the plan."""
 
 _SPLITS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")

@@ -264,6 +264,7 @@ def options_for(experiment: Experiment, machine: Machine, findings: Findings) ->
         problems.append(
             f"ckpt_format: {given['ckpt_format']}: checkpoints are kept as torch_dist: remove it or set it so"
         )
+    problems += _upkeep_conflicts(experiment)
     vocabulary = _vocabulary(given, findings, problems)
     if problems:
         raise InvalidInput("\n".join(problems))
@@ -276,6 +277,23 @@ def options_for(experiment: Experiment, machine: Machine, findings: Findings) ->
     if not experiment.runner.checkpoints.enabled:
         options = {name: value for name, value in options.items() if name not in _SAVING}
     return options
+
+
+def _upkeep_conflicts(experiment: Experiment) -> list[str]:
+    """Say what of the experiment's rules for bad steps and checkpoints cannot hold, each as one sentence."""
+    runner, given = experiment.runner, _train_of(experiment).options
+    problems = []
+    if runner.bad_steps.action == "roll_back" and not runner.checkpoints.enabled:
+        problems.append(
+            "experiment.runner.bad_steps.action: roll_back: there is nothing to go back to while "
+            "checkpoints.enabled is false: use skip or stop"
+        )
+    if runner.checkpoints.keep_last is not None and given.get("save_retain_interval") is not None:
+        problems.append(
+            f"experiment.runner.checkpoints.keep_last: {runner.checkpoints.keep_last}: save_retain_interval "
+            f"{given['save_retain_interval']} deletes checkpoints by another rule: remove one of them"
+        )
+    return problems
 
 
 _SAVING = ("save", "save_interval", "save_retain_interval", "async_save", "non_persistent_save_interval")
@@ -297,8 +315,12 @@ def _flagscale_defaults(experiment: Experiment, findings: Findings) -> dict[str,
     }
     if "tensorboard" in findings.installed:
         chosen["tensorboard_dir"] = f"{experiment.exp_dir}/tensorboard"
+    if experiment.runner.bad_steps.action != "stop":
+        chosen["no_check_for_nan_in_loss_and_grad"] = True  # it would stop before the update is judged
     if given.get("wandb_project"):
         chosen["wandb_save_dir"] = f"{experiment.exp_dir}/wandb"
+    if given.get("async_save") and "nvidia_resiliency_ext" not in findings.installed:
+        chosen["async_strategy"] = "mcore"  # Megatron's default is that package's
     if given.get("use_distributed_optimizer"):
         chosen["dist_ckpt_optim_fully_reshardable"] = True  # so that another layout can resume
     return chosen
@@ -387,6 +409,7 @@ def _environment(
         chosen["GLOO_SOCKET_IFNAME"] = "lo"  # one host: no name lookup, no firewall
     elif layout.per_node < len(machine.visible):
         chosen |= device_env(machine.visible[: layout.per_node])
+    chosen |= _upkeep(experiment)
     if node is not None:
         chosen |= _network(node, layout)
     flops = _peak_flops(machine, options)
@@ -397,6 +420,18 @@ def _environment(
         given |= experiment.device_type_envs.get(node.type or "", {})
         given |= experiment.node_envs.get(node.target.name, {})
     return {**chosen, **{name: literal(value) for name, value in given.items()}}
+
+
+def _upkeep(experiment: Experiment) -> dict[str, str]:
+    """Tell the worker what the experiment says of bad steps and old checkpoints beyond the defaults."""
+    bad_steps, keep_last = experiment.runner.bad_steps, experiment.runner.checkpoints.keep_last
+    asked = {
+        "FLAGSCALE_ON_BAD_STEP": (bad_steps.action, "stop"),
+        "FLAGSCALE_SPIKE_THRESHOLD": (bad_steps.spike_threshold, None),
+        "FLAGSCALE_BAD_STEP_PATIENCE": (bad_steps.patience, 10),
+        "FLAGSCALE_KEEP_LAST": (keep_last, None),
+    }
+    return {name: str(value) for name, (value, default) in asked.items() if value != default}
 
 
 _INTERFACE_OF = {"nccl": "NCCL_SOCKET_IFNAME", "hccl": "HCCL_SOCKET_IFNAME"}

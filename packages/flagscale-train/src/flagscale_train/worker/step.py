@@ -12,6 +12,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers
 
 from flagscale_train.worker.datasets import reads_data
+from flagscale_train.worker.losses import note_loss
 
 __all__ = ["LOSS_NAME", "forward"]
 
@@ -43,6 +44,7 @@ def _fold(loss_mask: torch.Tensor, losses: torch.Tensor) -> _Loss:
     total = (losses.view(-1).float() * mask).sum()
     num_tokens = mask.sum().to(torch.int)
     report = torch.cat([total.detach().view(1), num_tokens.view(1)])
+    note_loss(report)
     return total, num_tokens, {LOSS_NAME: report}
 
 
