@@ -102,8 +102,8 @@ def test_a_spike_is_left_out_by_the_rule_that_was_given(place):
 def test_by_default_a_bad_step_ends_the_run_before_its_update(place, case, why):
     assert events(place / case, "step")[-1]["iteration"] == BAD - 1
     error = events(place / case, "error")[0]
-    assert why in error["text"].lower()
-    assert str(BAD) in error["text"]
+    assert error["text"].startswith(f"step {BAD}: the loss ")
+    assert why in error["text"]
     assert choose(place / case / "checkpoints").iteration == 5
     assert events(place / case, "end") == []
 
@@ -164,7 +164,7 @@ def test_a_run_rolls_back_past_the_bad_data_and_keeps_the_newest_checkpoints_alo
     ]
     argv = [sys.executable, "-m", "flagscale_train.cli", "run", str(experiment), *words]
     environment = {**os.environ, "FLAGSCALE_STATE_DIR": str(tmp_path / "state")}
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     run_dir = (tmp_path / "exp" / "runs" / "latest").resolve()
     # Step 7 was bad; the newest whole checkpoint was that of step 6 or, while 6 was being written, of step 4.

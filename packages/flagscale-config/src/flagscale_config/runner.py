@@ -25,7 +25,18 @@ from flagscale_config.base import (
     Text,
 )
 
-__all__ = ["BadSteps", "Checkpoints", "CliArgs", "Cmds", "Deploy", "Heartbeat", "Request", "Runner", "Task", "Tracing"]
+__all__ = [
+    "BadSteps",
+    "Checkpoints",
+    "CliArgs",
+    "Cmds",
+    "Deploy",
+    "Heartbeat",
+    "Request",
+    "Runner",
+    "Task",
+    "Tracing",
+]
 
 
 class Task(Model):

@@ -53,13 +53,8 @@ class Guard:
         self._grad_norm: float | None = None
 
     def attach(self) -> None:
-        """Wrap Megatron's train step; call once, before `pretrain()`.
-
-        Without any rule to enforce, as where Megatron's own check is switched off, nothing is wrapped.
-        """
-        settings, args = self._settings, get_args()
-        rules = (args.check_for_nan_in_loss_and_grad, args.check_for_spiky_loss, settings.spike_threshold)
-        if settings.on_bad_step == "stop" and not any(rules):
+        """Wrap Megatron's train step, unless nothing is to be judged; call once, before `pretrain()`."""
+        if self._settings.on_bad_step == "off":
             return
         real = training.train_step
 

@@ -111,6 +111,8 @@ def _arguments() -> Any:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import get_tokenizer, set_global_variables
 
+    from flagscale_train.worker.megatron import adopt
+
     args = parse_args()
     validate_args(args)
     set_global_variables(args)
@@ -120,18 +122,14 @@ def _arguments() -> Any:
             f"padded_vocab_size: {args.padded_vocab_size}: the tokenizer has {vocab_size} tokens, so some "
             "would have no embedding: raise it, or remove it to have it computed"
         )
+    adopt(args)
     return args
 
 
 def _train(settings: Settings, journal: Journal) -> None:
     arguments = prepare(settings)
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
-    from flagscale_train.worker import datasets, step
+    from flagscale_train.worker import datasets, megatron, step
     from flagscale_train.worker.guard import Guard, RollBack
-    from flagscale_train.worker.model import configure
     from flagscale_train.worker.recorder import Recorder
     from flagscale_train.worker.resume import Keeper
 
@@ -141,9 +139,9 @@ def _train(settings: Settings, journal: Journal) -> None:
     Guard(settings, recorder).attach()
     keeper = Keeper(recorder, settings.keep_last)
     keeper.attach()
-    container = pretrain_cfg_container_from_args(args, configure(args))
+    megatron.mend()
     try:
-        pretrain(container, datasets.provide, ModelType.encoder_or_decoder, step.forward)
+        megatron.train(args, datasets.provide, step.forward, settings.num_roll_backs)
     except RollBack as bad:
         _start_again(settings, args, keeper.newest(), bad, recorder)
     except SystemExit as ending:
@@ -158,8 +156,7 @@ def _start_again(
 ) -> NoReturn:
     """Become a new process that resumes from the newest whole checkpoint, without the data seen since.
 
-    All ranks do this at once. torchrun sees the same processes go on; its count of restarts is what keeps
-    the new ones apart from the old ones where they meet.
+    All ranks do this at once, and torchrun sees the same processes go on.
     """
     left_out = range(newest.iteration + 1, bad.iteration + 1)
     where = newest.path or "the beginning"
@@ -171,8 +168,6 @@ def _start_again(
         child.terminate()
         child.join()
     skip = sorted({*(args.iterations_to_skip or ()), *left_out})
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts)
     os.environ[ROLL_BACKS] = str(settings.num_roll_backs + 1)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -22,7 +22,7 @@ class Settings:
     peak_flops: float | None
     """FLOP/s of one device, or None if unknown."""
     on_bad_step: str = "stop"
-    """`stop`, `skip` or `roll_back`."""
+    """`stop`, `skip` or `roll_back`; `off` where nothing is to be judged."""
     spike_threshold: float | None = None
     """Rise of the loss over its recent mean that is a spike, 0.2 being 20 %; None without such a rule."""
     bad_step_patience: int = 10

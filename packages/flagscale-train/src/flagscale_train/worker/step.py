@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers
 
 from flagscale_train.worker.datasets import reads_data
 from flagscale_train.worker.losses import note_loss
+from flagscale_train.worker.megatron import slice_for_context
 
 __all__ = ["LOSS_NAME", "forward"]
 
@@ -29,8 +29,7 @@ def _batch(data: Iterator[Any] | None) -> dict[str, torch.Tensor | None]:
     batch = {name: value.to(device, non_blocking=True) for name, value in next(data).items()}
     batch.setdefault("attention_mask", None)
     if get_args().context_parallel_size > 1:
-        group = mpu.get_context_parallel_group()
-        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+        batch = slice_for_context(batch, mpu.get_context_parallel_group())
     return batch
 
 
@@ -58,13 +57,12 @@ def forward(
     Args:
         data: iterator of batches; None on ranks that read none.
         model: this stage's part of the model.
-        return_schedule_plan: overlap of expert communication, which needs another entry into the model.
+        return_schedule_plan: never true, for planning refuses overlap_moe_expert_parallel_comm.
 
     Returns:
         The output, and the function that turns it into loss, token count and report.
     """
-    if return_schedule_plan:
-        raise NotImplementedError("overlap_moe_expert_parallel_comm is not supported: switch it off")
+    del return_schedule_plan
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = _batch(data)
