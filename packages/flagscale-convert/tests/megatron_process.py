@@ -1,8 +1,8 @@
 """A process of real megatron-core on the CPU, started by torchrun: checkpoints and logits.
 
-Reads a list of jobs (JSON): `save` builds a model with random weights and saves it as the trainer does;
-`load` builds the model a checkpoint's own arguments describe and loads it with Megatron's default strictness.
-Both write the logits of given tokens.
+Reads groups of jobs (JSON), each of one parallel layout. `save` builds a model with random weights and saves
+it as the trainer does; `load` builds the model a checkpoint's own arguments describe and loads it with
+Megatron's default strictness. Both write the logits of given tokens, computed by all stages of the pipeline.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -35,7 +36,28 @@ def adapt_to_cpu() -> None:
     torch.nn.Module.cuda = lambda self, *_args: self
 
 
+def adapt_megatron() -> None:
+    """Mend what megatron-core assumes of a machine with a GPU or with Transformer Engine."""
+    from megatron.core import tensor_parallel
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    tensor_parallel.random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    tensor_parallel.random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    # Megatron turns only CUDA tensors into the plain numbers a collective wants.
+    keep = token_dispatcher.maybe_move_tensor_to_cpu
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **options: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else keep(tensor, **options)
+    )
+    # 0.16 takes Transformer Engine for installed where only Megatron's wrapper of it can be imported.
+    multi_latent_attention.HAVE_TE = False
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def expert_options(args: argparse.Namespace) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
     if not args.num_experts:
         return {}
     return {
@@ -45,7 +67,8 @@ def expert_options(args: argparse.Namespace) -> dict[str, Any]:
         "moe_router_topk": args.moe_router_topk,
         "moe_router_pre_softmax": args.moe_router_pre_softmax,
         "moe_token_dispatcher_type": "alltoall",
-        "expert_model_parallel_size": torch.distributed.get_world_size() // args.tensor_model_parallel_size,
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
         **{
             name: getattr(args, name)
             for name in (
@@ -188,20 +211,85 @@ def build(args: argparse.Namespace, tensor_parallel: int, *, sizes: Any = (), **
     ).eval()
 
 
-def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    length = tokens.shape[1]
+def build_stage(args: argparse.Namespace, sizes: dict[str, Any]) -> Any:
+    """Build this rank's stage; of two, the first has one layer, so that stages are uneven."""
+    from megatron.core import parallel_state
+
+    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), sizes["pipeline_model_parallel_size"]
+    options = dict(sizes)
+    if stages > 1:
+        options |= {"pipeline_dtype": torch.float32, "num_layers_in_first_pipeline_stage": 1}
+    return build(
+        args,
+        sizes["tensor_model_parallel_size"],
+        sizes=options,
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+    )
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Run all stages; the last one gives the logits, of the next token and of further ones."""
+    from megatron.core import parallel_state
+
+    batch, length = tokens.shape
     mask = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[None, None]
-    positions = torch.arange(length).repeat(len(tokens), 1)
-    further: list[torch.Tensor] = []
-    layers = model.mtp.layers if hasattr(model, "mtp") else ()
-    hooks = [layer.register_forward_hook(lambda _m, _i, out: further.append(out[0])) for layer in layers]
+    positions = torch.arange(length).repeat(batch, 1)
+    hidden_states: list[torch.Tensor] = []
+    layers = model.mtp.layers if getattr(model, "mtp", None) is not None else ()
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out: hidden_states.append(out[0])) for layer in layers
+    ]
+    if layers:
+        # 0.16 runs layers for further tokens only with labels, and then gives losses back.
+        hooks.append(model.decoder.register_forward_hook(lambda _m, _i, out: hidden_states.append(out)))
     with torch.no_grad():
-        found = [model(tokens, positions, mask)]
-        head = model.embedding.word_embeddings.weight if model.share_embeddings_and_output_weights else None
-        found += [model.output_layer(hidden, weight=head)[0].transpose(0, 1) for hidden in further]
+        if not model.pre_process:
+            hidden = torch.empty(length, batch, model.config.hidden_size)
+            torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+            model.set_input_tensor(hidden)
+        output = model(tokens, positions, mask, labels=tokens if layers else None)
+        if not model.post_process:
+            torch.distributed.send(
+                output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank()
+            )
+            return None
+        tied = model.share_embeddings_and_output_weights
+        head = model.shared_embedding_or_output_weight() if tied else None
+        found = [model.output_layer(hidden, weight=head)[0].transpose(0, 1) for hidden in hidden_states]
     for hook in hooks:
         hook.remove()
-    return torch.stack(found).float()
+    return torch.stack(found or [output]).float()
+
+
+def fill(models: list[Any]) -> None:
+    """Random values, alike on the ranks that hold the same tensor.
+
+    Norms and biases are away from their neutral values, or swapping them would go unnoticed.
+    """
+    from megatron.core import parallel_state
+
+    for model in models:
+        tied = model.share_embeddings_and_output_weights
+        tensors = [
+            *model.named_parameters(),
+            *((n, b) for n, b in model.named_buffers() if "expert_bias" in n),
+        ]
+        for name, tensor in tensors:
+            seed = "embedding.word_embeddings.weight" if tied and name == "output_layer.weight" else name
+            if name.startswith("decoder.layers."):
+                layer = int(name.split(".")[2])
+                rest = name.split(".", 3)[3]
+                seed = f"{rest} of layer {model.decoder.layers[layer].layer_number}"
+            if getattr(tensor, "tensor_model_parallel", False):
+                seed += f" tensor {parallel_state.get_tensor_model_parallel_rank()}"
+            if ".local_experts." in name:
+                seed += f" expert {parallel_state.get_expert_model_parallel_rank()}"
+                seed += f" slice {parallel_state.get_expert_tensor_parallel_rank()}"
+            noise = torch.randn(
+                tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+            )
+            tensor.data.copy_(1 + noise / 4 if "norm" in name else noise / 8)
 
 
 def sharded(model: Any) -> Any:
@@ -211,19 +299,12 @@ def sharded(model: Any) -> Any:
     return model.sharded_state_dict(metadata={"dp_cp_group": group, "singleton_local_shards": False})
 
 
-def save(job: dict[str, Any], tensor_parallel: int) -> Any:
+def save(job: dict[str, Any], sizes: dict[str, Any]) -> Any:
     from megatron.core import dist_checkpointing
 
     args = argparse.Namespace(**job["args"])
-    model = build(argparse.Namespace(**job["args"]), tensor_parallel)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in sorted(model.named_parameters()):
-        # Norms and biases away from their neutral values, or swapping them would go unnoticed.
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = (1 + noise / 4) if "norm" in name else noise / 8
-    for name, buffer in sorted(model.named_buffers()):
-        if "expert_bias" in name:
-            buffer.copy_(torch.randn(buffer.shape, generator=generator) / 4)
+    model = build_stage(argparse.Namespace(**job["args"]), sizes)
+    fill([model])
     state = {
         "args": args,
         "iteration": 7,
@@ -240,13 +321,13 @@ def save(job: dict[str, Any], tensor_parallel: int) -> Any:
     return model
 
 
-def load(job: dict[str, Any], tensor_parallel: int) -> Any:
+def load(job: dict[str, Any], sizes: dict[str, Any]) -> Any:
     from megatron.core import dist_checkpointing
 
     tracker = (Path(job["path"]) / "latest_checkpointed_iteration.txt").read_text()
     folder = str(Path(job["path"]) / tracker)
     common = dist_checkpointing.load_common_state_dict(folder)
-    model = build(common["args"], tensor_parallel)
+    model = build_stage(common["args"], sizes)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))  # what is not loaded shows
     for name, buffer in model.named_buffers():
@@ -259,34 +340,32 @@ def load(job: dict[str, Any], tensor_parallel: int) -> Any:
 
 def main(path: str) -> None:
     adapt_to_cpu()
+    adapt_megatron()
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.transformer.moe import token_dispatcher
     from safetensors.torch import load_file, save_file
 
     request = json.loads(Path(path).read_text())
     torch.distributed.init_process_group("gloo")
-    size = torch.distributed.get_world_size()
-    tensor_size = request["tensor_parallel"]
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_size,
-        expert_model_parallel_size=size // tensor_size,
-        expert_tensor_parallel_size=tensor_size,
-    )
-    tensor_parallel.random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
-    tensor_parallel.random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    # Megatron turns only CUDA tensors into the plain numbers a collective wants.
-    keep = token_dispatcher.maybe_move_tensor_to_cpu
-    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **options: (
-        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else keep(tensor, **options)
-    )
     tokens = load_file(request["tokens"])["tokens"]
-    for job in request["jobs"]:
-        model = (save if job["do"] == "save" else load)(job, tensor_size)
-        result = logits(model, tokens)
-        if torch.distributed.get_rank() == 0:
-            save_file({"logits": result.contiguous()}, job["logits"])
-    torch.distributed.barrier()
+    for group in request["groups"]:
+        sizes = group["sizes"]
+        used = sizes["pipeline_model_parallel_size"] * sizes["expert_tensor_parallel_size"]
+        parallel_state.initialize_model_parallel(
+            **sizes, expert_model_parallel_size=torch.distributed.get_world_size() // used
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        for job in group["jobs"]:
+            model = (save if job["do"] == "save" else load)(job, sizes)
+            result = logits(model, tokens)
+            is_first = (
+                parallel_state.get_data_parallel_rank()
+                == parallel_state.get_tensor_model_parallel_rank()
+                == 0
+            )
+            if result is not None and is_first:
+                save_file({"logits": result.contiguous()}, job["logits"])
+            torch.distributed.barrier()
+        parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
 

@@ -1,8 +1,9 @@
 """Processes of real megatron-core on the CPU that save and load in its per-rank format.
 
 Reads a request (JSON) with parallel sizes and jobs. `save` writes the same random model as `--ckpt-format
-torch` and as `torch_dist`. `load` loads a per-rank checkpoint strictly into a model full of NaN and saves
-that as `torch_dist`. File names and contents come from Megatron's own trainer.
+torch` and as `torch_dist`. `load` loads a per-rank checkpoint strictly into a model full of NaN, saves that
+as `torch_dist`, and loads the model once more from `torch_dist`, which must give the same on every rank.
+Names of files and contents come from Megatron's own trainer.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron_process import adapt_to_cpu, build
+from megatron_process import adapt_megatron, adapt_to_cpu, build, fill, sharded
 
 
 def make(args: argparse.Namespace, sizes: dict[str, Any]) -> list[Any]:
@@ -40,26 +40,12 @@ def make(args: argparse.Namespace, sizes: dict[str, Any]) -> list[Any]:
     return models
 
 
-def fill(models: list[Any], *, is_tied: bool) -> None:
-    """Random values, alike on the ranks that hold the same tensor."""
-    from megatron.core import parallel_state
-
-    for model in models:
-        for name, parameter in model.named_parameters():
-            seed = "embedding.word_embeddings.weight" if is_tied and name == "output_layer.weight" else name
-            if name.startswith("decoder.layers."):
-                layer = int(name.split(".")[2])
-                seed += f" {model.decoder.layers[layer].layer_number}"
-            if getattr(parameter, "tensor_model_parallel", False):
-                seed += f" tensor {parallel_state.get_tensor_model_parallel_rank()}"
-            if ".local_experts." in name:
-                seed += f" expert {parallel_state.get_expert_model_parallel_rank()}"
-            generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-            parameter.data = torch.randn(parameter.shape, generator=generator)
-
-
 def arguments(job: dict[str, Any], sizes: dict[str, Any]) -> argparse.Namespace:
     return argparse.Namespace(**{**job["args"], **sizes, "no_save_optim": True, "no_save_rng": True})
+
+
+def chunk_names(models: list[Any]) -> list[str]:
+    return ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]
 
 
 def save_torch_dist(models: list[Any], args: argparse.Namespace, path: str) -> None:
@@ -69,13 +55,12 @@ def save_torch_dist(models: list[Any], args: argparse.Namespace, path: str) -> N
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True)
     torch.distributed.barrier()
-    names = ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]
     state = {
         "args": args,
         "iteration": 7,
         "checkpoint_version": 3.0,
         "content_metadata": {"singleton_local_shards": False},
-        **{name: model.sharded_state_dict() for name, model in zip(names, models, strict=True)},
+        **{name: sharded(model) for name, model in zip(chunk_names(models), models, strict=True)},
     }
     dist_checkpointing.save(state, str(folder))
 
@@ -85,7 +70,7 @@ def save(job: dict[str, Any], sizes: dict[str, Any]) -> None:
 
     args = arguments(job, sizes)
     models = make(args, sizes)
-    fill(models, is_tied=not args.untie_embeddings_and_output_weights)
+    fill(models)
     save_torch_dist(models, args, job["path"] + "-dist")
     args.ckpt_format = "torch"
     state = checkpointing.generate_state_dict(args, models, None, None, None, iteration=7)
@@ -100,16 +85,37 @@ def load(job: dict[str, Any], sizes: dict[str, Any]) -> None:
     name = checkpointing.get_checkpoint_name(job["path"], 0, release=True)
     state = torch.load(name, map_location="cpu", weights_only=False)
     models = make(state["args"], sizes)
-    for number, model in enumerate(models):
-        for parameter in model.parameters():
-            parameter.data.fill_(float("nan"))
-        key = "model" if len(models) == 1 else f"model{number}"
+    for key, model in zip(chunk_names(models), models, strict=True):
+        forget(model)
         model.load_state_dict(state[key], strict=True)
     save_torch_dist(models, state["args"], job["path"] + "-loaded")
+    compare_torch_dist(models, job["path"] + "-dist")
+
+
+def forget(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+
+
+def compare_torch_dist(models: list[Any], path: str) -> None:
+    """Load the same model from `torch_dist`, with default strictness: every rank must get the same."""
+    from megatron.core import dist_checkpointing
+
+    from_ranks = [{name: value.clone() for name, value in model.named_parameters()} for model in models]
+    for model in models:
+        forget(model)
+    names = chunk_names(models)
+    wanted = {name: sharded(model) for name, model in zip(names, models, strict=True)}
+    loaded = dist_checkpointing.load(wanted, f"{path}/release")
+    for name, model, expected in zip(names, models, from_ranks, strict=True):
+        model.load_state_dict(loaded[name], strict=True)
+        for parameter, value in model.named_parameters():
+            assert torch.equal(value, expected[parameter]), parameter
 
 
 def main(path: str) -> None:
     adapt_to_cpu()
+    adapt_megatron()
     from megatron.core import parallel_state, tensor_parallel
 
     request = json.loads(Path(path).read_text())
@@ -121,10 +127,6 @@ def main(path: str) -> None:
             pipeline_model_parallel_size=sizes["pipeline_model_parallel_size"],
             virtual_pipeline_model_parallel_size=sizes["virtual_pipeline_model_parallel_size"],
             expert_model_parallel_size=sizes["expert_model_parallel_size"],
-        )
-        tensor_parallel.random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
-        tensor_parallel.random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(
-            state
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         for job in group["jobs"]:

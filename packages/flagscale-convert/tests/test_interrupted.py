@@ -27,7 +27,7 @@ from flagscale_convert import (
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from flagscale_convert import make_plan, convert
-plan = make_plan(sys.argv[1], sys.argv[2], to=sys.argv[3], shard_bytes=150_000)
+plan = make_plan(sys.argv[1], sys.argv[2], to=sys.argv[3], shard_bytes=50_000)
 limit = float(sys.argv[4])
 convert(plan, progress=lambda done, total: done > limit * total and os.kill(os.getpid(), signal.SIGKILL))
 """
@@ -67,12 +67,12 @@ def test_killed_while_writing(make, shape, python, tmp_path, to, fraction):
     done = python(KILLED_WHILE_WRITING, source, out, to, fraction)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert_not_whole(out)
-    plan = make_plan(source, out, to=to, shard_bytes=150_000)
+    plan = make_plan(source, out, to=to, shard_bytes=50_000)
     report = convert(plan)
     assert (report.resumed_bytes > 0) == (fraction > 0.3)
     assert verify(source, out).is_equal
     assert not (out / ".flagscale-convert").exists()
-    convert(make_plan(source, tmp_path / "fresh", to=to, shard_bytes=150_000))
+    convert(make_plan(source, tmp_path / "fresh", to=to, shard_bytes=50_000))
     for path in (tmp_path / "fresh").rglob("*"):
         if path.suffix in (".safetensors", ".distcp"):
             assert path.read_bytes() == (out / path.relative_to(tmp_path / "fresh")).read_bytes()

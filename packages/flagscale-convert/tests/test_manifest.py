@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flagscale_convert import ParallelLayout, SourceDamaged, convert, inspect, make_plan
+from flagscale_convert import ParallelLayout, SourceDamaged, convert, inspect, make_plan, verify
 from flagscale_convert.manifest import MANIFEST, Checksum
 
 
@@ -48,7 +48,32 @@ def test_damage_is_named(make, shape, tmp_path):
     found = inspect(out, hashes=True).suspicions
     assert any(text.startswith("model.safetensors: its checksum is") for text in found)
     assert "generation_config.json: is in the manifest and missing" in found
-    assert not inspect(out).suspicions
+    # Without reading the files, only what their sizes tell is seen; reading the weights reads the files.
+    assert inspect(out).suspicions == ("generation_config.json: is in the manifest and missing",)
+    assert inspect(out, values=True).suspicions == found
+
+
+@pytest.mark.parametrize("to", ["hf", "torch_dist", "torch"])
+def test_verify_tells_which_file_is_damaged(make, shape, tmp_path, to):
+    source, out = make.hf(shape()), tmp_path / "out"
+    convert(make_plan(source, out, to=to))
+    assert verify(source, out).is_equal
+    path = max(out.rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    name = str(path.relative_to(out))
+    found = [str(difference) for difference in verify(source, out).differences]
+    assert any(text.startswith(f"{out}: {name}: its checksum is") for text in found)
+    assert any("first differs at element" in text for text in found)
+
+
+def test_training_on_in_the_same_directory_is_no_damage(make, shape, tmp_path):
+    out = tmp_path / "out"
+    convert(make_plan(make.hf(shape()), out, to="torch_dist"))
+    (out / "release").rename(out / "iter_0000012")
+    (out / "latest_checkpointed_iteration.txt").write_text("12")
+    assert not inspect(out, values=True).suspicions
 
 
 def test_a_checkpoint_without_a_manifest_says_so(make, shape):

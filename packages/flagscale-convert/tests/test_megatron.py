@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flagscale_convert import FAMILIES, convert, inspect, make_plan, verify
+from flagscale_convert import FAMILIES, ParallelLayout, convert, inspect, make_plan, verify
 
 pytestmark = pytest.mark.megatron
 
@@ -34,6 +36,7 @@ MODELS = {
     "qwen3": {"family": "qwen3", "heads": 6, "groups": 2},
     "llama-llama3-rope": {"family": "llama", "heads": 4, "groups": 2, "config": LLAMA3},
     "llama-multi-head": {"family": "llama", "heads": 4, "groups": 4},
+    "llama-one-key-head": {"family": "llama", "heads": 4, "groups": 1},
     "qwen2-linear-rope": {"family": "qwen2", "heads": 4, "groups": 2, "config": LINEAR},
     "qwen2-yarn": {"family": "qwen2", "heads": 4, "groups": 2, "config": {"rope_scaling": PLAIN_YARN}},
 }
@@ -149,54 +152,85 @@ def from_transformers(model, folder):
         save_file(tensors, file, {"format": "pt"})
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
-def results(request, shape, tmp_path_factory):
-    """Every model both ways through one Megatron job of one or two tensor-parallel ranks."""
-    return run_all(shape, request.param, tmp_path_factory.mktemp(f"tp{request.param}"))
+ALL = {**MODELS, **EXPERTS, **LATENT}
+TOKENS = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(9))
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_tensor_parallel_size")
+LAYOUTS = {
+    "one": (1, 1, 1, 1, ALL),
+    # Stages are uneven: three layers, of which the first stage has one.
+    "tp2-pp2": (4, 2, 2, 2, ALL),
+    "pp2-ep2": (4, 1, 2, 1, {**EXPERTS, **LATENT, "qwen3": MODELS["qwen3"]}),
+    # Experts divided by more ranks than the rest of the layer.
+    "etp2-ep2": (4, 1, 1, 2, {name: ALL[name] for name in ("mixtral", "deepseek_v3")}),
+}
+"""Ranks, the three sizes (what is left are groups of experts), and the models run so."""
+CASES = [
+    pytest.param(layout, name, id=f"{layout}-{name}") for layout in LAYOUTS for name in LAYOUTS[layout][-1]
+]
+MEGATRON = ".".join(version("megatron-core").split(".")[:2])
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["ep1", "ep2"])
-def expert_results(request, shape, tmp_path_factory):
-    """The models of experts, their experts on one rank or on two."""
-    return run_all(
-        shape, request.param, tmp_path_factory.mktemp(f"ep{request.param}"), EXPERTS, tensor_parallel=1
+@pytest.fixture(scope="module")
+def run(shape, tmp_path_factory):
+    """Give where a layout's results are; every model goes both ways, all layouts of as many ranks at once."""
+    root = tmp_path_factory.mktemp("megatron")
+    save_file({"tokens": TOKENS}, root / "tokens")
+    for name, options in ALL.items():
+        make_both(shape(**options), root, name)
+
+    @cache
+    def run_ranks(ranks):
+        groups = [
+            group(shape, root, layout, sizes, models)
+            for layout, (of, *sizes, models) in LAYOUTS.items()
+            if of == ranks
+        ]
+        request = root / f"request-{ranks}"
+        request.write_text(json.dumps({"tokens": str(root / "tokens"), "groups": groups}))
+        run_megatron(request, ranks)
+
+    def results(layout):
+        run_ranks(LAYOUTS[layout][0])
+        return root
+
+    return results
+
+
+def make_both(model, root, name):
+    """Write a model by transformers, and convert it."""
+    from_transformers(model, root / f"{name}-hf")
+    plan = make_plan(
+        root / f"{name}-hf",
+        root / f"{name}-converted",
+        to="torch_dist",
+        layers="per-layer" if "per-layer" in name else "auto",
+        megatron_version=MEGATRON,
+        # A padding that every layout divides.
+        parallel=ParallelLayout(tensor_model_parallel_size=2),
+        vocab_divisor=64,
     )
+    convert(plan)
 
 
-@pytest.fixture(scope="module", params=["one", "tp2", "ep2"])
-def latent_results(request, shape, tmp_path_factory):
-    """The models of latent attention, on one rank, or with heads or experts on two."""
-    size, tensor_parallel = {"one": (1, 1), "tp2": (2, 2), "ep2": (2, 1)}[request.param]
-    root = tmp_path_factory.mktemp(request.param)
-    return run_all(shape, size, root, LATENT, tensor_parallel=tensor_parallel)
-
-
-def run_all(shape, size, root: Path, models=MODELS, *, tensor_parallel=None):
-    tokens = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(9))
-    save_file({"tokens": tokens}, root / "tokens")
+def group(shape, root, layout, sizes, models):
+    """Give the jobs of one layout: load what was converted, save what was made."""
     jobs = []
     for name, options in models.items():
-        model = shape(**options)
-        from_transformers(model, root / f"{name}-hf")
-        layers = "per-layer" if "per-layer" in name else "auto"
-        convert(make_plan(root / f"{name}-hf", root / f"{name}-converted", to="torch_dist", layers=layers))
+        place = f"{root}/{layout}-{name}"
+        args = shape(**options).trainer_args(per_layer="per-layer" in name)
         jobs += [
-            {"do": "load", "path": f"{root}/{name}-converted", "logits": f"{root}/{name}-loaded"},
-            {
-                "do": "save",
-                "path": f"{root}/{name}-trained",
-                "logits": f"{root}/{name}-saved",
-                "args": model.trainer_args(per_layer=layers == "per-layer"),
-            },
+            {"do": "load", "path": f"{root}/{name}-converted", "logits": f"{place}-loaded"},
+            {"do": "save", "path": f"{place}-trained", "logits": f"{place}-saved", "args": args},
         ]
-    (root / "request").write_text(
-        json.dumps({"tokens": str(root / "tokens"), "tensor_parallel": tensor_parallel or size, "jobs": jobs})
-    )
+    return {"sizes": dict(zip(SIZES, sizes, strict=True)), "jobs": jobs}
+
+
+def run_megatron(request, ranks):
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
             str(Path(__file__).with_name("megatron_process.py")),
-            str(root / "request"),
+            str(request),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
         capture_output=True,
@@ -205,59 +239,34 @@ def run_all(shape, size, root: Path, models=MODELS, *, tensor_parallel=None):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return root, tokens
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_megatron_loads_what_was_converted(results, name):
-    check_loaded(*results, name)
+@pytest.mark.parametrize(("layout", "name"), CASES)
+def test_megatron_loads_what_was_converted(run, layout, name):
+    """With default strictness, and its logits are transformers'."""
+    root = run(layout)
+    theirs = transformers_logits(root / f"{name}-hf", TOKENS)
+    check_logits(load_file(root / f"{layout}-{name}-loaded")["logits"], theirs)
 
 
-@pytest.mark.parametrize("name", EXPERTS)
-def test_megatron_loads_experts_that_were_converted(expert_results, name):
-    check_loaded(*expert_results, name)
+@pytest.mark.parametrize(("layout", "name"), CASES)
+def test_transformers_loads_what_megatron_saved(run, tmp_path, layout, name):
+    root = run(layout)
+    saved = root / f"{layout}-{name}-trained"
+    found = inspect(saved)
+    assert found.iteration == 7
+    assert not found.suspicions
+    convert(make_plan(saved, tmp_path / "out", to="hf"))
+    theirs = transformers_logits(tmp_path / "out", TOKENS)
+    check_logits(load_file(root / f"{layout}-{name}-saved")["logits"], theirs)
+    assert verify(saved, tmp_path / "out").is_equal
 
 
-@pytest.mark.parametrize("name", LATENT)
-def test_megatron_loads_latent_attention_that_was_converted(latent_results, name):
-    check_loaded(*latent_results, name)
+def check_logits(ours, theirs):
+    assert theirs.abs().max() > 1
+    assert (ours[..., :131] - theirs).abs().max() < TOLERANCE
 
 
 def test_families_claim_what_was_run():
-    models = (*MODELS.values(), *EXPERTS.values(), *LATENT.values())
-    run = {options["family"] for options in models}
+    run = {options["family"] for options in ALL.values()}
     assert run == {family.name for family in FAMILIES.values() if "logits" in family.proven_by}
-
-
-def check_loaded(root, tokens, name):
-    ours = load_file(root / f"{name}-loaded")["logits"][..., :131]
-    theirs = transformers_logits(root / f"{name}-hf", tokens)
-    assert theirs.abs().max() > 1
-    assert (ours - theirs).abs().max() < TOLERANCE
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_transformers_loads_what_megatron_saved(results, name):
-    check_saved(*results, name)
-
-
-@pytest.mark.parametrize("name", EXPERTS)
-def test_transformers_loads_experts_that_megatron_saved(expert_results, name):
-    check_saved(*expert_results, name)
-
-
-@pytest.mark.parametrize("name", LATENT)
-def test_transformers_loads_latent_attention_that_megatron_saved(latent_results, name):
-    check_saved(*latent_results, name)
-
-
-def check_saved(root, tokens, name):
-    found = inspect(root / f"{name}-trained")
-    assert found.iteration == 7
-    assert not found.suspicions
-    convert(make_plan(root / f"{name}-trained", root / f"{name}-out", to="hf"))
-    theirs = transformers_logits(root / f"{name}-out", tokens)
-    ours = load_file(root / f"{name}-saved")["logits"][..., :131]
-    assert theirs.abs().max() > 1
-    assert (ours - theirs).abs().max() < TOLERANCE
-    assert verify(root / f"{name}-trained", root / f"{name}-out").is_equal

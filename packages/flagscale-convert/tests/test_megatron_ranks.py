@@ -27,6 +27,14 @@ PP2_EP2 = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
 CASES = {
     "qwen3-tied-vpp": (VPP, {"family": "qwen3", "tied": True, "heads": 4, "layers": 4}),
     "llama-one-key-head-uneven": (UNEVEN, {"family": "llama", "heads": 4, "groups": 1, "layers": 4}),
+    "deepseek_v3-mtp-uneven": (
+        UNEVEN,
+        {"family": "deepseek_v3", "heads": 4, "plain": (0,), "experts": 4, "mtp": 1, "layers": 3},
+    ),
+    "deepseek_v3-tied-pp2-ep2": (
+        PP2_EP2,
+        {"family": "deepseek_v3", "heads": 4, "tied": True, "experts": 4, "mtp": 2, "layers": 2},
+    ),
     "qwen3_moe-pp2-ep2": (PP2_EP2, {"family": "qwen3_moe", "experts": 4, "layers": 2}),
 }
 
@@ -47,6 +55,11 @@ def root(shape, tmp_path_factory) -> Path:
                 to="torch",
                 parallel=ParallelLayout(**sizes),
                 transformer_impl="local",
+            )
+        )
+        convert(
+            make_plan(
+                source, root / f"{name}-written-dist", to="torch_dist", parallel=ParallelLayout(**sizes)
             )
         )
         loaded = {"do": "load", "path": f"{root}/{name}-written"}
@@ -89,5 +102,5 @@ def test_what_megatron_saves_per_rank_is_read(make, root, name, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_megatron_loads_what_is_written_per_rank(root, name):
-    """Strictly, so that neither a missing nor a superfluous name passes."""
+    """Strictly, so that neither a missing nor a superfluous name passes; `torch_dist` gives the same."""
     assert verify(f"{root / name}-hf", f"{root / name}-written-loaded").is_equal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -90,6 +91,7 @@ def test_experts_are_numbered_locally(make, shape, tmp_path):
     assert inspect(out).dialect == "TP 2, PP 1, EP 2, ETP 1"
 
 
+FAMILIES = ["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3"]
 LAYOUTS = st.fixed_dictionaries(
     {
         "tensor_model_parallel_size": st.sampled_from([1, 2, 3, 4]),
@@ -107,9 +109,9 @@ LAYOUTS = st.fixed_dictionaries(
 @given(data=st.data())
 def test_every_layout_there_and_back(make, shape, tmp_path_factory, data):
     """Families x layouts x sizes, key heads fewer than ranks among them: bitwise identical at the end."""
-    family = data.draw(st.sampled_from(["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"]), "family")
+    family = data.draw(st.sampled_from(FAMILIES), "family")
     sizes = data.draw(LAYOUTS, "layout")
-    has_experts = family in ("qwen3_moe", "mixtral")
+    has_experts = family in ("qwen3_moe", "mixtral", "deepseek_v3")
     tensor, expert = sizes["tensor_model_parallel_size"], sizes["expert_model_parallel_size"]
     expert_tensor = sizes["expert_tensor_parallel_size"] or tensor
     if not has_experts:
@@ -117,10 +119,16 @@ def test_every_layout_there_and_back(make, shape, tmp_path_factory, data):
     groups = data.draw(st.sampled_from([1, 2, tensor]), "groups")
     heads = groups * tensor * data.draw(st.sampled_from([1, 2]), "heads per group and rank")
     head = tensor * data.draw(st.sampled_from([2, 4]), "head")
+    layers = data.draw(st.integers(1, 9), "layers")
+    has_plain = family in ("qwen3_moe", "deepseek_v3")
     model = shape(
         family=family,
         tied=data.draw(st.booleans(), "tied"),
-        layers=data.draw(st.integers(1, 9), "layers"),
+        layers=layers,
+        plain=tuple(range(data.draw(st.integers(0, layers - 1), "plain layers"))) if has_plain else (),
+        mtp=data.draw(st.integers(0, 2), "further tokens") if family == "deepseek_v3" else 0,
+        query_rank=data.draw(st.sampled_from([None, 20]), "query rank"),
+        value_head=tensor * data.draw(st.integers(1, 3), "value head"),
         hidden=data.draw(st.sampled_from([8, 24]), "hidden"),
         ffn=tensor * data.draw(st.integers(1, 7), "ffn"),
         heads=heads,
@@ -128,7 +136,8 @@ def test_every_layout_there_and_back(make, shape, tmp_path_factory, data):
         head=head,
         vocab=data.draw(st.sampled_from([7, 131, 257]), "vocabulary"),
         experts=expert * data.draw(st.integers(2, 3), "experts"),
-        expert_ffn=expert_tensor * data.draw(st.integers(1, 5), "expert ffn"),
+        # Of shared experts every tensor-parallel rank has a part, of the others every expert-tensor one.
+        expert_ffn=math.lcm(expert_tensor, tensor) * data.draw(st.integers(1, 5), "expert ffn"),
         dtype=data.draw(st.sampled_from([torch.bfloat16, torch.float32]), "dtype"),
     )
     root = tmp_path_factory.mktemp("layout")
@@ -137,6 +146,7 @@ def test_every_layout_there_and_back(make, shape, tmp_path_factory, data):
     flavour = {
         "transformer_impl": data.draw(st.sampled_from(["local", "transformer_engine"]), "flavour"),
         "moe_grouped_gemm": data.draw(st.booleans(), "grouped"),
+        "megatron_version": data.draw(st.sampled_from(["0.16", "0.18", "0.19"]), "version"),
     }
     try:
         plan = make_plan(

@@ -304,3 +304,46 @@ def test_logits_show_what_both_compute(make, shape, tmp_path, capsys):
     swap(swapped, "model.layers.0.self_attn.k_norm.weight", "model.layers.0.self_attn.q_norm.weight")
     report = verify(source, make.hf(model, "swapped", tensors=swapped), mode="logits", num_layers=2)
     assert report.differences[0].tensor == "logits"
+
+
+DEEPSEEK = {"family": "deepseek_v3", "layers": 3, "plain": (0,), "experts": 8, "per_token": 4, "mtp": 1}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("form", ["hf", "torch_dist"])
+def test_a_cut_model_has_no_layers_for_further_tokens(make, shape, tmp_path, layers, form):
+    """Else the first layer behind the cut would be taken for one."""
+    model = shape(**DEEPSEEK)
+    source = make.hf(model)
+    convert(make_plan(source, tmp_path / "dist", to="torch_dist"))
+    cut = tmp_path / "cut"
+    convert(make_plan({"hf": source}.get(form, tmp_path / "dist"), cut, to="hf", num_layers=layers))
+    kept = {
+        name: tensor
+        for name, tensor in model.hf_tensors().items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
+    }
+    make.same(make.load(cut), kept)
+    config = json.loads((cut / "config.json").read_text())
+    assert config["num_hidden_layers"] == layers
+    assert config["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.transformers
+def test_logits_of_the_first_layers(make, shape, tmp_path):
+    """What is behind the cut does not matter, what is before it does."""
+    model = shape(**DEEPSEEK)
+    small = {
+        name: tensor / 8 if "norm" not in name else tensor for name, tensor in model.hf_tensors().items()
+    }
+    behind, before = dict(small), dict(small)
+    for changed, layer in ((behind, 2), (behind, 3), (before, 1)):
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        changed[name] = changed[name].flip(0)
+    source = make.hf(model, tensors=small)
+    convert(make_plan(make.hf(model, "behind", tensors=behind), tmp_path / "dist", to="torch_dist"))
+    report = verify(source, tmp_path / "dist", mode="logits", num_layers=2)
+    assert report.is_equal
+    assert report.logits is not None
+    assert report.logits[1] > 0.1
+    assert not verify(source, make.hf(model, "before", tensors=before), mode="logits", num_layers=2).is_equal

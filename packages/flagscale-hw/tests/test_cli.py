@@ -6,13 +6,14 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 import flagscale_hw
 from flagscale_hw import cli
 from flagscale_hw.doctor import CODES
-from flagscale_hw.testing import fake_host
+from flagscale_hw.testing import fake_host, faked_host
 
 
 @pytest.fixture
@@ -37,6 +38,42 @@ def test_json(machine, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["schema"] == "flagscale-hw/1"
     assert [device["uuid"] for device in said["devices"]] == [device.uuid for device in machine.devices]
+
+
+@pytest.mark.parametrize(("required", "code"), [([], 0), (["2"], 0), (["3"], 3)])
+def test_a_script_can_require_devices(machine, capsys, required, code):
+    assert cli.main(["--json", "--require", *required]) == code
+    said = capsys.readouterr()
+    assert json.loads(said.out)["primary"] == "nvidia"  # what is here is told all the same
+    short = "error: --require 3: 2 of 2 devices of this machine can be used: flagscale-hw doctor says why\n"
+    assert said.err == (short if code else "")
+
+
+def test_a_bad_card_does_not_count(monkeypatch, capsys):
+    found = fake_host("nvidia", 2)
+    bad = replace(found, devices=(found.devices[0], replace(found.devices[1], health="bad")))
+    monkeypatch.setattr("flagscale_hw.detection.detect", lambda **_: bad)
+    assert cli.main(["--require"]) == 0
+    assert cli.main(["--require", "2"]) == 3
+    assert "1 of 2 devices" in capsys.readouterr().err
+
+
+def test_one_vendor_of_several(capsys):
+    with faked_host("ascend", 2):
+        assert cli.main(["--timeout", "60", "--vendor", "nvidia,ascend", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["primary"] == "ascend"
+        assert cli.main(["--vendor", "nvidia", "--require"]) == 3
+        assert "no accelerator" in capsys.readouterr().out
+    assert cli.main(["--vendor", "nvidai"]) == 2
+    assert "error: vendor nvidai: not known: known are nvidia, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--vendor", "nvidia", "doctor"], ["--require", "2", "topo"]])
+def test_an_option_that_would_be_ignored_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert words[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["env", "--devices", "1,0"], ["env"]])

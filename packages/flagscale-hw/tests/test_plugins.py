@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flagscale_hw import plugins
+from flagscale_hw import cli, plugins
 from flagscale_hw.backend import backends
 
 MANIFEST = {
@@ -150,3 +150,16 @@ def test_two_plugins_for_one_chip_conflict(install):
     assert [backend.origin for backend in plugins.plugins()] == ["hw_vastai 2.1"]
     (problem,) = plugins.plugin_problems()
     assert problem.text == "plug-in other_vastai 1.0: not used: hw_vastai 2.1 describes this chip too"
+
+
+def test_the_verb_lists_them_and_fails_for_one_that_cannot_be_used(install, capsys):
+    install()
+    assert cli.main(["plugins"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert next(line for line in lines if line[0] == "vastai")[1:3] == ["hw_vastai", "2.1"]
+    assert next(line for line in lines if line[0] == "nvidia")[1] == "built-in"
+    install(name="other-vastai", version="1.0")
+    assert cli.main(["plugins", "--json"]) == 3
+    said = capsys.readouterr()
+    assert json.loads(said.out)["problems"][0]["where"] == "vastai"
+    assert said.err.startswith("error: vastai: plug-in other_vastai 1.0: not used")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -10,12 +11,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 
 from flagscale_hw.table import Style, render, style_for
 from flagscale_hw.testing import fake_host, faked_host
-from flagscale_hw.watch import watch
+from flagscale_hw.watch import COLUMNS, watch
 
 
 class Terminal(io.StringIO):
@@ -98,7 +100,7 @@ def test_one_document_per_line():
         return found
 
     with pytest.raises(KeyboardInterrupt):
-        watch(look, interval_s=0.01, as_json=True, out=out)
+        watch(look, interval_s=0.01, form="json", out=out)
     lines = out.getvalue().splitlines()
     assert [json.loads(line)["primary"] for line in lines] == ["ascend", "ascend"]
 
@@ -162,3 +164,16 @@ def test_ctrl_c_ends_the_verb_quietly():
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == ""
+
+
+def test_lines_for_a_spreadsheet():
+    out = io.StringIO()
+    bare = replace(fake_host("ascend", 2).devices[1], name="910, B2", temperature_c=None)
+    machine = fake_host("ascend", 2)
+    watch(lambda: replace(machine, devices=(machine.devices[0], bare)), once=True, form="csv", out=out)
+    rows = list(csv.DictReader(io.StringIO(out.getvalue())))
+    assert tuple(rows[0]) == COLUMNS
+    assert [row["index"] for row in rows] == ["0", "1"]
+    assert rows[0]["memory_total_bytes"] == str(64 << 30)
+    assert (rows[1]["name"], rows[1]["temperature_c"]) == ("910, B2", "")  # unknown is empty, never 0
+    assert datetime.fromisoformat(rows[0]["time"]).tzinfo is not None

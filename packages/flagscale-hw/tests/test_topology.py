@@ -182,6 +182,21 @@ def test_the_verb(capsys):
         assert capsys.readouterr().out == "no accelerator, so no links\n"
 
 
+def test_the_graph(capsys):
+    with faked_host("metax", 8):
+        assert cli.main(["--timeout", "60", "topo", "--dot"]) == 0
+    graph = capsys.readouterr().out
+    assert graph.startswith("graph topology {")
+    assert graph.endswith("}\n")
+    assert graph.count("subgraph cluster_") == 2
+    assert graph.count("style=bold") == 2 * 6  # four devices in each of two islands, all linked
+    assert graph.count("style=dotted") >= 8  # every device has a nearest network card
+    assert "PIX" not in graph  # the bus between devices would hide the fast links
+    with faked_host("enflame", 2):
+        assert cli.main(["--timeout", "60", "topo", "--dot"]) == 0
+    assert '"enflame 0" -- "enflame 1" [label=' in capsys.readouterr().out
+
+
 def test_the_verb_in_a_pipe_is_plain():
     with faked_host("nvidia", 2):
         words = [sys.executable, "-m", "flagscale_hw", "--timeout", "60"]

@@ -73,7 +73,7 @@ def lay_out_torch_dist(  # noqa: PLR0913 - one caller, most by keyword
     is_stacked: bool,
     folder: str,
     shard_bytes: int,
-    is_legacy: bool = False,
+    with_common_file: bool = False,
 ) -> tuple[tuple[FilePlan, ...], dict[str, bytes]]:
     """Lay out a checkpoint.
 
@@ -85,7 +85,7 @@ def lay_out_torch_dist(  # noqa: PLR0913 - one caller, most by keyword
         is_stacked: whether layers share one tensor; they must then be alike.
         folder: iteration directory in the destination.
         shard_bytes: a data file gets no further chunk beyond this.
-        is_legacy: arguments in `common.pt`, as up to megatron-core 0.16, which newer ones read too.
+        with_common_file: arguments in `common.pt`, as up to megatron-core 0.18, which newer ones read too.
 
     Returns:
         The data files, and the small ones by path.
@@ -97,7 +97,7 @@ def lay_out_torch_dist(  # noqa: PLR0913 - one caller, most by keyword
     named = [*infos, *(twin for name in infos for twin in twins.get(name, ()))]
     objects = _extra_states(named, naming)
     common = _common_state(args, next(iter(entries.values())).dtype, is_stacked=is_stacked)
-    if not is_legacy:
+    if not with_common_file:
         objects[COMMON_STATE] = object_archive(dump([common]))
     files.append(_object_file(objects, f"__0_{len(files)}.distcp", folder, storage))
     described: dict[str, Any] = {
@@ -112,9 +112,9 @@ def lay_out_torch_dist(  # noqa: PLR0913 - one caller, most by keyword
         "version": "1.0.0",
     }
     return tuple(files), {
-        **({f"{folder}/common.pt": object_archive(dump(common))} if is_legacy else {}),
+        **({f"{folder}/common.pt": object_archive(dump(common))} if with_common_file else {}),
         f"{folder}/.metadata": dump(New(Global(_DCP, "Metadata"), metadata)),
-        f"{folder}/metadata.json": _LEGACY_METADATA_JSON if is_legacy else METADATA_JSON,
+        f"{folder}/metadata.json": _LEGACY_METADATA_JSON if with_common_file else METADATA_JSON,
     }
 
 

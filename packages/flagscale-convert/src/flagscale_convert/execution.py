@@ -20,12 +20,15 @@ from flagscale_convert.manifest import Checksum, is_written_by
 from flagscale_convert.model import require_fit
 from flagscale_convert.plan import Plan
 from flagscale_convert.staging import Staging, write_failure
-from flagscale_convert.tensors import Source
+from flagscale_convert.tensors import Source, TensorInfo
 from flagscale_convert.verification import first_difference
 
 __all__ = ["Progress", "Report", "convert"]
 
-_BUFFER_BYTES = 16 << 20
+_CACHED_BYTES = 512 << 10
+"""What a thread moves at once: read, summed and written while it lies in the core's own cache."""
+_COMPUTED_BYTES = 16 << 20
+"""The same where values are computed, which is done by numpy for many at once."""
 _NOTHING: tuple[str, ...] = ()
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all, from any thread, one call at a time."""
@@ -74,9 +77,9 @@ def convert(
 ) -> Report:
     """Carry out a plan.
 
-    Peak memory is about `workers` times 16 MB (twice that with a dtype given), whatever the size of the
-    model. Stopped at any moment, the destination holds nothing that loads, and the same call finishes the
-    work.
+    Peak memory is a few megabytes per worker (about 50 where values are computed: a dtype given, fp8
+    weights), whatever the size of the model. Stopped at any moment, the destination holds nothing that loads,
+    and the same call finishes the work.
 
     Args:
         plan: from `make_plan`.
@@ -125,14 +128,34 @@ def _write_all(
     with staging.opened():
         left = [file for file in staging.files if not staging.is_done(file.path)]
         done = total - sum(file.size_bytes for file in left)
-        counter = _Counter(total, done, progress)
-        for file in left:
-            checksum = _write_file(plan.view, file, staging.folder / file.path, counter, workers)
-            staging.mark_done(file.path, checksum)
+        buffers = _Buffers(_CACHED_BYTES if plan.is_copied else _COMPUTED_BYTES)
+        work = _Work(plan.view, _Counter(total, done, progress), buffers, max(1, workers))
+        # One file goes to the disk while the next one is made.
+        with ThreadPoolExecutor(1, thread_name_prefix="sync") as syncer:
+            synced: Future[None] | None = None
+            for file in left:
+                path = staging.folder / file.path
+                descriptor, checksum = _write_file(work, file, path)
+                if synced is not None:
+                    synced.result()
+                synced = syncer.submit(_finish, staging, file.path, descriptor, checksum)
+            if synced is not None:
+                synced.result()
         missing = staging.missing()
         if not missing:
             staging.commit()
     return done, missing
+
+
+def _finish(staging: Staging, path: str, descriptor: int, checksum: Checksum) -> None:
+    """See a file to the disk and note it as done."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise write_failure(staging.folder / path, error) from error
+    finally:
+        os.close(descriptor)
+    staging.mark_done(path, checksum)
 
 
 def _require_equal(plan: Plan, one: str, other: str) -> None:
@@ -169,8 +192,38 @@ class _Counter:
                 self._progress(self._done, self._total)
 
 
-def _write_file(view: Source, file: FilePlan, path: Path, counter: _Counter, workers: int) -> Checksum:
-    """Write one file by several threads, each a tensor at a time, roughly from front to back."""
+class _Buffers(threading.local):
+    """A buffer for each thread, used again and again: fresh memory costs as much as a copy into it."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        self._memory: np.ndarray = np.empty(0, np.uint8)
+
+    def rows(self, info: TensorInfo) -> np.ndarray:
+        """Give room for some rows of a tensor, at least one: uint8 of shape (rows, row_bytes)."""
+        count = min(info.rows, max(1, self._size_bytes // max(1, info.row_bytes)))
+        needed = count * info.row_bytes
+        if needed > self._memory.size:
+            self._memory = np.empty(needed, np.uint8)
+        return self._memory[:needed].reshape(count, info.row_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What all files have in common."""
+
+    view: Source
+    counter: _Counter
+    buffers: _Buffers
+    workers: int
+
+
+def _write_file(work: _Work, file: FilePlan, path: Path) -> tuple[int, Checksum]:
+    """Write one file by several threads, each a tensor at a time, roughly from front to back.
+
+    Returns:
+        The file, open and not yet on the disk, and its checksum.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -178,8 +231,8 @@ def _write_file(view: Source, file: FilePlan, path: Path, counter: _Counter, wor
         raise write_failure(path, error) from error
     try:
         _write_at(descriptor, path, file.head, 0)
-        counter.add(len(file.head))
-        checksums = _write_items(view, file, descriptor, path, counter, workers)
+        work.counter.add(len(file.head))
+        checksums = _write_items(work, file, descriptor, path)
         whole = Checksum.of(file.head)
         for item, checksum in zip(file.items, checksums, strict=True):
             head, tail = item.frame.render(checksum.crc) if item.frame is not None else (b"", b"")
@@ -187,27 +240,22 @@ def _write_file(view: Source, file: FilePlan, path: Path, counter: _Counter, wor
         if file.archive is not None:
             tail = file.archive.tail([checksum.crc for checksum in checksums])
             _write_at(descriptor, path, tail, file.size_bytes - len(tail))
-            counter.add(len(tail))
+            work.counter.add(len(tail))
             whole += Checksum.of(tail)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            raise write_failure(path, error) from error
-    finally:
+    except BaseException:
         os.close(descriptor)
-    return whole
+        raise
+    return descriptor, whole
 
 
-def _write_items(
-    view: Source, file: FilePlan, descriptor: int, path: Path, counter: _Counter, workers: int
-) -> list[Checksum]:
-    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="convert") as pool:
-        futures = [pool.submit(_write_item, view, item, descriptor, path, counter) for item in file.items]
+def _write_items(work: _Work, file: FilePlan, descriptor: int, path: Path) -> list[Checksum]:
+    with ThreadPoolExecutor(work.workers, thread_name_prefix="convert") as pool:
+        futures = [pool.submit(_write_item, work, item, descriptor, path) for item in file.items]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             # Also reached by Ctrl-C: threads stop at their next buffer.
-            counter.is_cancelled = any(not future.done() for future in futures)
+            work.counter.is_cancelled = any(not future.done() for future in futures)
             pool.shutdown(cancel_futures=True)
         _raise_first(futures)
     return [future.result() for future in futures]
@@ -221,24 +269,23 @@ def _raise_first(futures: list[Future[Checksum]]) -> None:
             raise error
 
 
-def _write_item(view: Source, item: Item, descriptor: int, path: Path, counter: _Counter) -> Checksum:
+def _write_item(work: _Work, item: Item, descriptor: int, path: Path) -> Checksum:
     """Write one tensor and what stands around it; give the checksum of its data."""
-    info = view.tensors()[item.tensor]
-    rows_at_once = max(1, _BUFFER_BYTES // max(1, info.row_bytes))
-    buffer: np.ndarray = np.empty((min(rows_at_once, info.rows), info.row_bytes), np.uint8)
+    info = work.view.tensors()[item.tensor]
+    buffer = work.buffers.rows(info)
     position, checksum = item.offset, 0
-    for start in range(0, info.rows, rows_at_once):
-        rows = buffer[: min(rows_at_once, info.rows - start)]
-        view.read_rows(item.tensor, start, rows)
+    for start in range(0, info.rows, len(buffer) or 1):
+        rows = buffer[: info.rows - start]
+        work.view.read_rows(item.tensor, start, rows)
         checksum = zlib.crc32(rows, checksum)
         _write_at(descriptor, path, rows, position)
         position += rows.size
-        counter.add(rows.size)
+        work.counter.add(rows.size)
     if item.frame is not None:
         head, tail = item.frame.render(checksum)
         _write_at(descriptor, path, head, item.offset - len(head))
         _write_at(descriptor, path, tail, position)
-        counter.add(len(head) + len(tail))
+        work.counter.add(len(head) + len(tail))
     return Checksum(info.size_bytes, checksum)
 
 

@@ -353,7 +353,9 @@ def _fused(block: str, gate: str, up: str, down: str) -> tuple[Fused, ...]:
     )
 
 
-_LOGITS = "logits of Megatron 0.19.2 and transformers 5.23, both directions"
+_LOGITS = "logits of Megatron 0.16.1 and 0.19.2 and transformers 5.24, both directions"
+_DENSE_LAYOUTS = "1 rank and TP2 x PP2"
+_EXPERT_LAYOUTS = "1 rank, TP2 x PP2 and PP2 x EP2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,17 +395,23 @@ _BUILT_IN = {
             "LlamaForCausalLM",
             "llama",
             "Llama 2, 3, 3.1, Aquila2 and models of the same shape",
-            f"{_LOGITS}, TP 1 and 2 (Aquila2 by its configuration only)",
+            f"{_LOGITS}, {_DENSE_LAYOUTS} (Aquila2 by its configuration only)",
             other_architectures=("AquilaForCausalLM", "AquilaModel"),
         ),
-        Family("qwen2", "Qwen2ForCausalLM", "qwen2", "Qwen2, Qwen2.5, QwQ (dense)", f"{_LOGITS}, TP 1 and 2"),
-        Family("qwen3", "Qwen3ForCausalLM", "qwen3", "Qwen3 (dense)", f"{_LOGITS}, TP 1 and 2"),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            "qwen2",
+            "Qwen2, Qwen2.5, QwQ (dense)",
+            f"{_LOGITS}, {_DENSE_LAYOUTS}",
+        ),
+        Family("qwen3", "Qwen3ForCausalLM", "qwen3", "Qwen3 (dense)", f"{_LOGITS}, {_DENSE_LAYOUTS}"),
         Family(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
             "qwen3_moe",
             "Qwen3-30B-A3B, Qwen3-235B-A22B",
-            f"{_LOGITS}, EP 1 and 2",
+            f"{_LOGITS}, {_EXPERT_LAYOUTS}",
             rules=_QWEN3_MOE,
             fused=_fused("mlp", "gate_proj", "up_proj", "down_proj"),
         ),
@@ -412,7 +420,7 @@ _BUILT_IN = {
             "MixtralForCausalLM",
             "mixtral",
             "Mixtral 8x7B, 8x22B",
-            f"{_LOGITS}, EP 1 and 2",
+            f"{_LOGITS}, {_EXPERT_LAYOUTS}",
             rules=_MIXTRAL,
             fused=(
                 Fused(_HF + "mlp.gate.weight", (_HF + "block_sparse_moe.gate.weight",)),
@@ -424,7 +432,7 @@ _BUILT_IN = {
             "DeepseekV3ForCausalLM",
             "deepseek_v3",
             "DeepSeek-V3, R1, Moonlight, Kimi-K2",
-            f"{_LOGITS}, TP 1 and 2, EP 1 and 2, further-token layers included",
+            f"{_LOGITS}, {_EXPERT_LAYOUTS}, further-token layers included",
             rules=_DEEPSEEK,
             fused=_fused("mlp", "gate_proj", "up_proj", "down_proj"),
             own_code=("configuration_deepseek", "modeling_deepseek"),

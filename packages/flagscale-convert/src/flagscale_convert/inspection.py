@@ -15,7 +15,7 @@ from flagscale_convert.architecture import Architecture
 from flagscale_convert.cast import to_float
 from flagscale_convert.errors import ConvertError
 from flagscale_convert.locate import Opened, open_checkpoint
-from flagscale_convert.manifest import MANIFEST, check_manifest
+from flagscale_convert.manifest import check_manifest, manifest_root
 from flagscale_convert.megatron_source import MegatronSource
 from flagscale_convert.model import understand
 from flagscale_convert.mp_rank import MpRankSource
@@ -71,7 +71,8 @@ def inspect(path: str | PathLike[str], *, values: bool = False, hashes: bool = F
     Args:
         path: a model directory, an iteration directory or a training directory.
         values: read every weight as well and report NaN, infinity and tensors of zeros.
-        hashes: read every file and compare it with the manifest beside the checkpoint.
+        hashes: read every file and compare it with the manifest beside the checkpoint; `values` does the same
+            where there is a manifest, and sizes are always compared with it.
 
     Raises:
         SourceNotFound: no checkpoint there.
@@ -86,9 +87,12 @@ def inspect(path: str | PathLike[str], *, values: bool = False, hashes: bool = F
         suspicions += _strange_values(source)
         if isinstance(source, MpRankSource):
             suspicions += [f"`{name}`: ranks have different copies" for name in source.copies_that_differ()]
+    root = manifest_root(opened.directory, opened.root)
     if hashes:
-        root = opened.directory if (opened.directory / MANIFEST).exists() else opened.root
-        suspicions += check_manifest(root)
+        suspicions += check_manifest(root or opened.root)
+    elif root is not None:
+        # Of a training directory only the checkpoint itself: the tracker changes when training goes on.
+        suspicions += check_manifest(root, within=opened.directory, with_hashes=values)
     published = None if arch is None else published_like(arch)
     if published is not None and published[1] != parameters:
         suspicions.append(

@@ -15,13 +15,21 @@ from pathlib import Path
 
 from flagscale_convert.errors import SourceDamaged
 
-__all__ = ["MANIFEST", "Checksum", "check_manifest", "is_written_by", "read_manifest", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "Checksum",
+    "check_manifest",
+    "is_written_by",
+    "manifest_root",
+    "read_manifest",
+    "write_manifest",
+]
 
 MANIFEST = "flagscale-manifest.json"
 _FORMAT = "flagscale-manifest/1"
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31
-_BUFFER_BYTES = 8 << 20
+_BUFFER_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +115,24 @@ def is_written_by(root: Path, conversion: str) -> bool:
         return False
 
 
-def check_manifest(root: Path, *, progress: Callable[[int, int], None] | None = None) -> tuple[str, ...]:
+def manifest_root(*places: Path) -> Path | None:
+    """Give the first of some directories that has a manifest."""
+    return next((place for place in places if (place / MANIFEST).exists()), None)
+
+
+def check_manifest(
+    root: Path,
+    *,
+    within: Path | None = None,
+    with_hashes: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[str, ...]:
     """Compare the files of a checkpoint with its manifest; give a sentence for each that is not as listed.
 
     Args:
         root: where the manifest lies.
+        within: directory whose files are looked at; None for all.
+        with_hashes: read the files too; else only their sizes are compared.
         progress: told about bytes read and bytes in all.
 
     Raises:
@@ -120,22 +141,35 @@ def check_manifest(root: Path, *, progress: Callable[[int, int], None] | None = 
     listed = read_manifest(root)
     if listed is None:
         raise SourceDamaged(f"{root}: has no {MANIFEST}: only checkpoints this tool wrote have one")
+    if within is not None:
+        listed = {name: entry for name, entry in listed.items() if (root / name).is_relative_to(within)}
     findings = []
     total, done = sum(entry.size_bytes for entry in listed.values()), 0
     for name, entry in listed.items():
-        path = root / name
-        if not path.is_file():
-            findings.append(f"{name}: is in the manifest and missing")
-            continue
-        crc, size = 0, 0
-        with path.open("rb") as stream:
-            while data := stream.read(_BUFFER_BYTES):
-                crc, size = zlib.crc32(data, crc), size + len(data)
-                done += len(data)
-                if progress is not None:
-                    progress(done, total)
-        if size != entry.size_bytes:
-            findings.append(f"{name}: has {size} bytes, the manifest says {entry.size_bytes}")
-        elif crc != entry.crc:
-            findings.append(f"{name}: its checksum is {crc:08x}, the manifest says {entry.crc:08x}")
+        finding = _compare(root / name, entry, with_hash=with_hashes)
+        if finding:
+            findings.append(f"{name}: {finding}")
+        done += entry.size_bytes
+        if progress is not None:
+            progress(done, total)
     return tuple(findings)
+
+
+def _compare(path: Path, entry: Checksum, *, with_hash: bool) -> str:
+    """Say what is wrong with a file; nothing when it is as listed."""
+    if not path.is_file():
+        return "is in the manifest and missing"
+    size = path.stat().st_size
+    if size != entry.size_bytes:
+        return f"has {size} bytes, the manifest says {entry.size_bytes}"
+    crc = _crc_of(path) if with_hash else entry.crc
+    return "" if crc == entry.crc else f"its checksum is {crc:08x}, the manifest says {entry.crc:08x}"
+
+
+def _crc_of(path: Path) -> int:
+    crc, buffer = 0, bytearray(_BUFFER_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            crc = zlib.crc32(view[:count], crc)
+    return crc

@@ -96,6 +96,7 @@ def lay_out_mp_rank(  # noqa: PLR0913 - one caller, most by keyword
     implementation: Implementation,
     grouped_experts: bool,
     folder: str,
+    is_legacy: bool = False,
 ) -> tuple[tuple[FilePlan, ...], Slices]:
     """Lay out a checkpoint.
 
@@ -107,6 +108,8 @@ def lay_out_mp_rank(  # noqa: PLR0913 - one caller, most by keyword
         implementation: whose names are written.
         grouped_experts: experts numbered in one module, as `--moe-grouped-gemm` has them.
         folder: iteration directory in the destination.
+        is_legacy: names of megatron-core 0.16; later ones call the layer that predicts a further token
+            otherwise.
 
     Returns:
         A file per rank, and the slices they are made of.
@@ -115,7 +118,7 @@ def lay_out_mp_rank(  # noqa: PLR0913 - one caller, most by keyword
         Unsupported: the model does not divide so.
     """
     layout.check(arch)
-    naming = _Live(arch, layout, implementation, grouped_experts)
+    naming = _Live(arch, layout, implementation, grouped_experts, is_legacy)
     infos = source.tensors()
     slices: dict[str, _Slice] = {}
     files = []
@@ -164,6 +167,7 @@ class _Live:
     layout: ParallelLayout
     implementation: Implementation
     grouped_experts: bool
+    is_legacy: bool
 
     def names(
         self, infos: Mapping[str, TensorInfo], place: RankPlace, chunk: int
@@ -187,6 +191,8 @@ class _Live:
             yield _OUTPUT, _EMBEDDING
 
     def _live(self, rest: str) -> str:
+        if not self.is_legacy:
+            rest = rest.replace(".transformer_layer.", ".mtp_model_layer.")
         if self.implementation == "transformer_engine":
             return rest
         for fused, alone in _LOCAL_NAMES.items():

@@ -15,6 +15,7 @@ from flagscale_convert.architecture import Architecture
 from flagscale_convert.arrange import as_canonical, as_huggingface, as_megatron
 from flagscale_convert.cast import Cast
 from flagscale_convert.errors import Unsupported
+from flagscale_convert.fp8 import Dequantised
 from flagscale_convert.hf_config import write_config
 from flagscale_convert.huggingface import CONFIG
 from flagscale_convert.layout import FilePlan, lay_out_safetensors
@@ -32,7 +33,7 @@ __all__ = ["DTYPE_CODES", "Format", "Layers", "MegatronVersion", "Plan", "make_p
 
 Format = Literal["hf", "torch_dist", "torch"]
 Layers = Literal["auto", "stacked", "per-layer"]
-MegatronVersion = Literal["0.16", "0.19"]
+MegatronVersion = Literal["0.16", "0.17", "0.18", "0.19"]
 DTYPE_CODES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _RELEASE = "release"
 _TOKENIZER_FOLDER = "tokenizer"
@@ -61,6 +62,8 @@ class Plan:
     """Optimizer states not converted."""
     must_equal: tuple[tuple[str, str], ...]
     """Pairs of source tensors of which one is dropped as the copy of the other; compared before writing."""
+    is_copied: bool
+    """True when every byte of the weights is written as it was read: no cast, no fp8."""
     digest: str
     """Names this conversion: same sources, same options, same layout."""
     model: Model = field(compare=False, repr=False)
@@ -141,7 +144,8 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
             kept.
         transformer_impl: whose names `torch` has, as Megatron's option of that name.
         moe_grouped_gemm: whether `torch` has experts as Megatron's option of that name keeps them.
-        megatron_version: `0.16` has the arguments of `torch_dist` in `common.pt`, which newer ones read too.
+        megatron_version: which megatron-core will load it. Up to 0.18 `torch_dist` has its arguments in
+            `common.pt`, which 0.19 reads too; 0.16 has another name for layers of further tokens in `torch`.
         num_layers: keep only so many of the first layers, for a smaller model of the same kind.
         family: which family a Megatron checkpoint is of, where its arguments fit several (see `FAMILIES`).
 
@@ -196,7 +200,7 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
         layout=sizes,
         implementation=transformer_impl,
         grouped_experts=moe_grouped_gemm,
-        is_legacy=megatron_version == "0.16",
+        version=megatron_version,
     )
     makers = {"hf": parts.hf, "torch_dist": parts.torch_dist, "torch": parts.torch}
     files, texts, copies = ((), {}, {}) if model.problems else makers[to]()
@@ -212,6 +216,7 @@ def make_plan(  # noqa: PLR0913 - options of a public call, all by keyword
         problems=model.problems,
         skipped_tensors=model.skipped_tensors,
         must_equal=model.must_equal,
+        is_copied=dtype is None and not isinstance(model.source, Cast | Dequantised),
         digest="",
         model=model,
         view=parts.view,
@@ -228,16 +233,22 @@ def _saved_divisor(source: Any) -> int:
 
 
 def _shallow(model: Model, num_layers: int) -> Model:
-    """Cut a model to its first layers."""
+    """Cut a model to its first layers; layers that predict further tokens are behind the last and go too."""
     arch = model.architecture
     num_layers = max(1, min(num_layers, arch.num_layers))
     experts = arch.experts
     if experts is not None:
         dense = tuple(layer for layer in experts.dense_layers if layer < num_layers)
         experts = replace(experts, dense_layers=dense)
-    arch = replace(arch, num_layers=num_layers, experts=experts)
+    arch = replace(arch, num_layers=num_layers, experts=experts, mtp_layers=0)
     present = model.source.tensors() if model.is_megatron else ()
-    return replace(model, architecture=arch, bindings=bind(model.family.rules, arch, present))
+    copies = {name for binding in model.bindings if binding.is_copy for name in binding.hf}
+    return replace(
+        model,
+        architecture=arch,
+        bindings=bind(model.family.rules, arch, present),
+        must_equal=tuple(pair for pair in model.must_equal if pair[0] not in copies),
+    )
 
 
 def _padded(arch: Architecture, multiple: int) -> Architecture:
@@ -283,7 +294,7 @@ class _Parts:
     layout: ParallelLayout
     implementation: Implementation
     grouped_experts: bool
-    is_legacy: bool
+    version: MegatronVersion
     notes: list[str] = field(default_factory=list)
 
     def hf(self) -> tuple[tuple[FilePlan, ...], dict[str, bytes], dict[str, Path]]:
@@ -318,7 +329,7 @@ class _Parts:
             is_stacked=self.is_stacked,
             folder=_RELEASE,
             shard_bytes=self.shard_bytes,
-            is_legacy=self.is_legacy,
+            with_common_file=self.version != "0.19",
         )
         return files, {**texts, TRACKER: _RELEASE.encode()}, copies
 
@@ -341,6 +352,7 @@ class _Parts:
             implementation=self.implementation,
             grouped_experts=self.grouped_experts,
             folder=_RELEASE,
+            is_legacy=self.version == "0.16",
         )
         return files, {TRACKER: _RELEASE.encode()}, copies
 

@@ -14,6 +14,7 @@ from flagscale_convert.arrange import as_huggingface, as_megatron
 from flagscale_convert.comparison import TensorStats, measure
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.locate import Opened, open_checkpoint
+from flagscale_convert.manifest import check_manifest, manifest_root
 from flagscale_convert.model import Model, require_fit, understand
 from flagscale_convert.tensors import DTYPES, Source, TensorInfo
 
@@ -22,7 +23,7 @@ __all__ = ["Difference", "Mode", "VerifyReport", "first_difference", "verify"]
 Mode = Literal["cover", "bitwise", "stats", "logits"]
 _LOGIT_TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, that float32 arithmetic explains."""
-
+_WEIGHTS = (".safetensors", ".distcp", ".pt")
 _BUFFER_BYTES = 8 << 20
 
 
@@ -86,7 +87,8 @@ def verify(
     Args:
         a: one checkpoint.
         b: the other.
-        mode: `cover` compares names, types and shapes and reads no weights; `bitwise` every bit; `stats`
+        mode: `cover` compares names, types and shapes and reads no weights; `bitwise` every bit, and files
+            with the manifest beside them if there is one; `stats`
             values, for checkpoints of different types: elements further apart than rounding explains are
             differences; `logits` what both compute, run by transformers.
         vocab_size: true vocabulary, where a checkpoint does not tell it.
@@ -100,7 +102,8 @@ def verify(
     """
     if mode not in get_args(Mode):
         raise Unsupported(f"mode ({mode}): one of {', '.join(get_args(Mode))}")
-    model_a, model_b = _understand_both(open_checkpoint(Path(a)), open_checkpoint(Path(b)), vocab_size)
+    opened_a, opened_b = open_checkpoint(Path(a)), open_checkpoint(Path(b))
+    model_a, model_b = _understand_both(opened_a, opened_b, vocab_size)
     require_fit(model_a, Path(a))
     require_fit(model_b, Path(b))
     view_a, view_b = _view(model_a), _view(model_b)
@@ -123,7 +126,19 @@ def verify(
         done += infos_a[name].size_bytes
         if progress is not None:
             progress(done, total)
+    if mode == "bitwise":
+        found += [*_damaged_files(opened_a), *_damaged_files(opened_b)]
     return VerifyReport(len(shared), total, tuple(found), mode, tuple(stats))
+
+
+def _damaged_files(opened: Opened) -> list[Difference]:
+    """Name files of weights that are no longer as written, which tells which side is damaged."""
+    root = manifest_root(opened.directory, opened.root)
+    if root is None:
+        return []
+    damaged = check_manifest(root, within=opened.directory)
+    # Texts may be edited; that changes nothing that is compared here but the configuration, which was.
+    return [Difference(str(root), text) for text in damaged if text.partition(": ")[0].endswith(_WEIGHTS)]
 
 
 def _compare_tensor(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from flagscale_hw.backend import Backend, Found, backends
 from flagscale_hw.bus import Survey, survey
+from flagscale_hw.errors import InputError
 from flagscale_hw.host import Host, this_host
 from flagscale_hw.machine import Machine, Presence, Problem, Vendor
 from flagscale_hw.plugins import plugin_problems
@@ -34,15 +35,24 @@ class Sighting:
     is_forced: bool = False
 
 
-def detect(host: Host | None = None, *, timeout_s: float = TIMEOUT_S) -> Machine:
+def detect(
+    host: Host | None = None, *, timeout_s: float = TIMEOUT_S, chips: Sequence[str] | None = None
+) -> Machine:
     """Describe a machine. Never raises for hardware that does not answer: see `Machine.problems`.
 
     Args:
         host: where to look; this host when None, or what `FLAGSCALE_HW_ROOT` names.
         timeout_s: how long a vendor's library and tools together may take. Vendors are asked side by side.
+        chips: ask about these only, such as `("nvidia",)`; every vendor when None.
+
+    Raises:
+        InputError: one of `chips` is not known.
     """
     host = this_host() if host is None else host
     seen, everything = _sightings(host)
+    if chips is not None:
+        _must_know(chips)
+        seen = [sighting for sighting in seen if sighting.backend.chip in chips]
     here = [sighting for sighting in seen if sighting.presence != "none"]
     looks = _look_at_all(here, everything, timeout_s)
     looks.sort(key=lambda look: look.rank, reverse=True)  # stable: else the order of the backends
@@ -96,6 +106,13 @@ def _sightings(host: Host) -> tuple[list[Sighting], Survey]:
 
 def _forced(host: Host) -> list[str]:
     return [name.strip() for name in host.environ.get(FORCED_VARIABLE, "").split(",") if name.strip()]
+
+
+def _must_know(chips: Sequence[str]) -> None:
+    known = [backend.chip for backend in backends()]
+    unknown = [chip for chip in chips if chip not in known]
+    if unknown:
+        raise InputError(f"vendor {', '.join(unknown)}: not known: known are {', '.join(known)}")
 
 
 def _unknown_chips(host: Host, seen: Sequence[Sighting]) -> list[Problem]:

@@ -105,6 +105,27 @@ class Topology:
             return ()
         return tuple(nic.name for nic, rank in zip(self.nics, ranks, strict=True) if rank == best)
 
+    def to_dot(self, chip: str) -> str:
+        """Render as an undirected Graphviz graph: islands as boxes, fast links bold, devices and cards.
+
+        Links across the bus between devices are left out where fast ones are there: they would hide those.
+        """
+        lines = ["graph topology {", "  layout=fdp; overlap=false; splines=true; node [shape=box];"]
+        for number, island in enumerate(self.islands):
+            nodes = " ".join(f'"{chip} {index}";' for index in island)
+            lines.append(f'  subgraph cluster_{number} {{ label="island {number}"; {nodes} }}')
+        has_fast = any(is_fast(link) for row in self.links for link in row)
+        for row, one in enumerate(self.indices):
+            for column in range(row + 1, len(self.indices)):
+                link = self.links[row][column] if self.links else None
+                if link is not None and (is_fast(link) or not has_fast):
+                    style = " style=bold" if is_fast(link) else ""
+                    other = self.indices[column]
+                    lines.append(f'  "{chip} {one}" -- "{chip} {other}" [label="{link}"{style}];')
+            lines += [f'  "{chip} {one}" -- "{name}" [style=dotted];' for name in self.nearest_nics(row)]
+        lines += [f'  "{nic.name}" [shape=ellipse];' for nic in self.nics]
+        return "\n".join([*lines, "}"])
+
     def to_dict(self) -> dict[str, Any]:
         """Render as plain JSON."""
         return {

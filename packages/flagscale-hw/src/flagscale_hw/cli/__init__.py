@@ -19,13 +19,16 @@ __all__ = ["main"]
 
 _DESCRIPTION = "Show the processors and accelerators of this machine, and how programs select them."
 _CHOICES_OF_FOR = ("train", "serve")
+_FORCED_VARIABLE = "FLAGSCALE_HW_VENDOR"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     words, command = _split(list(sys.argv[1:] if argv is None else argv))
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options = parser.parse_args(words)
     options.command = [*getattr(options, "command", []), *command]
+    _check_scope(parser, options)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the locale lacks becomes an escape
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -48,6 +51,15 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
         return words, []
     at = words.index("--")
     return words[:at], words[at + 1 :]
+
+
+def _check_scope(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse what would be ignored: these options stand before the verb but are not for every verb."""
+    options.chips = options.vendor.split(",") if options.vendor else None
+    if options.chips and options.action not in ("show:show", "show:watch", "show:topo"):
+        parser.error(f"--vendor is for the table, watch and topo; elsewhere set {_FORCED_VARIABLE}")
+    if options.require and options.action != "show:show":
+        parser.error("--require is for the table and --json only: leave the verb out")
 
 
 def _action(name: str) -> Callable[[argparse.Namespace], int]:
@@ -88,9 +100,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flagscale-hw", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"flagscale-hw {__version__}")
     _add_common(parser, default=None)
+    parser.add_argument("--vendor", metavar="CHIP", help="look for these only, such as nvidia,ascend")
+    parser.add_argument(
+        "--require",
+        type=_positive,
+        nargs="?",
+        const=1,
+        metavar="N",
+        help="exit 3 unless N (1) healthy devices are here for this shell's programs",
+    )
     parser.set_defaults(action="show:show")
     verbs = parser.add_subparsers(title="verbs (none: the table)", metavar="VERB")
-    for add in (_env, _topo, _doctor, _specs, _watch, _record, _replay, _fake, _schema):
+    for add in (_env, _topo, _doctor, _specs, _plugins, _watch, _record, _replay, _fake, _schema):
         _add_common(add(verbs), default=argparse.SUPPRESS)
     return parser
 
@@ -120,6 +141,7 @@ def _env(verbs: _Verbs[argparse.ArgumentParser]) -> argparse.ArgumentParser:
 
 def _topo(verbs: _Verbs[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     verb = verbs.add_parser("topo", help="print links, islands, network cards and groups that fit")
+    verb.add_argument("--dot", action="store_true", help="print a graph for Graphviz (dot -Tsvg)")
     verb.set_defaults(action="show:topo")
     return verb
 
@@ -155,7 +177,14 @@ def _watch(verbs: _Verbs[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     verb = verbs.add_parser("watch", help="show the table again and again, until Ctrl-C")
     verb.add_argument("-n", "--interval", type=_seconds, metavar="S", default=1.0, help="seconds (1)")
     verb.add_argument("--once", action="store_true", help="one picture, then end")
+    verb.add_argument("--csv", action="store_true", help="one line per device and look, for a spreadsheet")
     verb.set_defaults(action="show:watch")
+    return verb
+
+
+def _plugins(verbs: _Verbs[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    verb = verbs.add_parser("plugins", help="list who describes which chip, and plug-ins that cannot be used")
+    verb.set_defaults(action="check:plugins")
     return verb
 
 
@@ -209,6 +238,12 @@ def _add_common(parser: argparse.ArgumentParser, *, default: str | None) -> None
         help="how long a vendor's library or tool may take (3)",
     )
     parser.add_argument("--debug", action="store_true", default=false, help="show the traceback of an error")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of devices, 1 or more")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -1,15 +1,16 @@
-"""The verb `doctor`."""
+"""Verbs that check: `doctor` the machine, `plugins` what describes it."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
 from flagscale_hw.doctor import examine
-from flagscale_hw.table import style_for
+from flagscale_hw.table import align, style_for
 
-__all__ = ["doctor"]
+__all__ = ["doctor", "plugins"]
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -31,3 +32,23 @@ def doctor(options: argparse.Namespace) -> int:
         for finding in findings:
             print(style.paint(str(finding), "" if finding.is_good else "red"))
     return 0 if all(finding.is_good for finding in findings) else 3
+
+
+def plugins(options: argparse.Namespace) -> int:
+    """Print who describes which chip; exit 3 when an installed plug-in cannot be used."""
+    from flagscale_hw.backend import backends
+    from flagscale_hw.plugins import plugin_problems
+
+    known, problems = backends(), plugin_problems()
+    if options.json:
+        said = {
+            "backends": [{"chip": one.chip, "origin": one.origin, "module": one.module} for one in known],
+            "problems": [asdict(problem) for problem in problems],
+        }
+        print(json.dumps(said, indent=2, ensure_ascii=False))
+    else:
+        rows = [("chip", "from", "module"), *((one.chip, one.origin, one.module) for one in known)]
+        print("\n".join(align(rows)))
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 3 if problems else 0

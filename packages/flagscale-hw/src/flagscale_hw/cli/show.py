@@ -19,17 +19,33 @@ _SCHEMA = Path(__file__).parents[1] / "machine.schema.json"
 
 def show(options: argparse.Namespace) -> int:
     """Print the machine as a table or as JSON."""
-    machine = detection.detect(timeout_s=options.timeout)
+    machine = detection.detect(timeout_s=options.timeout, chips=options.chips)
+    _print_machine(machine, options)
+    return _is_enough(machine, options.require)
+
+
+def _print_machine(machine: Machine, options: argparse.Namespace) -> None:
     if options.json:
         from flagscale_hw.report import report
         from flagscale_hw.topology import topology
 
         links = topology(machine, timeout_s=options.timeout)
         print(json.dumps(report(machine, topology=links), indent=2, ensure_ascii=False))
-        return 0
+        return
     print(render(machine, style_for(sys.stdout)))
     print_problems(machine)
-    return 0
+
+
+def _is_enough(machine: Machine, required: int | None) -> int:
+    """Return the exit code for a script that needs this many devices which can work."""
+    if required is None:
+        return 0
+    healthy = [device for device in machine.visible if device.health not in ("bad", "unresponsive")]
+    if len(healthy) >= required:
+        return 0
+    found = f"{len(healthy)} of {len(machine.devices)} devices of this machine can be used"
+    print(f"error: --require {required}: {found}: flagscale-hw doctor says why", file=sys.stderr)
+    return 3
 
 
 def print_problems(machine: Machine) -> None:
@@ -40,12 +56,14 @@ def print_problems(machine: Machine) -> None:
 
 def watch(options: argparse.Namespace) -> int:
     """Show the machine until Ctrl-C."""
+    from flagscale_hw.watch import Form
     from flagscale_hw.watch import watch as keep_watching
 
     def look() -> Machine:
-        return detection.detect(timeout_s=options.timeout)
+        return detection.detect(timeout_s=options.timeout, chips=options.chips)
 
-    keep_watching(look, interval_s=options.interval, once=options.once, as_json=options.json)
+    form: Form = "json" if options.json else "csv" if options.csv else "table"
+    keep_watching(look, interval_s=options.interval, once=options.once, form=form)
     return 0
 
 
@@ -59,10 +77,13 @@ def topo(options: argparse.Namespace) -> int:
     """Print how devices are linked."""
     from flagscale_hw.topology import topology
 
-    machine = detection.detect(timeout_s=options.timeout)
+    machine = detection.detect(timeout_s=options.timeout, chips=options.chips)
     links = topology(machine, timeout_s=options.timeout)
     if options.json:
         print(json.dumps(links.to_dict(), indent=2))
+        return 0
+    if options.dot:
+        print(links.to_dot(machine.chip))
         return 0
     print_problems(machine)
     if not links.indices:
