@@ -255,8 +255,18 @@ def engines(session: nox.Session) -> None:
     tests_of_all = [f"packages/flagscale-{package}/tests" for package in PACKAGES]
     real = ("-m", "megatron or transformers", *APART)
     session.run("pytest", "-q", REPEATABLE, *tests_of_all, "tests", *real, "--durations=10", *session.posargs)
+    session.notify("megatron017")
     session.notify("megatron016")
     session.notify("vllm")
+
+
+@nox.session(python="3.12")
+def megatron017(session: nox.Session) -> None:
+    """The chosen few of the engine tests on the oldest Megatron supported, which is called differently."""
+    older = [word for word in ENGINES if not word.startswith(("megatron-core", "vllm-router"))]
+    session.install(TORCH, "megatron-core==0.17.1", *sources(closure("train")), *older, *TEST_TOOLS)
+    tests_of_train = "packages/flagscale-train/tests"
+    session.run("pytest", "-q", REPEATABLE, tests_of_train, "-m", "every_megatron", *session.posargs)
 
 
 @nox.session(python="3.12")

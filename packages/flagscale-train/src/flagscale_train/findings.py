@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONAL", "Findings", "examine", "prefixes"]
 
-OPTIONAL = ("transformer_engine", "apex", "tensorboard")
+OPTIONAL = ("transformer_engine", "apex", "tensorboard", "nvidia_resiliency_ext")
 """Packages whose presence changes the plan."""
 
 _SPLITS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
@@ -65,7 +65,7 @@ def examine(experiment: Experiment) -> Findings:
     _explicit_load(experiment, base, problems)
     return Findings(
         installed=frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is not None),
-        tokenizer_vocab_size=vocabulary.size if vocabulary else None,
+        tokenizer_vocab_size=vocabulary.size if vocabulary else _null_vocab_size(options),
         data_max_token=max((token for token in max_tokens if token is not None), default=None),
         problems=tuple(problems),
     )
@@ -84,6 +84,17 @@ def _tokenizer(options: Mapping[str, Any], base: Path, problems: list[str]) -> V
         if not (directory / "tokenizer_config.json").exists():
             problems.append(f"tokenizer_model: {error}")
         return None  # an older tokenizer without tokenizer.json: transformers may still read it
+
+
+def _null_vocab_size(options: Mapping[str, Any]) -> int | None:
+    """Return the tokens of a NullTokenizer, to which older Megatrons add one for the end of a document."""
+    size = options.get("vocab_size")
+    if options.get("tokenizer_type") != "NullTokenizer" or size is None:
+        return None
+    from flagscale_config import option_table
+
+    version = tuple(int(part) for part in option_table("megatron").version.split("+")[0].split(".")[:2])
+    return int(size) + (version < (0, 18))
 
 
 def prefixes(options: Mapping[str, Any]) -> Iterable[str]:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers
 
 from flagscale_train.worker.datasets import reads_data
+from flagscale_train.worker.losses import note_loss
+from flagscale_train.worker.megatron import slice_for_context
 
 __all__ = ["LOSS_NAME", "forward"]
 
@@ -31,8 +32,7 @@ def _batch(data: Iterator[Any] | None) -> dict[str, Any]:
     if "cu_seqlens" in batch:
         batch["packed_seq_params"] = _bounds(batch.pop("cu_seqlens"))
     if get_args().context_parallel_size > 1:
-        group = mpu.get_context_parallel_group()
-        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+        batch = slice_for_context(batch, mpu.get_context_parallel_group())
     return batch
 
 
@@ -62,6 +62,7 @@ def _fold(loss_mask: torch.Tensor, losses: torch.Tensor) -> _Loss:
     total = (losses.view(-1).float() * mask).sum()
     num_tokens = mask.sum().to(torch.int)
     report = torch.cat([total.detach().view(1), num_tokens.view(1)])
+    note_loss(report)
     return total, num_tokens, {LOSS_NAME: report}
 
 
@@ -75,13 +76,12 @@ def forward(
     Args:
         data: iterator of batches; None on ranks that read none.
         model: this stage's part of the model.
-        return_schedule_plan: overlap of expert communication, which needs another entry into the model.
+        return_schedule_plan: never true, for planning refuses overlap_moe_expert_parallel_comm.
 
     Returns:
         The output, and the function that turns it into loss, token count and report.
     """
-    if return_schedule_plan:
-        raise NotImplementedError("overlap_moe_expert_parallel_comm is not supported: switch it off")
+    del return_schedule_plan
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = _batch(data)
