@@ -150,4 +150,6 @@ def _render_missing(folders: Iterable[tuple[Path, Path]], tokenizer: Any) -> str
 def _tokenizer(args: Any) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(args.tokenizer_model, trust_remote_code=args.trust_remote_code)
+    return AutoTokenizer.from_pretrained(
+        args.tokenizer_model, trust_remote_code=getattr(args, "trust_remote_code", False)
+    )
