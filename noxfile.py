@@ -126,8 +126,8 @@ def layers(session: nox.Session) -> None:
 @each_package
 def unit(session: nox.Session, package: str) -> None:
     """One package's quick tests, with nothing installed but what it declares."""
-    extras = {"train": ["numpy>=2", "tokenizers>=0.22,<1"], "convert": [TORCH]}.get(package, [])
-    session.install(*TEST_TOOLS, *extras, *editable(closure(package)))
+    extras = {"train": ["numpy>=2", "tokenizers>=0.22,<1", "pyarrow>=17"], "convert": [TORCH]}
+    session.install(*TEST_TOOLS, *extras.get(package, []), *editable(closure(package)))
     tests_of_one = f"packages/flagscale-{package}/tests"
     quick = ("-m", f"not ({MARKED})", *SIDE_BY_SIDE.get(package, ()))
     session.run("pytest", "-q", REPEATABLE, tests_of_one, *quick, *session.posargs)
@@ -251,7 +251,7 @@ ENGINES = (
 def engines(session: nox.Session) -> None:
     """Real Megatron parity runs and real servers (transformers here, vLLM in its own environment)."""
     install_all(session)
-    session.install(*TEST_TOOLS)
+    session.install(*TEST_TOOLS, "peft>=0.17,<1")
     tests_of_all = [f"packages/flagscale-{package}/tests" for package in PACKAGES]
     real = ("-m", "megatron or transformers", *APART)
     session.run("pytest", "-q", REPEATABLE, *tests_of_all, "tests", *real, "--durations=10", *session.posargs)

@@ -58,7 +58,10 @@ def examine(experiment: Experiment) -> Findings:
             "'flagscale-train[megatron]'"
         )
     vocabulary = _tokenizer(options, base, problems)
-    max_tokens = [_dataset(prefix, base, problems) for prefix in prefixes(options)]
+    look_at = _chats if options.get("sft") else _dataset
+    max_tokens = [look_at(prefix, base, problems) for prefix in prefixes(options)]
+    if options.get("sft"):
+        _chat_template(options, base, problems)
     _explicit_load(experiment, base, problems)
     return Findings(
         installed=frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is not None),
@@ -124,6 +127,37 @@ def _dataset(prefix: str, base: Path, problems: list[str]) -> int | None:
         return int(facts["max_token"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # made by other tools
+
+
+def _chats(name: str, base: Path, problems: list[str]) -> None:
+    """Check that a file of chats is there and begins with a line of JSON."""
+    path = base / name
+    if not path.is_file():
+        problems.append(
+            f"data_path: {name}: no such file: with sft give files of chats, one JSON object per line"
+        )
+        return
+    with path.open("rb") as lines:
+        first = next((line for line in lines if line.strip()), b"")
+    try:
+        json.loads(first)
+    except ValueError as error:
+        problems.append(f"data_path: {name}:1: not JSON ({error}): one chat per line is expected")
+
+
+def _chat_template(options: Mapping[str, Any], base: Path, problems: list[str]) -> None:
+    directory = base / str(options.get("tokenizer_model", ""))
+    if not (directory / "tokenizer.json").exists() or (directory / "chat_template.jinja").exists():
+        return  # a name on a model hub, or reported already
+    try:
+        described = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        described = {}
+    if not described.get("chat_template"):
+        problems.append(
+            f"tokenizer_model: {options['tokenizer_model']}: has no chat template, which sft renders chats "
+            "by: take the tokenizer of a chat model, or put a chat_template.jinja beside it"
+        )
 
 
 def _explicit_load(experiment: Experiment, base: Path, problems: list[str]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale_hw import Machine, Plan, Process, StopPolicy, literal, peak, runtime
 from flagscale_hw import env as device_env
+from flagscale_train import fine_tuning
 from flagscale_train.chips import conflicts, defaults
 from flagscale_train.chips import environment as chip_environment
 from flagscale_train.errors import InvalidInput
@@ -271,11 +272,15 @@ def options_for(experiment: Experiment, machine: Machine, findings: Findings) ->
             "remove it"
         )
     vocabulary = _vocabulary(given, findings, problems)
+    of_chip = defaults(machine.chip, given, findings)
+    tuned = {"transformer_impl": "transformer_engine", **of_chip, **given}
+    problems += fine_tuning.conflicts(tuned)
     if problems:
         raise InvalidInput("\n".join(problems))
     chosen = {
         **_flagscale_defaults(experiment, findings),
-        **defaults(machine.chip, given, findings),
+        **of_chip,
+        **fine_tuning.defaults(tuned),
         **vocabulary,
     }
     options = {**{name: value for name, value in chosen.items() if name not in given}, **given}

@@ -18,7 +18,9 @@ from megatron.core.transformer import multi_token_prediction
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import argument_utils, initialize, pretrain
 
+from flagscale_train.worker import lora
 from flagscale_train.worker.model import configure
+from flagscale_train.worker.refusal import Refusal
 
 __all__ = ["adopt", "build_model", "mend", "slice_for_context", "train"]
 
@@ -74,7 +76,10 @@ def build_model(args: Any, groups: Any) -> Any:
     if not _HAS_CONTAINER:
         return _provide_model(args=args)
     config = configure(args)
-    return config.get_builder_cls()(config).build_model(groups)
+    model = config.get_builder_cls()(config).build_model(groups)
+    for hook in config.pre_wrap_hooks:
+        hook([model])
+    return model
 
 
 def _provide_model(
@@ -94,6 +99,8 @@ def _provide_model(
     from flagscale_train.worker.layers import local_spec
 
     args = args or get_args()
+    if lora.is_asked_for(args):
+        raise Refusal("peft_type: lora: needs megatron-core 0.18 or newer: install it, or train all weights")
     config = config or core_transformer_config_from_args(args)
     has_engine = args.transformer_impl != "local"
     if has_engine:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from flagscale_train.worker import lora
 from flagscale_train.worker.layers import local_spec
 
 __all__ = ["configure"]
@@ -24,4 +26,6 @@ def configure(args: Any) -> Any:
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 forgets it, and takes 8
     if args.transformer_impl == "local" and args.spec is None:
         config.transformer_layer_spec = local_spec
+    if lora.is_asked_for(args):
+        config.pre_wrap_hooks.append(partial(lora.attach, args=args))
     return config

@@ -111,10 +111,14 @@ def _arguments() -> Any:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import get_tokenizer, set_global_variables
 
+    from flagscale_train.worker import lora
     from flagscale_train.worker.megatron import adopt
 
-    args = parse_args()
+    args = parse_args(lora.add_arguments)
     validate_args(args)
+    # Megatron averages held-out losses of --sft over micro-batches, whatever their answers count; the mean
+    # over tokens does not depend on the layout. Megatron 0.17 has no such option.
+    args.trains_on_chats, args.sft = getattr(args, "sft", False), False
     set_global_variables(args)
     vocab_size = get_tokenizer().vocab_size
     if vocab_size > args.padded_vocab_size:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.training import get_args, get_timers
 
 from flagscale_train.worker.datasets import reads_data
@@ -22,15 +23,33 @@ LOSS_NAME = "lm loss"
 _Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
-def _batch(data: Iterator[Any] | None) -> dict[str, torch.Tensor | None]:
+def _batch(data: Iterator[Any] | None) -> dict[str, Any]:
     if data is None or not reads_data():
         return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
     device = torch.cuda.current_device()
     batch = {name: value.to(device, non_blocking=True) for name, value in next(data).items()}
     batch.setdefault("attention_mask", None)
+    if "cu_seqlens" in batch:
+        batch["packed_seq_params"] = _bounds(batch.pop("cu_seqlens"))
     if get_args().context_parallel_size > 1:
         batch = slice_for_context(batch, mpu.get_context_parallel_group())
     return batch
+
+
+def _bounds(bounds_1n: torch.Tensor) -> PackedSeqParams:
+    """Tell Transformer Engine where each chat of the one sequence begins.
+
+    The last one is the padding, which is a document like any other to attention.
+    """
+    bounds = torch.unique_consecutive(bounds_1n[0])
+    longest = int(bounds.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def _fold(loss_mask: torch.Tensor, losses: torch.Tensor) -> _Loss:
@@ -73,5 +92,6 @@ def forward(
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=batch.get("packed_seq_params"),
     )
     return output, partial(_fold, batch["loss_mask"])
