@@ -117,8 +117,8 @@ def _arguments() -> Any:
     args = parse_args(lora.add_arguments)
     validate_args(args)
     # Megatron averages held-out losses of --sft over micro-batches, whatever their answers count; the mean
-    # over tokens does not depend on the layout. Megatron 0.17 has no such option.
-    args.trains_on_chats, args.sft = getattr(args, "sft", False), False
+    # over tokens does not depend on the layout.
+    args.trains_on_chats, args.sft = args.sft, False
     set_global_variables(args)
     vocab_size = get_tokenizer().vocab_size
     if vocab_size > args.padded_vocab_size:
