@@ -48,6 +48,8 @@ nox.options.error_on_external_run = True
 os.environ["UV_NO_SOURCES"] = "1"
 # A user's torch or Python settings must not decide whether our tests pass.
 os.environ.pop("PYTHONPATH", None)
+# Engines are imported by hundreds of processes; compiling Megatron anew takes each of them ten seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Shells start background jobs with Ctrl-C ignored, which is inherited: tests that send it would hang.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

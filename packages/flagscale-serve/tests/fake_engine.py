@@ -49,6 +49,12 @@ def answer_whether_installed():
     print(json.dumps(answer))
 
 
+def is_slow():
+    """Tell whether the options are bad ones: few sequences at a time take two seconds for each answer."""
+    few = sys.argv[sys.argv.index("--max-num-seqs") + 1] if "--max-num-seqs" in sys.argv else "64"
+    return int(few) < 4
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, text, *args):
         print(text % args, flush=True)
@@ -80,6 +86,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body.get("max_tokens") != 1 and is_slow():
+            print("took it", flush=True)
+            time.sleep(2)
         key = os.environ.get("VLLM_API_KEY")
         if key and self.headers.get("Authorization") != f"Bearer {key}":
             self.answer(401, {"error": "Unauthorized"})
@@ -131,9 +140,29 @@ def load():
         raise RuntimeError("weights are made of cheese")
 
 
+def bench():
+    """Stand for `vllm bench serve`: two requests that were answered, one that was not."""
+
+    def value_of(flag):
+        return sys.argv[sys.argv.index(flag) + 1]
+
+    Path(os.environ["FAKE_PIDS"] + ".bench").write_text(json.dumps(sys.argv[1:]))
+    result = {
+        "duration": 2.0,
+        "ttfts": [0.1, 0.3, 0.0],
+        "itls": [[0.02, 0.04], [0.1, 0.1], []],
+        "output_lens": [3, 3, 0],
+        "errors": ["", "", "it fell over"],
+    }
+    (Path(value_of("--result-dir")) / value_of("--result-filename")).write_text(json.dumps(result))
+
+
 def main():
     if "-c" in sys.argv:
         answer_whether_installed()
+        return
+    if "bench" in sys.argv:
+        bench()
         return
     remember(os.getpid())
     Path(os.environ["FAKE_PIDS"] + ".argv").write_text(json.dumps(sys.argv[1:]))

@@ -78,6 +78,7 @@ def test_plan_of_a_model_that_is_not_whole_is_shown_and_exits_2(shell, model_dir
         (["run"], 2, "required"),
         (["run", "{model}", "a.b=c"], 2, "overrides belong to a serve file"),
         (["run", "{model}", "--port", "70000"], 2, "70000"),
+        (["run", "{model}", "--max-restarts", "-1"], 2, "max_restarts -1"),
         (["run", "{model}", "--engine", "llamafile"], 2, "llamafile"),
         (["run", "{model}", "--python", "/no/such/python"], 3, "/no/such/python"),
         (["run", "{model}", "--python", "/bin/true"], 3, "give --python the interpreter"),

@@ -87,7 +87,7 @@ def test_stop_ends_an_engine_that_does_not_listen(shell, model_dir, alive, mode)
 @pytest.mark.parametrize("victim", ["supervisor", "guardian", "engine"])
 def test_kill_9_of_any_part_leaves_nothing(shell, model_dir, alive, eventually, victim):
     shell.mode("family")
-    assert shell("run", model_dir, "--detach").returncode == 0
+    assert shell("run", model_dir, "--detach", "--max-restarts", 0).returncode == 0
     run_dir = shell.the_status()["run_dir"]
     pids = supervisor_pids(run_dir)
     engine = shell.engine_pids()
@@ -145,10 +145,13 @@ def test_ctrl_c_while_waiting_for_a_detached_run_stops_it(shell, model_dir, aliv
 
 def test_the_foreground_ends_with_4_when_the_engine_dies_later(shell, model_dir):
     shell.mode("dies-later")
-    done = shell("run", model_dir)
+    done = shell("run", model_dir, "--max-restarts", 1)
     assert "ready after" in done.stdout
     assert done.returncode == 4
-    assert "7" in done.stderr
+    assert "exited with code 7" in done.stderr
+    assert len(shell.engine_pids()) == 2
+    status = shell.the_status(model_dir)
+    assert (status["state"], status["instances"][0]["restarts"]) == ("failed", 1)
 
 
 def test_a_host_of_another_machine_is_refused_before_anything_starts(shell, model_dir):
@@ -203,7 +206,7 @@ def test_list_and_choice_among_several(shell, model_dir):
 
 def test_logs_follow_ends_with_the_run(shell, model_dir):
     shell.mode("dies-later")
-    shell("run", model_dir, "--detach")
+    shell("run", model_dir, "--detach", "--max-restarts", 0)
     done = shell("logs", model_dir, "-f")
     assert done.returncode == 0
     assert "startup complete" in done.stdout

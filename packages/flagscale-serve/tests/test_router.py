@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import httpx
 import pytest
 
@@ -41,6 +45,43 @@ def test_copies_answer_at_one_address(shell, serve_file, model_dir, alive):
     pids = [one["pid"] for one in status["instances"]]
     assert shell("stop").returncode == 0
     assert not [pid for pid in pids if alive(pid)]
+
+
+SHORT_ITEM = """
+- serve_id: a
+  engine: vllm
+  engine_args: {{model: {model}, served_model_name: m, max_num_seqs: 2}}
+  resources: {{num_replicas: 2}}
+"""
+
+
+@pytest.mark.transformers
+def test_bad_requests_are_answered_and_harm_no_other_and_a_stop_waits(
+    shell, serve_file, model_dir, eventually
+):
+    shell.mode("deaf")  # ends when it is killed, so that it is the router that lets an answer through
+    done = shell("run", serve_file(SHORT_ITEM.format(model=model_dir)), "--detach", "--timeout", 120)
+    assert done.returncode == 0, done.stderr
+    url = shell.the_status()["instances"][-1]["url"]
+    host, _, port = url.removeprefix("http://").removesuffix("/v1").partition(":")
+    json_type = {"Content-Type": "application/json"}
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+        # vLLM's router answers in plain words here, not in OpenAI's form.
+        broken = client.post("/completions", content=b'{"model": ', headers=json_type)
+        assert (broken.status_code, "JSON" in broken.text) == (400, True)
+        large = client.post("/completions", content=b'{"prompt": "' + b"x" * 100_000_000, headers=json_type)
+        assert large.status_code == 413
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+            good = client.post("/completions", json={"model": "m", "prompt": "x", "max_tokens": 1})
+            assert good.json()["choices"][0]["text"] == "X"
+    logs = Path(shell.the_status()["instances"][0]["log"]).parent
+    with ThreadPoolExecutor(1) as pool:
+        body = {"model": "m", "prompt": "x", "max_tokens": 4}  # takes two seconds
+        answer = pool.submit(httpx.post, f"{url}/completions", json=body, timeout=60, trust_env=False)
+        eventually(lambda: any("took it" in path.read_text() for path in logs.glob("a-?.log")))
+        assert shell("stop", "--grace", "8").returncode == 0
+        assert answer.result().json()["choices"][0]["text"] == "X"
 
 
 def test_a_router_that_is_not_there_is_named_with_its_cure(shell, serve_file, model_dir, monkeypatch):

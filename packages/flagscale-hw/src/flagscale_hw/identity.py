@@ -5,6 +5,7 @@ What does not live here: deciding what to end (`ending.py`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ __all__ = [
     "identify",
     "marked",
     "pid_namespace",
+    "session_members",
     "started_at",
 ]
 
@@ -139,6 +141,19 @@ def descendants(root_pid: int) -> list[Identity]:
         below = by_parent.pop(queue.pop(0), [])
         found += below
         queue += [child.pid for child in below]
+    return found
+
+
+def session_members(leader_pid: int) -> list[Identity]:
+    """Return the living descendants of the calling process in the session that a process began.
+
+    It may have ended: what it started keeps its session, unless it began one of its own.
+    """
+    found = []
+    for process in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            if os.getsid(process.pid) == leader_pid:
+                found.append(process)
     return found
 
 

@@ -37,6 +37,7 @@ _LATER: Mapping[str, Any] = {
     "port_hosts": {},
     "collect": (),
     "log_limit_bytes": _LOG_LIMIT_BYTES,
+    "watches": (),
 }
 """Fields that the text of a plan leaves out while they say nothing."""
 _MASKED_INSIDE = 6
@@ -57,6 +58,9 @@ class Process:
     host: str = LOCAL
     """Name of one of the plan's targets; `local` in a plan that has none."""
     rank: int | None = None
+    max_restarts: int = 0
+    """How often within ten minutes this process alone is started again when it has ended, while the others go
+    on. Only in a run that has been ready: what ends before was never right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,8 @@ class Probe:
     interval_s: float = 0.5
     request_timeout_s: float = 60.0
     timeout_s: float = 600.0
+    process: str | None = None
+    """The process that it is about: asked again when that was started again. In `watches`, the one to end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +120,9 @@ class Plan:
     """Ports to lease on the host: name -> wanted number, or None for any free one."""
     probes: tuple[Probe, ...] = ()
     """All must pass for the run to be `ready`; a plan without probes is `running` until it ends."""
+    watches: tuple[Probe, ...] = ()
+    """Asked every `interval_s` once the run is ready; where nothing passes for `timeout_s`, the process is
+    killed, so that its `max_restarts` decides what follows."""
     stop: StopPolicy = StopPolicy()
     max_restarts: int = 0
     """How often the whole run is started again after a process failed or did not become ready."""
@@ -151,8 +160,7 @@ class Plan:
             yield from _problems_of_file(file)
         if len({file.path for file in self.files}) < len(self.files):
             yield "two files have the same path: paths must differ"
-        for probe in self.probes:
-            yield from _problems_of_probe(probe)
+        yield from self._problems_of_probes()
         yield from self._problems_of_ports()
         yield from self._problems_of_placeholders()
         yield from self._problems_of_hosts()
@@ -162,6 +170,16 @@ class Plan:
             yield f"stop grace_s {self.stop.grace_s}: give seconds, 0 or more"
         if self.max_restarts < 0:
             yield f"max_restarts {self.max_restarts}: give 0 or more"
+
+    def _problems_of_probes(self) -> Iterator[str]:
+        names = {process.name for process in self.processes}
+        for probe in (*self.probes, *self.watches):
+            yield from _problems_of_probe(probe)
+            if probe.process is not None and probe.process not in names:
+                yield f"probe {probe.url!r}: process {probe.process!r}: not a process of this plan"
+        for watch in self.watches:
+            if watch.process is None:
+                yield f"watch {watch.url!r}: no process: name the one that it is about"
 
     def _problems_of_ports(self) -> Iterator[str]:
         for name, number in self.ports.items():
@@ -216,7 +234,7 @@ class Plan:
                 yield process.name, text
         for file in self.files:
             yield f"file {file.path!r}", file.text
-        for probe in self.probes:
+        for probe in (*self.probes, *self.watches):
             yield "probe", probe.url
 
     def to_json(self, *, masked: bool = True) -> str:
@@ -258,6 +276,7 @@ class Plan:
                     "processes": tuple(Process(**{**p, "argv": tuple(p["argv"])}) for p in data["processes"]),
                     "files": tuple(File(**f) for f in data["files"]),
                     "probes": tuple(Probe(**p) for p in data["probes"]),
+                    "watches": tuple(Probe(**p) for p in data.get("watches", ())),
                     "stop": StopPolicy(**data["stop"]),
                     "secrets": tuple(data["secrets"]),
                     "targets": tuple(Target(**t) for t in data.get("targets", ())),
@@ -286,6 +305,8 @@ def _problems_of_process(process: Process) -> Iterator[str]:
         yield f"{process.name}: argv is empty: its first word names the program"
     if "\0" in "".join((*process.argv, *process.env, *process.env.values(), process.cwd)):
         yield f"{process.name}: a NUL character stands in argv, env or cwd: programs cannot be given one"
+    if process.max_restarts < 0:
+        yield f"{process.name}: max_restarts {process.max_restarts}: give 0 or more"
     for variable in process.env:
         if not variable or "=" in variable:
             yield f"{process.name}: environment variable {variable!r}: a name is not empty and has no `=`"
@@ -317,10 +338,15 @@ def _plain(value: Any) -> Any:
     """Turn our dataclasses into maps; what is in them is plain already, and copying it would take time."""
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
-    return dict(vars(value)) if isinstance(value, _PARTS) else value
+    if not isinstance(value, _PARTS):
+        return value
+    silent = _SILENT.get(type(value), {})
+    return {name: found for name, found in vars(value).items() if name not in silent or found != silent[name]}
 
 
 _PARTS = (Process, File, Probe, StopPolicy, Target)
+_SILENT: Mapping[type, Mapping[str, Any]] = {Process: {"max_restarts": 0}, Probe: {"process": None}}
+"""Fields that the text of a part leaves out while they say nothing."""
 
 
 def _mask(data: Any, values: list[str]) -> Any:

@@ -26,8 +26,15 @@ _QUOTE_LIMIT = 300
 class ProbeRun:
     """One probe of one attempt: its helper process, its deadline and the last answer."""
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, *, for_ever: bool = False) -> None:
+        """Begin to ask.
+
+        Args:
+            probe: what to ask.
+            for_ever: go on after it has passed, and let `has_passed` tell the last answer.
+        """
         self.probe = probe
+        self._for_ever = for_ever
         self.has_passed = False
         self.last_answer = "nothing yet"
         self.deadline = time.monotonic() + probe.timeout_s
@@ -38,7 +45,7 @@ class ProbeRun:
         listen, report = os.pipe()
         if fork_helper() == 0:
             try:
-                _keep_asking(self.probe, report)
+                _keep_asking(self.probe, report, for_ever=self._for_ever)
             except BaseException as error:  # noqa: BLE001 - the last frame of a forked process
                 _report(report, passed=False, text=f"the probe broke: {type(error).__name__}: {error}")
             finally:
@@ -58,7 +65,9 @@ class ProbeRun:
             answer = json.loads(line)
             self.has_passed = answer["passed"]
             self.last_answer = answer["text"]
-        if not data and not self.has_passed:
+            if self._for_ever and self.has_passed:
+                self.deadline = time.monotonic() + self.probe.timeout_s
+        if not data and (self._for_ever or not self.has_passed):
             # The helper was killed by somebody: ask again with a new one.
             os.close(self.handle)
             time.sleep(min(self.probe.interval_s, 1.0))
@@ -69,12 +78,12 @@ class ProbeRun:
         os.close(self.handle)
 
 
-def _keep_asking(probe: Probe, report: int) -> None:
+def _keep_asking(probe: Probe, report: int, *, for_ever: bool) -> None:
     passed = False
-    while not passed:
+    while for_ever or not passed:
         passed, text = ask(probe)
         _report(report, passed=passed, text=text)
-        if not passed:
+        if for_ever or not passed:
             time.sleep(probe.interval_s)
 
 

@@ -66,11 +66,13 @@ class Record:
             processes=tuple(blank),
         )
 
-    def started(self, name: str, pid: int) -> None:
-        """Note that a process runs."""
+    def started(self, name: str, pid: int, *, restarts: int = 0) -> None:
+        """Note that a process runs; how an earlier one of that name ended is forgotten."""
+        self.endings = [ended for ended in self.endings if ended.name != name]
         self._put(
             ProcessStatus(
                 name=name,
+                restarts=restarts,
                 pid=pid,
                 start_time=started_at(pid),
                 started_at=time.time(),
@@ -92,6 +94,12 @@ class Record:
                 )
                 self._put(ended)
                 self.endings.append(ended)
+
+    def ready(self, name: str) -> None:
+        """Note that a process has shown that it works."""
+        for process in self.status.processes:
+            if process.name == name:
+                self._put(replace(process, ready_at=time.time()))
 
     def explain(self, name: str, cause: str) -> None:
         """Note why a process failed."""

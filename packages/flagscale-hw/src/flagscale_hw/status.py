@@ -40,6 +40,10 @@ class ProcessStatus:
     started_monotonic_s: float | None = None
     """Seconds of the host's own steady clock, which no time server moves."""
     ended_monotonic_s: float | None = None
+    ready_at: float | None = None
+    """Unix seconds at which a probe of it had passed; None before, and for a process without any."""
+    restarts: int = 0
+    """How often it was started again alone."""
     is_lost: bool = False
     """Whether it is gone, or its host is, without anybody having seen how it ended."""
 

@@ -28,7 +28,7 @@ from flagscale_hw.cause import first_cause, last_lines
 from flagscale_hw.demands import Outcome
 from flagscale_hw.ending import end_children, reap
 from flagscale_hw.errors import LaunchError
-from flagscale_hw.identity import MARKER
+from flagscale_hw.identity import MARKER, session_members
 from flagscale_hw.logs import set_aside
 from flagscale_hw.order import Order
 from flagscale_hw.placeholders import placeholders, substitute
@@ -36,6 +36,7 @@ from flagscale_hw.plan import Probe, Process
 from flagscale_hw.ports import PortLease, lease_ports
 from flagscale_hw.probing import ProbeRun, wait_any
 from flagscale_hw.record import say
+from flagscale_hw.restarting import Restarts
 from flagscale_hw.rundir import RunDirectory
 from flagscale_hw.spawn import Command, spawn
 from flagscale_hw.status import ProcessStatus
@@ -55,6 +56,9 @@ class Supervisor(Attempts):
         self._numbers: dict[str, int] = {}
         self._placed: list[Path] = []
         self._probes: list[ProbeRun] = []
+        self._watches: list[ProbeRun] = []
+        self._restarts = Restarts(())
+        self._was_ready = False
         self._log_starts: dict[str, int] = {}
         self._next_log_look = 0.0
 
@@ -128,11 +132,12 @@ class Supervisor(Attempts):
             self._start_all()
         except (LaunchError, OSError) as error:
             return Outcome("failed", str(error))
-        self._probes = [ProbeRun(probe) for probe in self._filled_probes()]
+        self._restarts, self._was_ready = Restarts(self._plan.processes), False
+        self._probes = [ProbeRun(probe) for probe in self._filled(self._plan.probes)]
         if not self._probes:
             self._record.change("running")
         while True:
-            outcome = self._demands.outcome or self._judge()
+            outcome = self._demands.outcome or self._start_again() or self._judge()
             if outcome is not None:
                 return outcome
             self._turn(self._patience_s())
@@ -169,26 +174,32 @@ class Supervisor(Attempts):
 
         return substitute(text, value_of)
 
-    def _filled_probes(self) -> list[Probe]:
-        return [replace(probe, url=self._fill(probe.url)) for probe in self._plan.probes]
+    def _filled(self, probes: Sequence[Probe]) -> list[Probe]:
+        return [replace(probe, url=self._fill(probe.url)) for probe in probes]
 
     def _turn(self, timeout_s: float) -> None:
         """Wait for something to happen, at most `timeout_s`, and take it in."""
-        ready = wait_any([*self._demands.handles, *(probe.handle for probe in self._probes)], timeout_s)
+        asked = [*self._probes, *self._watches]
+        ready = wait_any([*self._demands.handles, *(probe.handle for probe in asked)], timeout_s)
         self._demands.take(ready)
         if self._demands.is_abandoned:
             self.take_back()
         for probe in [probe for probe in self._probes if probe.handle in ready]:
             self._read_probe(probe)
+        for watch in [watch for watch in self._watches if watch.handle in ready]:
+            watch.read()
         reap(self._record.ended)
         self._set_long_logs_aside()
         if not self._record.is_saved:
             self._record.save()
 
     def _read_probe(self, probe: ProbeRun) -> None:
-        before = probe.last_answer
+        before, had_passed = probe.last_answer, probe.has_passed
         probe.read()
-        if not probe.has_passed and probe.last_answer != before:
+        if probe.has_passed:
+            if probe.probe.process is not None and not had_passed:
+                self._record.ready(probe.probe.process)
+        elif probe.last_answer != before and not self._was_ready:
             self._record.change("starting", f"waiting for {probe.probe.url}: {probe.last_answer}")
 
     def _set_long_logs_aside(self) -> None:
@@ -204,25 +215,117 @@ class Supervisor(Attempts):
 
     def _judge(self) -> Outcome | None:
         """Say whether this attempt is over, from what is known now."""
+        waiting = [probe for probe in self._probes if not probe.has_passed]
+        over = self._judge_endings(waiting) or self._judge_late(waiting)
+        if over is None:
+            if self._is_up():
+                self._enter_ready()
+            self._end_the_silent()
+        return over
+
+    def _judge_endings(self, waiting: Sequence[ProbeRun]) -> Outcome | None:
         for ended in self._record.endings:
-            if ended.exit_code != 0:
+            if self._restarts.is_waiting(ended.name):
+                continue
+            governed = self._was_ready and self._restarts.governs(ended.name)
+            if governed and self._rest(ended):
+                continue
+            if governed or ended.exit_code != 0:
                 self._explain_endings()
                 return Outcome("failed", self._reason_of(ended), may_restart=True)
-        waiting = [probe for probe in self._probes if not probe.has_passed]
-        if len(self._record.endings) == len(self._plan.processes):
-            if waiting:
-                last = self._record.endings[-1]
-                return Outcome("failed", f"{self._reason_of(last)} (before it was ready)", may_restart=True)
-            return Outcome("succeeded", "")
-        late = [probe for probe in waiting if time.monotonic() > probe.deadline]
-        if late:
-            return Outcome("failed", self._reason_of_late(late[0]), may_restart=True)
-        if self._probes and not waiting:
-            for probe in self._probes:
-                probe.close()
-            self._probes.clear()
-            self._record.change("ready")
+        if len(self._record.endings) < len(self._plan.processes) or self._restarts.next_due is not None:
+            return None
+        if waiting:
+            last = self._record.endings[-1]
+            return Outcome("failed", f"{self._reason_of(last)} (before it was ready)", may_restart=True)
+        return Outcome("succeeded", "")
+
+    def _judge_late(self, waiting: Sequence[ProbeRun]) -> Outcome | None:
+        for late in [probe for probe in waiting if time.monotonic() > probe.deadline]:
+            name = late.probe.process
+            if not (self._was_ready and name is not None and self._restarts.governs(name)):
+                return Outcome("failed", self._reason_of_late(late), may_restart=True)
+            self._kill(name)
+            self._forget_probes(name)
         return None
+
+    def _enter_ready(self) -> None:
+        for probe in self._probes:
+            probe.close()
+        self._probes.clear()
+        self._record.change("ready")
+        if not self._was_ready:
+            self._was_ready = True
+            self._watches = [ProbeRun(watch, for_ever=True) for watch in self._filled(self._plan.watches)]
+
+    def _is_up(self) -> bool:
+        """Tell whether everything has just become ready, for the first time or again."""
+        if self._record.status.state != "starting" or not self._plan.probes:
+            return False
+        if any(not probe.has_passed for probe in self._probes):
+            return False
+        asked = {probe.process for probe in self._plan.probes}
+        told = {one.name for one in self._record.status.processes if one.ready_at is not None}
+        return self._restarts.next_due is None and asked - told <= {None}
+
+    # -- one process alone ----------------------------------------------------------------------------------
+
+    def _rest(self, ended: ProcessStatus) -> bool:
+        """Let a process that has ended start again after a pause; False when it did so too often."""
+        pause = self._restarts.schedule(ended.name, time.monotonic())
+        if pause is None:
+            return False
+        reason = self._reason_of(ended)
+        self._kill_session(ended.pid)  # its children would keep its port and its device
+        self._forget_probes(ended.name)
+        self._record.change(
+            "starting", f"{ended.name}: {self._restarts.describe(ended.name)}, after: {reason}"
+        )
+        say(f"{reason}; it starts again in {pause:g} s")
+        return True
+
+    def _start_again(self) -> Outcome | None:
+        """Start the processes whose pause is over."""
+        for name in self._restarts.take_due(time.monotonic()):
+            (process,) = (one for one in self._plan.processes if one.name == name)
+            (before,) = (one for one in self._record.status.processes if one.name == name)
+            command = self._command(process)
+            self._log_starts[name] = command.log.stat().st_size if command.log.exists() else 0
+            try:
+                self._record.started(name, spawn(command), restarts=before.restarts + 1)
+            except (LaunchError, OSError) as error:
+                return Outcome("failed", str(error))
+            self._record.save()
+            probes = [probe for probe in self._plan.probes if probe.process == name]
+            self._probes += [ProbeRun(probe) for probe in self._filled(probes)]
+        return None
+
+    def _end_the_silent(self) -> None:
+        """Kill the processes whose watch has not passed for too long."""
+        ready = {one.name for one in self._record.status.processes if one.is_running and one.ready_at}
+        for watch in self._watches:
+            if watch.probe.process not in ready:
+                watch.deadline = time.monotonic() + watch.probe.timeout_s
+            elif time.monotonic() > watch.deadline:
+                asked = watch.probe
+                say(f"{asked.process}: no good answer for {asked.timeout_s:g} s from {asked.url}")
+                self._kill(str(asked.process))
+
+    def _forget_probes(self, name: str) -> None:
+        for probe in [probe for probe in self._probes if probe.probe.process == name]:
+            probe.close()
+            self._probes.remove(probe)
+
+    def _kill(self, name: str) -> None:
+        for process in self._record.status.processes:
+            if process.name == name and process.is_running:
+                self._kill_session(process.pid)
+
+    @staticmethod
+    def _kill_session(pid: int | None) -> None:
+        for process in session_members(pid) if pid is not None else ():
+            with contextlib.suppress(PermissionError):
+                process.send(signal.SIGKILL)
 
     def _explain_endings(self) -> None:
         for ended in self._record.endings:
@@ -233,7 +336,9 @@ class Supervisor(Attempts):
         return first_cause(self._directory.log(name), offset=self._log_starts.get(name, 0))
 
     def _patience_s(self) -> float:
-        deadlines = [probe.deadline - time.monotonic() for probe in self._probes]
+        deadlines = [probe.deadline - time.monotonic() for probe in (*self._probes, *self._watches)]
+        if (due := self._restarts.next_due) is not None:
+            deadlines.append(due - time.monotonic())
         return max(0.0, min([TURN_S, *deadlines]))
 
     def _reason_of(self, ended: ProcessStatus) -> str:
@@ -261,9 +366,10 @@ class Supervisor(Attempts):
 
     def _end(self, outcome: Outcome) -> str:
         """End every process below us; say what could not be ended, if anything."""
-        for probe in self._probes:
+        for probe in (*self._probes, *self._watches):
             probe.close()
         self._probes.clear()
+        self._watches.clear()
         if reap(self._record.ended):
             self._record.change("stopping", outcome.reason)
             left = end_children(

@@ -6,6 +6,7 @@ Every verb of the command line is one function here with the same name (`list` i
 """
 
 from flagscale_serve.__about__ import __version__
+from flagscale_serve.bench import Benched, Measured, Workload, bench, parse_slo
 from flagscale_serve.chat import chat
 from flagscale_serve.errors import (
     EngineMissing,
@@ -39,8 +40,10 @@ from flagscale_serve.runs import (
     wait_ready,
 )
 from flagscale_serve.service import Instance, Service, of_experiment, of_model
+from flagscale_serve.tune import Trial, Tuned, parse_space, tune
 
 __all__ = [
+    "Benched",
     "EngineMissing",
     "Fit",
     "Instance",
@@ -48,6 +51,7 @@ __all__ = [
     "InvalidModel",
     "InvalidService",
     "Load",
+    "Measured",
     "Model",
     "Node",
     "NotServing",
@@ -60,7 +64,11 @@ __all__ = [
     "ServeError",
     "Service",
     "ServiceStatus",
+    "Trial",
+    "Tuned",
+    "Workload",
     "__version__",
+    "bench",
     "chat",
     "check",
     "find_nodes",
@@ -71,6 +79,8 @@ __all__ = [
     "logs",
     "of_experiment",
     "of_model",
+    "parse_slo",
+    "parse_space",
     "plan",
     "prepare",
     "read_model",
@@ -78,5 +88,6 @@ __all__ = [
     "start",
     "status",
     "stop",
+    "tune",
     "wait_ready",
 ]

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from flagscale_serve.errors import InvalidService, NotServing, RequestFailed
-from flagscale_serve.runs import InstanceStatus, find_run, status_of
+from flagscale_serve.runs import InstanceStatus, find_run, status_of, vllm_python
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Server", "chat", "find_server", "first_model", "message_of"]
+__all__ = ["Server", "chat", "find_server", "first_model", "listed_model", "message_of"]
 
 _CONNECT_TIMEOUT_S = 10.0
 _TOKEN_TIMEOUT_S = 600.0
@@ -32,6 +32,12 @@ class Server:
     """None: the first that the server lists."""
     has_chat_template: bool | None = None
     """None: not known."""
+    engines: tuple[str, ...] = ()
+    """What answers there; none: not known."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer, where it is known."""
+    python: str | None = None
+    """Interpreter that runs a vLLM there, where it is known."""
 
     @property
     def is_local(self) -> bool:
@@ -97,19 +103,30 @@ def find_server(target: str | None, model: str | None = None, overrides: Sequenc
     if target is not None and target.startswith(("http://", "https://")):
         base = target.rstrip("/")
         return Server(url=base if base.endswith("/v1") else f"{base}/v1", model=model)
-    now = status_of(find_run(target, overrides))
-    if not now.is_ready:
+    run = find_run(target, overrides)
+    now = status_of(run)
+    ready = any(one.is_ready for one in now.instances)
+    instance = _choose(now.instances, model) if ready else None
+    if instance is None or not instance.is_ready:
         raise NotServing(
             f"{now.run_dir}: not ready: it is {now.state}{f' ({now.reason})' if now.reason else ''}"
         )
-    instance = _choose(now.instances, model)
     if instance.url is None:
         raise NotServing(f"{now.run_dir}: the port of {instance.name} is not known")
     return Server(
         url=instance.url,
         model=instance.model,
         has_chat_template=instance.has_chat_template,
+        engines=_engines(now.instances, instance),
+        tokenizer=instance.tokenizer,
+        python=vllm_python(run),
     )
+
+
+def _engines(instances: tuple[InstanceStatus, ...], door: InstanceStatus) -> tuple[str, ...]:
+    """List the engines behind a door, which may be an engine itself."""
+    behind = {one.engine for one in instances if one.behind == door.name}
+    return tuple(sorted(behind or {door.engine}))
 
 
 def _choose(instances: tuple[InstanceStatus, ...], model: str | None) -> InstanceStatus:
@@ -141,6 +158,22 @@ def _ask(server: Server, body: dict[str, Any], api_key: str | None) -> Iterator[
         raise InvalidService(f"{server.url}: not an address: {error}") from None
     except httpx.HTTPError as error:
         raise RequestFailed(f"{server.url}: the answer broke off: {error or type(error).__name__}") from None
+
+
+def listed_model(server: Server, api_key: str | None) -> str:
+    """Return the first model that a server lists; see `first_model`."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        with httpx.Client(
+            headers=headers, timeout=_CONNECT_TIMEOUT_S, trust_env=not server.is_local
+        ) as client:
+            return first_model(client, server.url)
+    except httpx.TransportError as error:
+        raise NotServing(f"{server.url}: nobody answers ({error}): is the server running?") from None
+    except httpx.InvalidURL as error:
+        raise InvalidService(f"{server.url}: not an address: {error}") from None
 
 
 def first_model(client: httpx.Client, url: str) -> str:

@@ -17,7 +17,7 @@ from flagscale_serve.errors import EngineMissing, InvalidModel, InvalidService
 from flagscale_serve.model import Model, read_gguf_model, read_model
 from flagscale_serve.service import Front, Instance, Service
 
-__all__ = ["check_addresses", "check_engines", "check_models", "check_router"]
+__all__ = ["check_addresses", "check_engines", "check_models", "check_router", "has_modules"]
 
 _TIMEOUT_S = 60.0
 # Finds without importing: an import of an engine takes seconds, and can fail for reasons of the machine.
@@ -127,6 +127,24 @@ def check_router(service: Service, python: str) -> None:
                 f"{service.fronts[0].name}: several instances behind one address need a router, which "
                 f"{python} does not have: install it there with `{router.INSTALL}`"
             )
+
+
+def has_modules(python: str, modules: Sequence[str]) -> bool:
+    """Tell whether an interpreter has some modules; one that is not there has none."""
+    wanted = json.dumps({"modules": list(modules), "distributions": []})
+    env = {**os.environ, "PYTHONSAFEPATH": "1"}
+    try:
+        done = subprocess.run(
+            (python, "-c", _LOOK, wanted),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=True,
+            env=env,
+        )
+        return not json.loads(done.stdout.strip().splitlines()[-1])["missing"]
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError):
+        return False
 
 
 def _look_for_program(engine: Engine, service: Service) -> str:

@@ -17,6 +17,7 @@ from flagscale_serve.__about__ import __version__
 
 if TYPE_CHECKING:
     from flagscale_hw import Plan, Run
+    from flagscale_serve.bench import Workload
     from flagscale_serve.metrics import Load
     from flagscale_serve.runs import Options, ServiceStatus
 
@@ -30,6 +31,7 @@ examples:
   flagscale-serve run FILE.yaml --detach           serve a FlagScale file in the background, return when ready
   flagscale-serve chat MODEL_DIR -m 'Hello'        ask it
   flagscale-serve generate IN.jsonl OUT.jsonl      answer a file of requests by the service that runs
+  flagscale-serve bench MODEL_DIR --slo ttft=200ms measure it under load
   flagscale-serve stop MODEL_DIR                   stop it
 
 exit codes: 0 done, 1 bug, 2 wrong input, 3 not found or not ready, 4 the run failed, 130 interrupted
@@ -65,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_looking(verbs)
     _add_chat(verbs)
     _add_generate(verbs)
+    _add_bench(verbs)
+    _add_tune(verbs)
     return parser
 
 
@@ -136,6 +140,13 @@ def _add_run(verbs: Any) -> None:
     parser.add_argument("--detach", action="store_true", help="return when it is ready and leave it running")
     parser.add_argument("--no-wait", action="store_true", help="with --detach: return at once")
     parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="of each instance by itself within ten minutes, once it has been ready (default: 3)",
+    )
+    parser.add_argument(
         "-v", "--verbose", action="store_true", help="show the engine's log from its first line"
     )
 
@@ -158,7 +169,10 @@ def _add_looking(verbs: Any) -> None:
             parser.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
         if name == "stop":
             parser.add_argument(
-                "--grace", type=float, metavar="SECONDS", help="before it is killed (default: the engine's)"
+                "--grace",
+                type=float,
+                metavar="SECONDS",
+                help="for requests under way to end, before it is killed (default: the engine's)",
             )
         if name != "logs":
             parser.add_argument("--json", action="store_true", help="print facts as JSON")
@@ -209,8 +223,91 @@ def _add_generate(verbs: Any) -> None:
     parser.add_argument("--python", help="interpreter that has the engine")
 
 
+def _add_bench(verbs: Any) -> None:
+    parser = _add(verbs, "bench", _bench, "load a server at several concurrencies and show what it gives")
+    parser.add_argument(
+        "target", nargs="?", metavar="RUN_OR_URL", help="run, file, model, or address (default: the only run)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+    _add_load(parser)
+    parser.add_argument(
+        "--concurrency",
+        type=_numbers,
+        default=(1, 8, 32),
+        metavar="N,N,...",
+        help="requests at a time, one level after the other (default: 1,8,32)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="for bench.json and bench.html (default: in the run's directory, or here)",
+    )
+    parser.add_argument("--json", action="store_true", help="print bench.json")
+
+
+def _add_tune(verbs: Any) -> None:
+    parser = _add(verbs, "tune", _tune, "search the engine's options for the highest goodput")
+    parser.add_argument("target", metavar="FILE_OR_MODEL_DIR", help="serve file, recipe, or model directory")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+    parser.add_argument(
+        "--try",
+        dest="space",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE,VALUE",
+        help="engine_args to try, such as max_num_seqs=64,128; may be repeated, all combinations are tried",
+    )
+    _add_load(parser)
+    parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="at a time (default: 32)")
+    parser.add_argument("--engine", metavar="NAME", help="see `run`")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("tune"),
+        metavar="DIR",
+        help="for the journal and best.yaml (default: tune)",
+    )
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    """Add what a load is made of."""
+    parser.add_argument(
+        "--input-len", type=int, default=512, metavar="N", help="tokens of each prompt (default: 512)"
+    )
+    parser.add_argument(
+        "--output-len", type=int, default=128, metavar="N", help="tokens of each answer (default: 128)"
+    )
+    parser.add_argument(
+        "--requests", type=int, default=128, metavar="N", help="counted requests of each level (default: 128)"
+    )
+    parser.add_argument(
+        "--warmups", type=int, default=8, metavar="N", help="requests before them (default: 8)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts")
+    parser.add_argument(
+        "--slo",
+        default="",
+        metavar="NAME=TIME,...",
+        help="bounds of each request, for the goodput: ttft, tpot, itl, e2e; such as ttft=200ms,tpot=20ms",
+    )
+    parser.add_argument(
+        "--generator",
+        choices=("vllm", "own"),
+        help="`vllm bench serve`, or our own (default: vllm where it is installed and the engine takes it)",
+    )
+    parser.add_argument("--python", help="interpreter that has vLLM (default: the one that runs the engine)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer of the model behind an address")
+    parser.add_argument("--model", help="which model, when several are served")
+    parser.add_argument("--api-key", help="the server's key (default: $OPENAI_API_KEY)")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
 def _options(arguments: argparse.Namespace) -> Options:
-    from flagscale_serve.plan import READY_TIMEOUT_S
+    from flagscale_serve.plan import MAX_RESTARTS, READY_TIMEOUT_S
     from flagscale_serve.runs import Options
 
     return Options(
@@ -220,6 +317,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         port=arguments.port,
         run_dir=arguments.run_dir.absolute() if arguments.run_dir else None,
         ready_timeout_s=READY_TIMEOUT_S if arguments.timeout is None else arguments.timeout,
+        max_restarts=getattr(arguments, "max_restarts", MAX_RESTARTS),
     )
 
 
@@ -408,9 +506,11 @@ def _print_status(now: ServiceStatus, *, as_json: bool) -> None:
         return
     print(f"{now.name}: {now.state}{f': {now.reason}' if now.reason else ''}")
     for one in now.instances:
+        again = f", started again {one.restarts} times" if one.restarts else ""
+        away = "" if one.is_ready or now.state != "starting" else ", not ready"
         print(
             f"  {one.name}: {one.engine}, model {one.model}, {one.url or 'no port yet'}, pid {one.pid or '-'}"
-            f"{_load_text(one.load)}"
+            f"{away}{again}{_load_text(one.load)}"
         )
     print(f"  {now.run_dir}")
 
@@ -520,6 +620,83 @@ def _generate(arguments: argparse.Namespace) -> int:
         _say(f"{ended.failed} failed: their lines in {arguments.output} say why; run it again to retry them")
         return 4
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from flagscale_serve.bench import bench, parse_slo
+    from flagscale_serve.foreground import level_text
+
+    slo = parse_slo(arguments.slo)
+    _interrupt_on_signals()
+    done = bench(
+        arguments.target,
+        arguments.overrides,
+        workload=_workload(arguments),
+        concurrencies=arguments.concurrency,
+        slo=slo,
+        generator=arguments.generator,
+        python=arguments.python,
+        tokenizer=arguments.tokenizer,
+        model=arguments.model,
+        api_key=arguments.api_key,
+        tell=lambda level: _say(level_text(level, slo)),
+    )
+    folder = arguments.out or _bench_folder(arguments.target, arguments.overrides)
+    done.write(folder)
+    if arguments.json:
+        print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        best = done.best
+        goodput = f"{best.goodput(slo):.2f} requests/s{' within the SLO' if slo else ''}"
+        print(f"best: {goodput} at {best.workload.concurrency} at a time\n{folder / 'bench.html'}")
+    return 4 if any(not level.answered for level in done.levels) else 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from flagscale_serve.bench import parse_slo
+    from flagscale_serve.foreground import trial_text
+    from flagscale_serve.runs import Options
+    from flagscale_serve.tune import parse_space, tune
+
+    _interrupt_on_signals()
+    done = tune(
+        arguments.target,
+        arguments.overrides,
+        space=parse_space(arguments.space),
+        folder=arguments.out,
+        workload=replace(_workload(arguments), concurrency=arguments.concurrency),
+        slo=parse_slo(arguments.slo),
+        options=Options(engine=arguments.engine, python=arguments.python),
+        generator=arguments.generator,
+        tell=lambda trial: _say(trial_text(trial)),
+    )
+    kept = f", {done.kept} of them before" if done.kept else ""
+    _say(f"{len(done.trials)} trials{kept}")
+    if done.best is not None:
+        print(f"best: {trial_text(done.best)}\n{done.file}")
+    return 0
+
+
+def _workload(arguments: argparse.Namespace) -> Workload:
+    from flagscale_serve.bench import Workload
+
+    return Workload(
+        input_len=arguments.input_len,
+        output_len=arguments.output_len,
+        num_requests=arguments.requests,
+        num_warmups=arguments.warmups,
+        seed=arguments.seed,
+    )
+
+
+def _bench_folder(target: str | None, overrides: Sequence[str]) -> Path:
+    from flagscale_serve.runs import find_run
+
+    name = time.strftime("bench-%Y%m%d-%H%M%S")
+    is_address = target is not None and target.startswith(("http://", "https://"))
+    return Path(name) if is_address else find_run(target, overrides).dir / name
 
 
 def _shown(piece: str) -> str:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import flagscale_hw as hw
+from flagscale_serve.bench import Measured
 from flagscale_serve.generate import Progress as Batch
 from flagscale_serve.progress import Phases, Tail
 from flagscale_serve.runs import InstanceStatus, ServiceStatus
+from flagscale_serve.tune import Trial
 
-__all__ = ["StartLog", "batch_progress", "ready_text"]
+__all__ = ["StartLog", "batch_progress", "level_text", "ready_text", "trial_text"]
 
 _POLL_S = 0.1
 _SILENCE_S = 15.0
@@ -115,6 +117,31 @@ def ready_text(status: ServiceStatus, seconds: float) -> str:
             f'       -d \'{{"model": "{one.model}", {asked}, "max_tokens": 32}}\'',
         ]
     return "\n".join(lines)
+
+
+def level_text(level: Measured, slo: Mapping[str, float]) -> str:
+    """Say in one line what one level of load gave."""
+    told = level.to_dict(slo)
+    times = [
+        f"{name.upper()} {told[f'{name}_ms']['p50']:.1f}/{told[f'{name}_ms']['p99']:.1f}"
+        for name in ("ttft", "tpot", "e2e")
+        if told[f"{name}_ms"]
+    ]
+    good = f", {told['within_slo']:.0%} within the SLO" if slo else ""
+    failed = f", {told['failed']} failed ({'; '.join(told['errors'])})" if told["failed"] else ""
+    return (
+        f"{told['concurrency']:4} at a time: {told['output_tokens_per_s']:.1f} tokens/s, "
+        f"{told['requests_per_s']:.2f} requests/s, p50/p99 ms {', '.join(times) or '-'}{good}{failed}"
+    )
+
+
+def trial_text(trial: Trial) -> str:
+    """Say in one line what a trial of `tune` gave."""
+    options = ", ".join(f"{name}={value}" for name, value in trial.options.items()) or "as it is"
+    if trial.reason:
+        return f"{options}: {trial.fate}: {trial.reason}"
+    early = " (stopped early)" if trial.fate == "stopped early" else ""
+    return f"{options}: {trial.goodput:.2f} requests/s, {trial.output_tokens_per_s:.1f} tokens/s{early}"
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from flagscale_serve.chat import Server, find_server, first_model, message_of
+from flagscale_serve.chat import Server, find_server, listed_model, message_of
 from flagscale_serve.errors import InvalidService, NotServing
 from flagscale_serve.runs import Options, check, prepare, start, wait_ready
 
@@ -267,7 +267,7 @@ class _Batch:
         with httpx.Client(
             headers=headers, timeout=timeout, limits=limits, trust_env=not self.server.is_local
         ) as client:
-            name = self.server.model or _listed(client, self.server.url)
+            name = self.server.model or listed_model(self.server, self.key)
             waiting = iter(todo.items())
             with ThreadPoolExecutor(max_workers=concurrency) as pool:
                 try:
@@ -379,17 +379,6 @@ class _Batch:
             return _result(response.text), True
         refused = {"error": f"HTTP {response.status_code}: {message_of(response.text)}"}
         return refused, response.status_code not in _BUSY
-
-
-def _listed(client: httpx.Client, url: str) -> str:
-    import httpx
-
-    try:
-        return first_model(client, url)
-    except httpx.InvalidURL as error:
-        raise InvalidService(f"{url}: not an address: {error}") from None
-    except httpx.TransportError as error:
-        raise NotServing(f"{url}: nobody answers ({error}): is the server running?") from None
 
 
 def _result(text: str) -> dict[str, Any]:

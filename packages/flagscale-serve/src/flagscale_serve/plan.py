@@ -7,12 +7,13 @@ What does not live here: whether the model and the engine are really there (`che
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from flagscale_hw import Machine, Plan, Probe, Process, StopPolicy, env, runtime
-from flagscale_serve.engines import Context, Rendered, Seat, default_engine, engine_named
+from flagscale_serve.engines import ENGINES, Context, Rendered, Seat, default_engine, engine_named
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.fit import fit
 from flagscale_serve.hosts import Node
@@ -25,10 +26,14 @@ from flagscale_serve.service import Front, Instance, Service, absolute, of_exper
 if TYPE_CHECKING:
     from flagscale_config import Experiment
 
-__all__ = ["READY_TIMEOUT_S", "plan"]
+__all__ = ["MAX_RESTARTS", "READY_TIMEOUT_S", "plan"]
 
 READY_TIMEOUT_S = 1800.0
 """Loading and compiling a large model can take this long."""
+MAX_RESTARTS = 3
+"""Within ten minutes, for each instance and router by itself."""
+# A loaded server answers late; only one that hangs is silent for so long.
+_SILENT_S, _WATCH_INTERVAL_S, _WATCH_TIMEOUT_S = 180.0, 10.0, 60.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OWN = "{own_address}"
 _TRANSFER_PORT = 21001
@@ -46,6 +51,7 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     router_python: str = sys.executable,
     engine: str | None = None,
     ready_timeout_s: float = READY_TIMEOUT_S,
+    max_restarts: int = MAX_RESTARTS,
     versions: Mapping[str, str] | None = None,
     models: Mapping[str, Model] | None = None,
 ) -> Plan:
@@ -59,6 +65,8 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
         router_python: interpreter that has the router.
         engine: serve every item of a file with this engine, whatever the file says.
         ready_timeout_s: seconds until the first token of each instance.
+        max_restarts: how often within ten minutes an instance that has been ready and ended is started again
+            while the others go on; on this machine only, and 0 where an instance is several processes.
         versions: engine -> version in that interpreter; the newest known where it is not told.
         models: model directory -> what it says about itself; where it is told, the plan's facts say how
             the model fits the devices.
@@ -79,7 +87,7 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     wanted = {one.name: _num_devices(one) for one in service.instances}
     berths = place(service.instances, wanted, machine, nodes)
     _check_cpu(service.instances, berths)
-    crew = _Crew(service, berths, python, versions or {})
+    crew = _Crew(service, berths, python, versions or {}, 0 if nodes else max_restarts)
     parts = [part for instance in service.instances for part in crew.parts(instance)]
     fronts = [crew.front(front, router_python, ready_timeout_s) for front in service.fronts]
     heads = [part for part in parts if part.seat.rank == 0]
@@ -94,6 +102,7 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
         ports=crew.ports,
         port_hosts=crew.port_hosts if nodes else {},
         probes=(*probes, *(probe for _, probe in fronts)),
+        watches=tuple(_watches(heads, fronts)),
         stop=StopPolicy(grace_s=max(engine_named(i.engine).grace_s for i in service.instances)),
         facts=_facts(service, machine, heads, berths, models or {}),
         secrets=tuple(
@@ -126,7 +135,9 @@ class _Crew:
         berths: Mapping[str, tuple[Berth, ...]],
         python: str,
         versions: Mapping[str, str],
+        max_restarts: int,
     ) -> None:
+        self._max_restarts = max_restarts
         self._service = service
         self._berths = berths
         self._python = python
@@ -190,9 +201,16 @@ class _Crew:
             urls={one.name: self._url(one) for one in members},
             startup_s=timeout_s,
         )
-        process = Process(name=front.name, argv=argv, cwd=self._service.cwd, host=head.host)
+        process = Process(
+            name=front.name,
+            argv=argv,
+            cwd=self._service.cwd,
+            host=head.host,
+            max_restarts=self._max_restarts,
+        )
         address = _address(head) if head.node is not None else _reachable(front.host)
-        return process, _token_probe(front.name, address, members[0], timeout_s)
+        probe = _token_probe(front.name, address, members[0], timeout_s)
+        return process, replace(probe, process=front.name if process.max_restarts else None)
 
     def _url(self, instance: Instance) -> str:
         head = self._berths[instance.name][0]
@@ -263,6 +281,8 @@ class _Crew:
                 cwd=service.cwd,
                 host=berth.host,
                 rank=seat.rank if seat.num_hosts > 1 else None,
+                # Half of an instance is no instance: several processes end together.
+                max_restarts=self._max_restarts if len(named) == 1 else 0,
             )
             for name, argv in named
         )
@@ -298,13 +318,36 @@ def _probe(part: _Part, timeout_s: float) -> Probe:
     instance = part.instance
     address = _reachable(instance.host) if part.berth.node is None else _address(part.berth)
     if part.rendered.answers_alone:
-        return _token_probe(instance.name, address, instance, timeout_s, part.rendered.served_names[0])
+        probe = _token_probe(instance.name, address, instance, timeout_s, part.rendered.served_names[0])
+        return replace(probe, process=instance.name if part.processes[-1].max_restarts else None)
     # Half of a pair breaks when it is asked alone; the router's probe generates the token.
     return Probe(
         url=f"http://{address}:{{port:{instance.name}}}/health",
         headers=_key(instance),
         interval_s=0.25,
         timeout_s=timeout_s,
+        process=instance.name if part.processes[-1].max_restarts else None,
+    )
+
+
+def _watches(heads: Sequence[_Part], fronts: Sequence[tuple[Process, Probe]]) -> Iterator[Probe]:
+    """Look after what can be started again: a server that hangs serves nobody, and does not end."""
+    for part in heads:
+        if part.processes[-1].max_restarts and part.instance.engine in ENGINES:
+            yield _watch(part.instance.name, _reachable(part.instance.host), _key(part.instance))
+    for process, probe in fronts:
+        if process.max_restarts:
+            yield _watch(process.name, urlsplit(probe.url).netloc.partition(":{")[0], {})
+
+
+def _watch(name: str, address: str, headers: Mapping[str, str]) -> Probe:
+    return Probe(
+        url=f"http://{address}:{{port:{name}}}/health",
+        headers=headers,
+        interval_s=_WATCH_INTERVAL_S,
+        request_timeout_s=_WATCH_TIMEOUT_S,
+        timeout_s=_SILENT_S,
+        process=name,
     )
 
 

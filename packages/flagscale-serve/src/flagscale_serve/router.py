@@ -16,6 +16,8 @@ ENGINE = "router"
 """What stands for the engine in facts and status."""
 DISTRIBUTION = "vllm-router"
 MODULE = "vllm_router"
+MAX_BODY_BYTES = 64 << 20
+"""Larger requests are refused with 413. The longest contexts are a few MiB; pictures come to tens."""
 INSTALL = "pip install 'flagscale-serve[router]'"
 
 
@@ -54,6 +56,7 @@ def router_argv(
         *("--worker-startup-check-interval", "1"),
         # Its own habit is to notice a dead instance after three minutes.
         *("--health-check-interval-secs", "5", "--health-failure-threshold", "2"),
+        *("--max-payload-size", str(MAX_BODY_BYTES)),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", f"{{port:{front.name}-metrics}}"),
         *workers,
     )

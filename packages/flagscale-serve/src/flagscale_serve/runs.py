@@ -23,12 +23,13 @@ from typing import Any
 import flagscale_hw as hw
 from flagscale_serve.checks import check_addresses, check_engines, check_models, check_router
 from flagscale_serve.engines import default_engine, engine_named
+from flagscale_serve.engines.vllm import MODULE as VLLM_MODULE
 from flagscale_serve.errors import EngineMissing, InvalidModel, InvalidService, NotServing, RunFailed
 from flagscale_serve.fit import Fit, words_of
 from flagscale_serve.hosts import Node, find_nodes, promised_nodes
 from flagscale_serve.metrics import Load, read_load
 from flagscale_serve.model import Model, has_chat_template
-from flagscale_serve.plan import READY_TIMEOUT_S, plan
+from flagscale_serve.plan import MAX_RESTARTS, READY_TIMEOUT_S, plan
 from flagscale_serve.progress import details
 from flagscale_serve.router import DISTRIBUTION
 from flagscale_serve.router import ENGINE as ROUTER
@@ -51,6 +52,7 @@ __all__ = [
     "status",
     "status_of",
     "stop",
+    "vllm_python",
     "wait_ready",
     "with_load",
 ]
@@ -73,6 +75,8 @@ class Options:
     """Of the first instance; wins over the file."""
     run_dir: Path | None = None
     ready_timeout_s: float = READY_TIMEOUT_S
+    max_restarts: int = MAX_RESTARTS
+    """Of each instance by itself within ten minutes, once the service has been ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +111,12 @@ class InstanceStatus:
     pid: int | None
     log: str
     has_chat_template: bool
+    tokenizer: str
+    """Directory of the tokenizer."""
+    is_ready: bool
+    """It has generated a token, and has not ended since."""
+    restarts: int = 0
+    """How often it was started again."""
     behind: str | None = None
     """The router in front of it."""
     load: Load | None = None
@@ -162,6 +172,7 @@ def prepare(target: str, overrides: Sequence[str] = (), options: Options | None 
         python=python,
         router_python=python if nodes else sys.executable,
         ready_timeout_s=wish.ready_timeout_s,
+        max_restarts=wish.max_restarts,
         versions=versions,
         models={str(model.path): model for model in models},
     )
@@ -341,7 +352,8 @@ def stop(
     Args:
         target: as everywhere; without one, the only service that is alive.
         overrides: Hydra overrides of the file.
-        grace_s: seconds before it is killed; the engine's own habit when None.
+        grace_s: seconds in which requests under way may end before it is killed; the engine's own habit when
+            None. New requests are refused from the start.
 
     Raises:
         NotServing: there is none that is alive.
@@ -365,7 +377,7 @@ def list_runs() -> tuple[ServiceStatus, ...]:
 def status_of(run: hw.Run) -> ServiceStatus:
     """Say how one run stands."""
     now, made = run.status(), read_plan(run)
-    pids = {process.name: process.pid for process in now.processes}
+    processes = {process.name: process for process in now.processes}
     return ServiceStatus(
         name=str(made.get("name", run.dir.name)),
         run_dir=str(run.dir),
@@ -381,13 +393,27 @@ def status_of(run: hw.Run) -> ServiceStatus:
                 model=one["served_names"][0],
                 model_dir=one["model"],
                 url=_url(one["host"], now.ports.get(one["name"])),
-                pid=pids.get(one["name"]),
+                pid=_pid_of(processes.get(one["name"])),
+                is_ready=_is_ready(now, processes.get(one["name"])),
+                restarts=processes[one["name"]].restarts if one["name"] in processes else 0,
                 log=str(_log_of(run, made, one["name"])),
                 has_chat_template=_can_chat(one),
+                tokenizer=one["tokenizer"],
                 behind=one.get("behind"),
             )
             for one in made.get("facts", {}).get("instances", ())
         ),
+    )
+
+
+def _pid_of(process: hw.ProcessStatus | None) -> int | None:
+    return None if process is None else process.pid
+
+
+def _is_ready(now: hw.RunStatus, process: hw.ProcessStatus | None) -> bool:
+    """Tell whether an instance can be asked, although another one may be starting again."""
+    return now.state == "ready" or bool(
+        now.state == "starting" and process is not None and process.is_running and process.ready_at
     )
 
 
@@ -566,6 +592,15 @@ def read_plan(run: hw.Run) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def vllm_python(run: hw.Run) -> str | None:
+    """Return the interpreter that runs a vLLM of a run; None where there is none on this host."""
+    for process in read_plan(run).get("processes", ()):
+        argv = process["argv"]
+        if process.get("host", "local") == "local" and VLLM_MODULE in argv:
+            return str(argv[argv.index(VLLM_MODULE) - 2])
+    return None
 
 
 def _can_chat(instance: dict[str, Any]) -> bool:

@@ -10,9 +10,12 @@ from flagscale_serve.engines.choice import choose, count_of
 from flagscale_serve.engines.vllm_hosts import across_hosts, ray_node, transfer, uses_ray
 from flagscale_serve.service import Instance
 
-__all__ = ["VLLM", "Vllm"]
+__all__ = ["MODULE", "VLLM", "Vllm"]
 
+MODULE = "vllm.entrypoints.cli.main"
+"""vLLM's command line; run as a module, so that the interpreter is the one that was named."""
 _MIB = 1 << 20
+_DRAIN_S = 3600
 _RAY = "ray_launch.py"
 
 
@@ -61,9 +64,12 @@ class Vllm:
             "VLLM_NO_USAGE_STATS": "1",
             **_platform(context.chip),
         }
-        defaults: dict[str, Any] = {}
+        # Left to itself it breaks off every answer under way when it is asked to end; who asks kills it after
+        # a grace of their own.
+        defaults: dict[str, Any] = {"shutdown_timeout": _DRAIN_S}
         if context.chip == "cpu":
-            defaults, more = _on_cpu(asked, context, layout)
+            options, more = _on_cpu(asked, context, layout)
+            defaults |= options
             env.update(more)
         rank = across_hosts(instance, layout, context)
         moved, more = transfer(instance, context)
@@ -83,7 +89,7 @@ class Vllm:
         argv: tuple[str, ...] = (
             context.python,
             "-m",
-            "vllm.entrypoints.cli.main",
+            MODULE,
             "serve",
             instance.model,
             "--served-model-name",

@@ -1,0 +1,176 @@
+"""Measure a server under real load: a row of concurrencies, percentiles, goodput under an SLO, one page.
+
+`measured.py` holds what a load gave, `vllm_client.py` and `client.py` make it, `page.py` shows it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flagscale_serve.bench import client, vllm_client
+from flagscale_serve.bench.measured import Answered, Measured, Workload, parse_slo, percentile
+from flagscale_serve.bench.page import render_page
+from flagscale_serve.chat import Server, find_server, listed_model
+from flagscale_serve.checks import has_modules
+from flagscale_serve.errors import InvalidService
+
+__all__ = [
+    "GENERATORS",
+    "Answered",
+    "Benched",
+    "Measured",
+    "Workload",
+    "bench",
+    "measure",
+    "parse_slo",
+    "percentile",
+]
+
+GENERATORS = {"vllm": vllm_client.GENERATOR, "own": client.GENERATOR}
+"""What people choose -> what makes the load."""
+# Engines that refuse the fields which `vllm bench serve` sends.
+_STRICT = frozenset({"transformers"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benched:
+    """A whole sweep."""
+
+    url: str
+    model: str
+    slo: Mapping[str, float]
+    """Bound -> seconds."""
+    levels: tuple[Measured, ...]
+    at: float
+    """Unix seconds at the start."""
+
+    @property
+    def best(self) -> Measured:
+        """The level of the highest goodput."""
+        return max(self.levels, key=lambda one: one.goodput(self.slo))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Render as plain JSON."""
+        return {
+            "url": self.url,
+            "model": self.model,
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.at)),
+            "slo_ms": {name: 1e3 * bound for name, bound in self.slo.items()},
+            "best_concurrency": self.best.workload.concurrency,
+            "levels": [one.to_dict(self.slo) for one in self.levels],
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write `bench.json` and `bench.html`.
+
+        Raises:
+            InvalidService: the folder cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+            (folder / "bench.json").write_text(text, encoding="utf-8")
+            (folder / "bench.html").write_text(render_page(self), encoding="utf-8")
+        except OSError as error:
+            raise InvalidService(
+                f"out: {folder}: {error.strerror}: choose a folder that can be written"
+            ) from None
+
+
+def bench(  # noqa: PLR0913 - what people set on a benchmark
+    target: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    workload: Workload | None = None,
+    concurrencies: Sequence[int] = (1, 8, 32),
+    slo: Mapping[str, float] | None = None,
+    generator: str | None = None,
+    python: str | None = None,
+    tokenizer: str | None = None,
+    model: str | None = None,
+    api_key: str | None = None,
+    tell: Callable[[Measured], None] | None = None,
+) -> Benched:
+    """Load a server at several concurrencies, one after the other.
+
+    Args:
+        target: address of any OpenAI-compatible server, or what `find_run` takes.
+        overrides: Hydra overrides of a serve file.
+        workload: the load; its concurrency is replaced.
+        concurrencies: levels, in the order in which they are run.
+        slo: bound (`BOUNDS`) -> seconds.
+        generator: key of `GENERATORS`; None takes `vllm bench serve` where it works, else our own.
+        python: interpreter that has vLLM; else the one that runs the engine, `$FLAGSCALE_SERVE_PYTHON`, or
+            this one.
+        tokenizer: directory of the tokenizer, for an address of which nothing else is known.
+        model: which of several served models.
+        api_key: the server's key; else `$OPENAI_API_KEY`.
+        tell: called after each level.
+
+    Raises:
+        InvalidService: a number is out of range, or the generator cannot be had.
+        NotServing: nobody answers.
+        RequestFailed: no request at all was answered.
+    """
+    server = find_server(target, model, overrides)
+    if tokenizer is not None:
+        server = replace(server, tokenizer=tokenizer)
+    key = api_key or os.environ.get("OPENAI_API_KEY")
+    chosen = _choose(server, generator, python)
+    name = server.model or listed_model(server, key)
+    base, began = workload or Workload(), time.time()
+    levels: list[Measured] = []
+    for number, concurrency in enumerate(concurrencies):
+        # Another seed each time: a prompt that was seen before would come from the prefix cache.
+        load = replace(base, concurrency=concurrency, seed=base.seed + number)
+        levels.append(measure(server, name, load, generator=chosen, python=python, api_key=key))
+        if tell is not None:
+            tell(levels[-1])
+    if not levels:
+        raise InvalidService("concurrency: none given: give at least one level")
+    return Benched(url=server.url, model=name, slo=dict(slo or {}), levels=tuple(levels), at=began)
+
+
+def measure(
+    server: Server,
+    model: str,
+    workload: Workload,
+    *,
+    generator: str,
+    python: str | None = None,
+    api_key: str | None = None,
+) -> Measured:
+    """Load a server once with a generator of `GENERATORS`; see `bench`."""
+    if generator == "own":
+        return client.measure(server, model, workload, api_key=api_key)
+    return vllm_client.measure(server, model, workload, python=_python(server, python), api_key=api_key)
+
+
+def _choose(server: Server, wanted: str | None, python: str | None) -> str:
+    """Take `vllm bench serve` where there is one, a tokenizer, and a server that takes its requests."""
+    if wanted not in (None, *GENERATORS):
+        raise InvalidService(f"generator: {wanted!r}: not known: choose {' or '.join(GENERATORS)}")
+    if wanted == "own":
+        return wanted
+    problem = ""
+    if server.tokenizer is None:
+        problem = "the directory of the tokenizer is not known: give --tokenizer"
+    elif _STRICT & set(server.engines):
+        problem = f"{' and '.join(server.engines)} refuses its requests: use --generator own"
+    elif not has_modules(_python(server, python), ("vllm",)):
+        problem = f"{_python(server, python)} has no vllm: name the Python that has it with --python"
+    if problem and wanted == "vllm":
+        raise InvalidService(f"generator: {GENERATORS['vllm']}: {problem}")
+    return "own" if problem else "vllm"
+
+
+def _python(server: Server, python: str | None) -> str:
+    import sys
+
+    return python or server.python or os.environ.get("FLAGSCALE_SERVE_PYTHON") or sys.executable
