@@ -100,7 +100,7 @@ def _provide_model(
 
     args = args or get_args()
     if lora.is_asked_for(args):
-        raise Refusal("peft_type: lora: needs megatron-core 0.18 or newer: install it, or train all weights")
+        raise Refusal("peft_type: lora: needs megatron-core 0.18 or newer: pip install -U megatron-core")
     config = config or core_transformer_config_from_args(args)
     has_engine = args.transformer_impl != "local"
     if has_engine:
