@@ -154,9 +154,17 @@ def from_transformers(model, folder):
 
 ALL = {**MODELS, **EXPERTS, **LATENT}
 TOKENS = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(9))
+ONE_OF_EACH = (
+    "qwen3-tied",
+    "llama-multi-head",
+    "qwen2-linear-rope",
+    "qwen3_moe",
+    "mixtral",
+    "deepseek_v3-tied-kimi",
+)
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_tensor_parallel_size")
 LAYOUTS = {
-    "one": (1, 1, 1, 1, ALL),
+    "one": (1, 1, 1, 1, {name: ALL[name] for name in ONE_OF_EACH}),
     # Stages are uneven: three layers, of which the first stage has one.
     "tp2-pp2": (4, 2, 2, 2, ALL),
     "pp2-ep2": (4, 1, 2, 1, {**EXPERTS, **LATENT, "qwen3": MODELS["qwen3"]}),
@@ -172,7 +180,7 @@ MEGATRON = ".".join(version("megatron-core").split(".")[:2])
 
 @pytest.fixture(scope="module")
 def run(shape, tmp_path_factory):
-    """Give where a layout's results are; every model goes both ways, all layouts of as many ranks at once."""
+    """Give where results are, and transformers' logits; all layouts of as many ranks run at once."""
     root = tmp_path_factory.mktemp("megatron")
     save_file({"tokens": TOKENS}, root / "tokens")
     for name, options in ALL.items():
@@ -189,9 +197,13 @@ def run(shape, tmp_path_factory):
         request.write_text(json.dumps({"tokens": str(root / "tokens"), "groups": groups}))
         run_megatron(request, ranks)
 
-    def results(layout):
+    @cache
+    def logits(name):
+        return transformers_logits(root / f"{name}-hf", TOKENS)
+
+    def results(layout, name):
         run_ranks(LAYOUTS[layout][0])
-        return root
+        return root / f"{layout}-{name}", logits(name)
 
     return results
 
@@ -244,21 +256,20 @@ def run_megatron(request, ranks):
 @pytest.mark.parametrize(("layout", "name"), CASES)
 def test_megatron_loads_what_was_converted(run, layout, name):
     """With default strictness, and its logits are transformers'."""
-    root = run(layout)
-    theirs = transformers_logits(root / f"{name}-hf", TOKENS)
-    check_logits(load_file(root / f"{layout}-{name}-loaded")["logits"], theirs)
+    place, theirs = run(layout, name)
+    check_logits(load_file(f"{place}-loaded")["logits"], theirs)
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)
 def test_transformers_loads_what_megatron_saved(run, tmp_path, layout, name):
-    root = run(layout)
-    saved = root / f"{layout}-{name}-trained"
+    place, _ = run(layout, name)
+    saved = f"{place}-trained"
     found = inspect(saved)
     assert found.iteration == 7
     assert not found.suspicions
     convert(make_plan(saved, tmp_path / "out", to="hf"))
     theirs = transformers_logits(tmp_path / "out", TOKENS)
-    check_logits(load_file(root / f"{layout}-{name}-saved")["logits"], theirs)
+    check_logits(load_file(f"{place}-saved")["logits"], theirs)
     assert verify(saved, tmp_path / "out").is_equal
 
 
@@ -267,6 +278,13 @@ def check_logits(ours, theirs):
     assert (ours[..., :131] - theirs).abs().max() < TOLERANCE
 
 
-def test_families_claim_what_was_run():
+@pytest.mark.parametrize("layout", ["one", "tp2-pp2", "pp2-ep2"])
+def test_families_claim_what_was_run(layout):
+    run = {options["family"] for options in LAYOUTS[layout][-1].values()}
+    claim = {"one": "1 rank", "tp2-pp2": "TP2 x PP2", "pp2-ep2": "PP2 x EP2"}[layout]
+    assert {family.name for family in FAMILIES.values() if claim in family.proven_by} <= run
+
+
+def test_every_family_was_run():
     run = {options["family"] for options in ALL.values()}
     assert run == {family.name for family in FAMILIES.values() if "logits" in family.proven_by}

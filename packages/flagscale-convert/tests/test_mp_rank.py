@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flagscale_convert import ParallelLayout, SourceDamaged, Unsupported, convert, inspect, make_plan, verify
+from flagscale_convert.manifest import MANIFEST
 
 SLOW = settings(
     max_examples=40,
@@ -263,4 +264,6 @@ def test_state_dicts_of_modules_are_read(make, shape, tmp_path):
         module.clear()
         module.update(state["model"])
         torch.save({**state, "model": module}, path)
+    assert "the manifest says" in str(verify(source, out).differences)
+    (out / MANIFEST).unlink()
     assert verify(source, out).is_equal
