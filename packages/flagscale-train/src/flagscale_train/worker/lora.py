@@ -62,8 +62,8 @@ def add_arguments(parser: Any) -> Any:
 
 
 def is_asked_for(args: Any) -> bool:
-    """Whether Megatron's arguments ask for adapters."""
-    return bool(args.peft_type == "lora")
+    """Tell whether Megatron's arguments ask for adapters; ones that were not parsed with ours do not."""
+    return getattr(args, "peft_type", None) == "lora"
 
 
 @dataclass(frozen=True)
