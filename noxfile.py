@@ -126,8 +126,8 @@ def layers(session: nox.Session) -> None:
 @each_package
 def unit(session: nox.Session, package: str) -> None:
     """One package's quick tests, with nothing installed but what it declares."""
-    extras = {"train": ["numpy>=2", "tokenizers>=0.22,<1"], "convert": [TORCH]}.get(package, [])
-    session.install(*TEST_TOOLS, *extras, *editable(closure(package)))
+    extras = {"train": ["numpy>=2", "tokenizers>=0.22,<1", "pyarrow>=17"], "convert": [TORCH]}
+    session.install(*TEST_TOOLS, *extras.get(package, []), *editable(closure(package)))
     tests_of_one = f"packages/flagscale-{package}/tests"
     quick = ("-m", f"not ({MARKED})", *SIDE_BY_SIDE.get(package, ()))
     session.run("pytest", "-q", REPEATABLE, tests_of_one, *quick, *session.posargs)
@@ -251,12 +251,22 @@ ENGINES = (
 def engines(session: nox.Session) -> None:
     """Real Megatron parity runs and real servers (transformers here, vLLM in its own environment)."""
     install_all(session)
-    session.install(*TEST_TOOLS)
+    session.install(*TEST_TOOLS, "peft>=0.17,<1")
     tests_of_all = [f"packages/flagscale-{package}/tests" for package in PACKAGES]
     real = ("-m", "megatron or transformers", *APART)
     session.run("pytest", "-q", REPEATABLE, *tests_of_all, "tests", *real, "--durations=10", *session.posargs)
+    session.notify("megatron017")
     session.notify("megatron016")
     session.notify("vllm")
+
+
+@nox.session(python="3.12")
+def megatron017(session: nox.Session) -> None:
+    """The chosen few of the engine tests on the oldest Megatron supported, which is called differently."""
+    older = [word for word in ENGINES if not word.startswith(("megatron-core", "vllm-router"))]
+    session.install(TORCH, "megatron-core==0.17.1", *sources(closure("train")), *older, *TEST_TOOLS)
+    tests_of_train = "packages/flagscale-train/tests"
+    session.run("pytest", "-q", REPEATABLE, tests_of_train, "-m", "every_megatron", *session.posargs)
 
 
 @nox.session(python="3.12")

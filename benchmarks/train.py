@@ -1,21 +1,24 @@
 """How fast training is: `flagscale-train run`, the same Megatron arguments by hand, and plain transformers.
 
-    python benchmarks/train.py [--shape cpu-25m] [--rounds 3] [--steps 12] [--without-transformers]
-    python benchmarks/train.py --shape qwen3-0.6b [--fp8] [a.b=c ...]      # on one GPU
+    python benchmarks/train.py [--shape cpu-25m] [--rounds 3] [--steps 12] [--json FILE]
+    python benchmarks/train.py --shape qwen3-0.6b --shape llama3-8b-8-layers --shape mixtral-2-layers
+    python benchmarks/train.py --shape qwen3-0.6b --fp8 [a.b=c ...]
 
 In an environment with flagscale-train[megatron]. Each round runs all three in turn, so that a busy machine
-hurts all alike; each is a process of its own and trains on mock data or random ids from random weights:
+hurts all alike; each is a process of its own and trains on mock data or random ids from random weights, and
+saves nothing:
 
-- run: `flagscale-train run` with supervisor, events and checkpoint keeping (one save, not counted);
+- run: `flagscale-train run` with supervisor and events;
 - by hand: the words of its plan given to `megatron.training.pretrain()`, with nothing of ours around it but
   what this device cannot train without;
 - transformers: the same shape and batch, sdpa attention, torch's AdamW, clipped gradients. On a GPU its
   weights and moments are bfloat16 where Megatron keeps float32 too, which is to its advantage.
 
-Tokens per second are those of the median step after the first third of the steps. On a GPU the rate of a
-bfloat16 matmul of 8192 x 8192 x 8192 is measured in the same run, and the model's FLOP/s by Megatron's own
-formula are shown beside it. Bounds: run / by hand >= 0.99; on a CPU run / transformers >= 1.0; of the matmul
-ceiling 55 % in bfloat16 and 65 % in fp8. Exits 1 when one is broken.
+Tokens per second are those of the median step after the first third of the steps. After each round the rate
+of a square matmul (8192 in bfloat16 on a GPU, 2048 in float32 on a CPU) is measured, the best being the
+ceiling; the model's FLOP/s by Megatron's own formula stand beside it. Bounds: run / by hand >= 0.99; run /
+transformers >= 1.0; on a GPU, of the matmul ceiling 55 % in bfloat16 and 65 % in fp8. Exits 1 when one is
+broken. The tiny shapes say that the benchmark works and nothing about speed: they have no bounds.
 """
 
 from __future__ import annotations
@@ -28,25 +31,45 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "cpu-25m": {
-        "layers": 8, "hidden": 384, "ffn": 1024, "heads": 6, "groups": 2, "head": 64, "vocab": 16384,
-        "seq": 256, "micro": 4, "batch": 8, "tied": False,
-    },
-    "qwen3-0.6b": {
-        "layers": 28, "hidden": 1024, "ffn": 3072, "heads": 16, "groups": 8, "head": 128, "vocab": 151936,
-        "seq": 4096, "micro": 8, "batch": 32, "tied": True,
-        "peer_micro": 4,  # its logits in float32 take 10 GiB
-    },
-    "llama3-8b-8-layers": {
-        "layers": 8, "hidden": 4096, "ffn": 14336, "heads": 32, "groups": 8, "head": 128, "vocab": 128256,
-        "seq": 4096, "micro": 2, "batch": 16, "tied": False,
-    },
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its batch. `peer` names the same architecture in transformers."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head: int
+    vocab: int
+    seq: int
+    micro: int
+    batch: int
+    peer: str
+    tied: bool = False
+    experts: int = 0
+    peer_micro: int | None = None
+    is_tiny: bool = False
+
+
+SHAPES = {
+    "tiny": Shape(2, 64, 176, 4, 2, 16, 512, 64, 2, 4, "Qwen3", is_tiny=True),
+    "tiny-experts": Shape(2, 64, 176, 4, 2, 16, 512, 64, 2, 4, "Mixtral", experts=8, is_tiny=True),
+    "cpu-25m": Shape(8, 384, 1024, 6, 2, 64, 16384, 256, 4, 8, "Qwen3"),
+    # Its logits in float32 take 10 GiB with transformers, hence the smaller micro-batch.
+    "qwen3-0.6b": Shape(28, 1024, 3072, 16, 8, 128, 151936, 4096, 8, 32, "Qwen3", tied=True, peer_micro=4),
+    # Weights, gradients and Adam's moments take 18 bytes a parameter: 50 GB here, 57 GB below.
+    "llama3-8b-8-layers": Shape(8, 4096, 14336, 32, 8, 128, 128256, 4096, 1, 16, "Llama"),
+    "mixtral-2-layers": Shape(2, 4096, 14336, 32, 8, 128, 32000, 4096, 2, 16, "Mixtral", experts=8),
+}
 OVERHEAD_BOUND, PEER_BOUND, CEILING_BOUND, CEILING_BOUND_FP8 = 0.99, 1.0, 0.55, 0.65
 STEP = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 
@@ -56,7 +79,7 @@ experiment:
   exp_name: benchmark
   exp_dir: {folder}/exp
   task: {{type: train, backend: megatron}}
-  runner: {{nproc_per_node: 1}}
+  runner: {{nproc_per_node: 1, checkpoints: {{enabled: false}}}}
 """
 TRAIN = """
 system:
@@ -64,7 +87,6 @@ system:
   num_workers: 0
   log_interval: 1
   {precision}
-  checkpoint: {{save_interval: 100000}}
 model:
   num_layers: {layers}
   hidden_size: {hidden}
@@ -73,7 +95,7 @@ model:
   group_query_attention: true
   num_query_groups: {groups}
   kv_channels: {head}
-  qk_layernorm: true
+  qk_layernorm: {qk_norm}
   normalization: RMSNorm
   norm_epsilon: 1.0e-6
   swiglu: true
@@ -91,11 +113,17 @@ model:
   eval_interval: 100000
   eval_iters: 0
   {fusion}
+  {experts}
   optimizer: {{lr: 1.0e-4, min_lr: 1.0e-5, clip_grad: 1.0, weight_decay: 0.1}}
 data:
   mock_data: true
   tokenizer: {{tokenizer_type: NullTokenizer, vocab_size: {vocab}}}
 """
+EXPERTS = """num_experts: {experts}
+  moe_router_topk: 2
+  moe_token_dispatcher_type: alltoall
+  moe_router_load_balancing_type: aux_loss
+  moe_aux_loss_coeff: 0.02"""
 BY_HAND = """
 import sys
 from flagscale_train.worker.session import prepare
@@ -117,20 +145,21 @@ if __name__ == "__main__":
 """
 PEER = """
 import json, sys, time
-import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+import torch, transformers
 shape, steps = json.loads(sys.argv[1]), int(sys.argv[2])
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-config = Qwen3Config(
+experts = {"num_local_experts": shape["experts"], "num_experts_per_tok": 2} if shape["experts"] else {}
+config = getattr(transformers, shape["peer"] + "Config")(
     vocab_size=shape["vocab"], hidden_size=shape["hidden"], intermediate_size=shape["ffn"],
     num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], head_dim=shape["head"],
     num_key_value_heads=shape["groups"], tie_word_embeddings=shape["tied"],
-    max_position_embeddings=shape["seq"], use_cache=False,
+    max_position_embeddings=shape["seq"], use_cache=False, **experts,
 )
 torch.manual_seed(0)
-model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
+with torch.device(device):
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-micro = shape.get("peer_micro", shape["micro"])
+micro = shape["peer_micro"] or shape["micro"]
 count = shape["batch"] // micro
 for _ in range(steps):
     started = time.perf_counter()
@@ -146,42 +175,54 @@ for _ in range(steps):
 """
 CEILING = """
 import time, torch
-left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+on_gpu = torch.cuda.is_available()
+device, dtype, size, count = ("cuda", torch.bfloat16, 8192, 20) if on_gpu else ("cpu", torch.float32, 2048, 2)
+left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+wait = torch.cuda.synchronize if on_gpu else lambda: None
 best = 0.0
 for _ in range(5):
-    torch.cuda.synchronize(); started = time.perf_counter()
-    for _ in range(20):
+    wait()
+    started = time.perf_counter()
+    for _ in range(count):
         left @ right
-    torch.cuda.synchronize()
-    best = max(best, 20 * 2 * 8192**3 / (time.perf_counter() - started))
+    wait()
+    best = max(best, count * 2 * size**3 / (time.perf_counter() - started))
 print(best)
 """
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="cpu-25m")
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="may be given several times")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument(
         "--fp8", action="store_true", help="fp8 with delayed scaling (GPU, Transformer Engine)"
     )
     parser.add_argument("--without-transformers", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     given = parser.parse_args()
-    shape = SHAPES[given.shape]
-    with tempfile.TemporaryDirectory(prefix="flagscale-benchmark-") as name:
-        return measure(given, shape, Path(name))
+    results = []
+    for name in given.shape or ["cpu-25m"]:
+        with tempfile.TemporaryDirectory(prefix="flagscale-benchmark-") as folder:
+            results.append(measure(name, given, Path(folder)))
+        if given.json is not None:  # after each shape, so that a later one's failure loses nothing
+            given.json.write_text(json.dumps(results, indent=2) + "\n")
+    return tell(results)
 
 
-def measure(given: argparse.Namespace, shape: dict[str, Any], folder: Path) -> int:
+def measure(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run all rounds of a shape; return its figures."""
     from flagscale_hw import detect
 
-    on_gpu = detect().chip != "cpu"
+    machine, shape = detect(), SHAPES[name]
+    on_gpu = machine.chip != "cpu"
     experiment = write(folder, shape, given, on_gpu=on_gpu)
     kinds = ["run", "by hand"] + ([] if given.without_transformers else ["transformers"])
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-    teraflops = 0.0
+    steps: list[dict[str, Any]] = []
+    ceilings: list[float] = []
     for number in range(given.rounds):
         for kind in kinds:
             target = folder / f"{kind.replace(' ', '-')}-{number}"
@@ -190,23 +231,69 @@ def measure(given: argparse.Namespace, shape: dict[str, Any], folder: Path) -> i
             text = text or peer(shape, given.steps)
             rates[kind].append(tokens_per_second(text, shape))
             if kind == "run":
-                teraflops = max(teraflops, flops_of(target))
-            print(f"round {number + 1}: {kind:<12} {rates[kind][-1]:12,.0f} tokens/s", flush=True)
-    return tell(rates, teraflops, on_gpu=on_gpu, fp8=given.fp8)
+                steps += steps_of(target)
+            print(f"{name}, round {number + 1}: {kind:<12} {rates[kind][-1]:12,.0f} tokens/s", flush=True)
+        ceilings.append(float(checked([sys.executable, "-c", CEILING], dict(os.environ))) / 1e12)
+    teraflops = median(step["tflops_per_device"] for step in steps)
+    return {
+        "shape": name,
+        "model": asdict(shape),
+        "precision": "fp8" if given.fp8 else "bf16" if on_gpu else "fp32",
+        "overrides": given.overrides,
+        "device": machine.visible[0].name if machine.visible else machine.cpu_name,
+        "versions": versions(),
+        "tokens_per_second": rates,
+        "tflops": teraflops,
+        "matmul_tflops": max(ceilings),
+        "memory_gib": max(step["memory_bytes"] for step in steps) / (1 << 30),
+        "ratios": ratios(rates, teraflops / max(ceilings)),
+        "bounds": {} if shape.is_tiny else bounds(on_gpu=on_gpu, fp8=given.fp8),
+    }
 
 
-def write(folder: Path, shape: dict[str, Any], given: argparse.Namespace, *, on_gpu: bool) -> Path:
+def ratios(rates: dict[str, list[float]], of_ceiling: float) -> dict[str, float]:
+    """Return run's rate by each other's, the median over the rounds, and the part of the ceiling."""
+    found = {
+        f"run / {kind}": median(ours / theirs for ours, theirs in zip(rates["run"], others, strict=True))
+        for kind, others in rates.items()
+        if kind != "run"
+    }
+    return {**found, "of the matmul ceiling": of_ceiling}
+
+
+def bounds(*, on_gpu: bool, fp8: bool) -> dict[str, float]:
+    found = {"run / by hand": OVERHEAD_BOUND, "run / transformers": PEER_BOUND}
+    if on_gpu:
+        found["of the matmul ceiling"] = CEILING_BOUND_FP8 if fp8 else CEILING_BOUND
+    return found
+
+
+def versions() -> dict[str, str]:
+    names = ("flagscale-train", "torch", "megatron-core", "transformer-engine", "transformers")
+    found = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def write(folder: Path, shape: Shape, given: argparse.Namespace, *, on_gpu: bool) -> Path:
     """Write the experiment of a shape, in the precision and with the fusions of the device."""
     precision = "bf16: true" if on_gpu else ""
     if given.fp8:
         precision += "\n  fp8_format: hybrid\n  fp8_recipe: delayed"
-    fusion = "cross_entropy_loss_fusion: true" if on_gpu else ""
+    experts = EXPERTS.format(experts=shape.experts) if shape.experts else ""
+    if shape.experts and on_gpu:
+        experts += "\n  moe_grouped_gemm: true\n  moe_permute_fusion: true"
+    known = {name: value for name, value in asdict(shape).items() if name != "experts"}
     text = TRAIN.format(
-        **shape,
-        untied=str(not shape["tied"]).lower(),
+        **known,
+        experts=experts,
+        untied=str(not shape.tied).lower(),
+        qk_norm=str(shape.peer == "Qwen3").lower(),
         steps=given.steps,
         precision=precision,
-        fusion=fusion,
+        fusion="cross_entropy_loss_fusion: true" if on_gpu else "",
     )
     (folder / "train").mkdir()
     (folder / "train" / "shape.yaml").write_text(text)
@@ -238,8 +325,8 @@ def by_hand(words: list[str], target: Path, folder: Path) -> str:
     return checked([sys.executable, str(script), *process.argv[first + 1 :]], environment)
 
 
-def peer(shape: dict[str, Any], steps: int) -> str:
-    return checked([sys.executable, "-c", PEER, json.dumps(shape), str(steps)], dict(os.environ))
+def peer(shape: Shape, steps: int) -> str:
+    return checked([sys.executable, "-c", PEER, json.dumps(asdict(shape)), str(steps)], dict(os.environ))
 
 
 def checked(command: list[str], environment: dict[str, str]) -> str:
@@ -249,37 +336,40 @@ def checked(command: list[str], environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def tokens_per_second(text: str, shape: dict[str, Any]) -> float:
+def tokens_per_second(text: str, shape: Shape) -> float:
     times_ms = [float(value) for value in STEP.findall(text)]
-    return shape["batch"] * shape["seq"] * 1e3 / median(times_ms[len(times_ms) // 3 :])
+    return shape.batch * shape.seq * 1e3 / median(times_ms[len(times_ms) // 3 :])
 
 
-def flops_of(target: Path) -> float:
-    """Return TFLOP/s of the median step, as the events have it."""
+def steps_of(target: Path) -> list[dict[str, Any]]:
+    """Return the steps after the first third, as the events have them."""
     events = map(json.loads, (target / "runs" / "latest" / "events.jsonl").read_text().splitlines())
-    steps = [event["tflops_per_device"] for event in events if event["event"] == "step"]
-    return median(steps[len(steps) // 3 :])
+    steps = [event for event in events if event["event"] == "step"]
+    return steps[len(steps) // 3 :]
 
 
-def tell(rates: dict[str, list[float]], teraflops: float, *, on_gpu: bool, fp8: bool) -> int:
-    rows = [("run / by hand", ratio(rates, "by hand"), OVERHEAD_BOUND)]
-    if "transformers" in rates:
-        rows.append(("run / transformers", ratio(rates, "transformers"), PEER_BOUND))
-    if on_gpu:
-        ceiling = float(checked([sys.executable, "-c", CEILING], dict(os.environ))) / 1e12
-        print(f"{teraflops:.0f} TFLOP/s; matmul ceiling in bfloat16 {ceiling:.0f} TFLOP/s")
-        rows.append(
-            ("of the matmul ceiling", teraflops / ceiling, CEILING_BOUND_FP8 if fp8 else CEILING_BOUND)
+def tell(results: list[dict[str, Any]]) -> int:
+    """Print a table; return 1 if a bound is broken."""
+    kinds = ("run", "by hand", "transformers")
+    print(f"\n{results[0]['device']}; {', '.join(' '.join(item) for item in results[0]['versions'].items())}")
+    print(f"| shape | {' | '.join(kinds)} | TFLOP/s | matmul | of it | run / by hand | GiB |")
+    print(f"|{'---|' * 9}")
+    for row in results:
+        rates = row["tokens_per_second"]
+        told = (f"{median(rates[kind]):,.0f}" if kind in rates else "" for kind in kinds)
+        part, hand = row["ratios"]["of the matmul ceiling"], row["ratios"]["run / by hand"]
+        print(
+            f"| {row['shape']}, {row['precision']} | {' | '.join(told)} | {row['tflops']:.4g} "
+            f"| {row['matmul_tflops']:.4g} | {part:.1%} | {hand:.3f} | {row['memory_gib']:.1f} |"
         )
-    print(f"median tokens/s: {', '.join(f'{kind} {median(found):,.0f}' for kind, found in rates.items())}")
-    for name, value, bound in rows:
-        print(f"{name:<24} {value:6.3f}   bound {bound:.2f}   {'met' if value >= bound else 'BROKEN'}")
-    return int(any(value < bound for _, value, bound in rows))
-
-
-def ratio(rates: dict[str, list[float]], other: str) -> float:
-    """Return the median over the rounds of run's rate by the other's of the same round."""
-    return median(ours / theirs for ours, theirs in zip(rates["run"], rates[other], strict=True))
+    broken = 0
+    for row in results:
+        for name, bound in row["bounds"].items():
+            value = row["ratios"].get(name)
+            if value is not None and value < bound:
+                broken += 1
+                print(f"BROKEN: {row['shape']}: {name}: {value:.3f}, bound {bound:.2f}")
+    return int(broken > 0)
 
 
 if __name__ == "__main__":

@@ -76,22 +76,55 @@ def test_a_value_of_another_version_is_refused():
 
 
 def test_options_of_megatron_lm_fl_hold_with_that_version(tiny):
-    overrides = ["+train.model.peft_type=lora", "+train.model.lora_dim=8"]
+    overrides = ["+train.model.max_ngram_size=3", "+train.model.engram_seed=8"]
     found = check(tiny, overrides, versions={"megatron": "0.19.2"})
     assert sum("only megatron 0.17.1+fl has it" in str(problem) for problem in found) == 2
     fork = {"megatron": "0.17.1+fl"}
     assert check(tiny, overrides, versions=fork) == ()
-    assert load(tiny, overrides, versions=fork).train.options["lora_dim"] == 8
+    assert load(tiny, overrides, versions=fork).train.options["engram_seed"] == 8
 
 
 def test_an_option_of_the_fork_says_how_to_ask_for_it(tiny):
-    (problem,) = check(tiny, ["+train.model.lora_dim=8"], versions={"megatron": "0.19.2"})
+    (problem,) = check(tiny, ["+train.model.engram_seed=8"], versions={"megatron": "0.19.2"})
     assert problem.message.endswith("flagscale-config check --engine megatron=0.17.1+fl")
+
+
+def test_adapters_are_options_of_every_version(tiny):
+    words = ["+train.model.peft_type=lora", "+train.system.checkpoint.pretrained_checkpoint=base"]
+    for version in known_versions("megatron"):
+        assert check(tiny, words, versions={"megatron": version}) == ()
+        option, _ = option_table("megatron", version).find("lora-dim")
+        assert option.is_added is not version.endswith("+fl")
+    for word, said in (
+        ("+train.model.lora_dim=0", "must be at least 1 (0 given)"),
+        ("+train.model.lora_dropout=1.0", "must be at least 0.0 and less than 1.0"),
+        (
+            "+train.model.lora_target_modules=[q_proj,w1]",
+            "w1: no such layer; use some of down_proj, gate_proj",
+        ),
+        ("+train.model.finetune=true", "name the model's weights by pretrained_checkpoint"),
+        ("+train.model.lora_in_init_method=kaimig", "did you mean kaiming?"),
+    ):
+        (problem,) = check(tiny, [*words, word])
+        assert said in problem.message
+    (problem,) = check(tiny, words[:1])
+    assert "lora needs pretrained_checkpoint" in problem.message
+    (problem,) = check(tiny, ["+train.model.lora_dim=8"])
+    assert "has no effect without peft_type: lora" in problem.message
+
+
+def test_chats_are_refused_what_they_contradict(tiny):
+    for word, said in (
+        ("+train.system.context_parallel_size=2", "does not go with context_parallel_size 2"),
+        ("+train.data.sft_tokenizer_prompt_format=qwen", "rendered by the tokenizer's own template"),
+        ("+train.data.reset_attention_mask=false", "always keeps chats apart"),
+    ):
+        assert any(said in line.message for line in check(tiny, ["+train.data.sft=true", word]))
 
 
 def test_versions_asked_for_hold_for_every_table(project):
     text = "experiment: {exp_name: s, exp_dir: out, task: {type: serve}}\nserve: [{serve_id: m}]\n"
-    project({"s.yaml": (text + "node_specific: {a: {peft_type: lora}}\n").encode()})
+    project({"s.yaml": (text + "node_specific: {a: {engram_seed: 8}}\n").encode()})
     assert any("only megatron 0.17.1+fl" in line for line in errors("s.yaml", megatron="0.19.2"))
     assert errors("s.yaml", megatron="0.17.1+fl") == []
     with using({"vllm": "0.25"}):

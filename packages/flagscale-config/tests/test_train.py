@@ -189,7 +189,7 @@ def test_flagscale_options_are_renamed_dropped_or_refused(tiny):
     assert found["tokenizer_type"] == "HuggingFaceTokenizer"
     dropped = one(tiny, "+train.data.tokenizer.legacy_tokenizer=true", severity="note")
     assert "has no effect: Megatron 0.19 has one tokenizer implementation" in dropped
-    for name in ("multiple_of", "lora_dim", "norm_init_weight"):
+    for name in ("multiple_of", "engram_seed", "norm_init_weight"):
         assert "is not an option of Megatron 0.19" in one(tiny, f"+train.model.{name}=1")
     assert "contradict" not in "".join(lines(tiny, "+train.data.tokenizer_path=/t"))
     both = one(tiny, "+train.data.tokenizer_path=/t", "+train.data.tokenizer_model=/u")

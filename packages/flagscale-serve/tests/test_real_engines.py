@@ -12,10 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -134,75 +130,6 @@ def test_transformers_is_stopped_in_the_middle_of_an_answer(shell, for_transform
     assert asking.returncode == 4
 
 
-@dataclass
-class Asked:
-    """One request under load."""
-
-    began: float
-    ended: float = 0.0
-    problem: str = ""
-
-
-def ask_until(url: str, is_over: threading.Event) -> list[Asked]:
-    """Ask again and again, as a client without retries of its own."""
-    found = []
-    with httpx.Client(timeout=120, trust_env=False) as client:
-        while not is_over.is_set():
-            one = Asked(began=time.monotonic())
-            body = {"model": "tiny", "prompt": f"{PROMPT} {len(found)}", "max_tokens": 4}
-            try:
-                answer = client.post(f"{url}/completions", json=body)
-                one.problem = "" if answer.status_code == 200 else f"{answer.status_code} {answer.text}"
-            except httpx.HTTPError as error:
-                one.problem = repr(error)
-            one.ended = time.monotonic()
-            found.append(one)
-    return found
-
-
-@pytest.mark.transformers
-def test_one_of_two_instances_is_killed_under_load_and_requests_end_before_a_stop(
-    shell, for_transformers, alive, serve_file, eventually
-):
-    model, _ = for_transformers
-    shell.env["FLAGSCALE_SERVE_PYTHON"] = sys.executable
-    item = f"- serve_id: m\n  engine_args: {{model: {model}, served_model_name: tiny}}\n"
-    path = serve_file(f"{item}  resources: {{num_replicas: 2}}\n")
-    done = shell("run", path, "--detach", "--timeout", READY_S)
-    assert done.returncode == 0, done.stderr
-    first, second, front = shell.the_status()["instances"]
-    is_over = threading.Event()
-    with ThreadPoolExecutor(4) as pool:
-        loads = [pool.submit(ask_until, front["url"], is_over) for _ in range(4)]
-        try:
-            time.sleep(2)  # a load, not a wait for something
-            killed_at = time.monotonic()
-            os.kill(first["pid"], signal.SIGKILL)
-            eventually(lambda: shell.the_status()["state"] == "starting")
-            assert "killed by signal 9" in shell.the_status()["reason"]
-            eventually(lambda: shell.the_status()["is_ready"], deadline_s=READY_S)
-        finally:
-            is_over.set()
-        asked = [one for load in loads for one in load.result()]
-    failed = [one for one in asked if one.problem]
-    assert [one.problem for one in failed if not one.began <= killed_at <= one.ended] == []
-    assert len([one for one in asked if one.began > killed_at]) > len(failed)
-    again, other, _ = shell.the_status()["instances"]
-    assert (again["restarts"], again["pid"] != first["pid"]) == (1, True)
-    assert (other["restarts"], other["pid"]) == (0, second["pid"])
-    assert "started again 1 times" in shell("status").stdout
-
-    pids = everybody(shell.the_status())
-    words = ("--complete", "--max-tokens", "150", "--temperature", "0", "-m", PROMPT)
-    asking = shell.popen("chat", front["url"], "--model", "tiny", *words)
-    assert asking.stdout.read(1)
-    assert shell("stop", "--grace", "120").returncode == 0
-    said, errors = asking.communicate(timeout=60)
-    assert asking.returncode == 0, errors
-    assert len(said) > 100
-    assert not [pid for pid in pids if alive(pid)]
-
-
 VLLM_FILE = """
 - serve_id: tiny
   engine: vllm
@@ -241,12 +168,7 @@ def test_vllm_serves_what_the_model_says(vllm_shell, for_vllm, alive, serve_file
     check_answers(vllm_shell, status, expected)
     assert ask(status, "completions", prompt="x", model="another").status_code == 404
     check_bench(vllm_shell)
-    # An answer under way ends before the stop does.
-    asking = vllm_shell.popen("chat", "--complete", "--max-tokens", "900", "--temperature", "0", "-m", PROMPT)
-    assert asking.stdout.read(1)
     check_stop(vllm_shell, alive, status)
-    said, errors = asking.communicate(timeout=60)
-    assert (asking.returncode, len(said)) == (0, 900), errors
 
 
 @pytest.mark.vllm

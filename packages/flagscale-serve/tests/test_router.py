@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +49,51 @@ def test_copies_answer_at_one_address(shell, serve_file, model_dir, alive):
     pids = [one["pid"] for one in status["instances"]]
     assert shell("stop").returncode == 0
     assert not [pid for pid in pids if alive(pid)]
+
+
+def ask_until(url: str, is_over: threading.Event) -> list[tuple[float, float, str]]:
+    """Ask again and again without retries of its own; return begin, end and problem of each request."""
+    found = []
+    with httpx.Client(timeout=60, trust_env=False) as client:
+        while not is_over.is_set():
+            began, problem = time.monotonic(), ""
+            try:
+                body = {"model": "m", "prompt": f"x {len(found)}", "max_tokens": 1}
+                answer = client.post(f"{url}/completions", json=body)
+                problem = "" if answer.status_code == 200 else f"{answer.status_code} {answer.text}"
+            except httpx.HTTPError as error:
+                problem = repr(error)
+            found.append((began, time.monotonic(), problem))
+    return found
+
+
+@pytest.mark.transformers
+def test_one_of_two_is_killed_under_load_and_comes_back(shell, serve_file, model_dir, eventually):
+    done = shell("run", serve_file(SHORT_ITEM.format(model=model_dir)), "--detach", "--timeout", 120)
+    assert done.returncode == 0, done.stderr
+    first, second, front = shell.the_status()["instances"]
+    is_over = threading.Event()
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(ask_until, front["url"], is_over) for _ in range(4)]
+        try:
+            logs = [Path(one["log"]) for one in (first, second)]
+            eventually(lambda: all("POST" in log.read_text() for log in logs))
+            killed_at = time.monotonic()
+            os.kill(first["pid"], signal.SIGKILL)
+            eventually(lambda: not shell.the_status()["is_ready"])
+            assert "killed by signal 9" in shell.the_status()["reason"]
+            eventually(lambda: shell.the_status()["is_ready"])
+        finally:
+            is_over.set()
+        asked = [one for load in loads for one in load.result()]
+    failed = [one for one in asked if one[2]]
+    assert [one for one in failed if not one[0] <= killed_at <= one[1]] == []
+    assert len([one for one in asked if one[0] > killed_at]) > 8
+    again, other, _ = shell.the_status()["instances"]
+    assert (again["restarts"], again["pid"] != first["pid"]) == (1, True)
+    assert (other["restarts"], other["pid"]) == (0, second["pid"])
+    assert "started again 1 times" in shell("status").stdout
+    assert shell("stop").returncode == 0
 
 
 SHORT_ITEM = """

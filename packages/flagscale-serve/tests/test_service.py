@@ -145,6 +145,12 @@ def test_what_cannot_be_done_is_refused_by_name(serve_file, case):
     assert caught.value.exit_code == 2
 
 
+def test_copies_that_would_never_get_ready_are_refused(serve_file):
+    path = serve_file(ONE + "  resources:\n    num_replicas: 2\n")
+    with pytest.raises(InvalidService, match="router adds fields"):
+        of_experiment(load(path), default_engine="vllm", engine="transformers")
+
+
 def test_copies_are_instances_behind_a_router_at_the_public_port(serve_file):
     path = serve_file(ONE + "    port: 8001\n  resources:\n    num_replicas: 3\n")
     service = service_of(path)

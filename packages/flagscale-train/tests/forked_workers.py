@@ -1,9 +1,10 @@
 """Many trainings in little time: import torch and Megatron once, then fork the workers of one after another.
 
 `python forked_workers.py JOBS.json`: a list of objects with `name`, `entry` (a module of the worker), `argv`
-(Megatron's words), `processes`, `env` and `log`. Each worker is the real one, `main()` of that module; only
-torchrun is left out, whose starting of interpreters costs many times what these models take to train. Ends
-with the number of jobs that failed.
+(Megatron's words), `processes`, `env` and `log`; and, where wanted, `plant` (a step and what its losses are
+multiplied by) and `fails` (true where the job must fail). Each worker is the real one, `main()` of that
+module; only torchrun is left out, whose starting of interpreters costs many times what these models take to
+train. Ends with the number of jobs that did not end as they must.
 """
 
 import json
@@ -23,14 +24,25 @@ def main(path):
     cpu.install()
     import megatron.training  # noqa: F401
 
-    from flagscale_train.worker import datasets, layers, logits, model, recorder, resume, session, step  # noqa: F401
+    from flagscale_train.worker import (  # noqa: F401
+        datasets,
+        guard,
+        layers,
+        logits,
+        model,
+        recorder,
+        resume,
+        session,
+        step,
+    )
 
     entries = {"session": session.main, "logits": logits.main}
     failed = 0
     for job in jobs:
         port = _free_port()
         workers = [_fork(job, rank, port, entries[job["entry"]]) for rank in range(job["processes"])]
-        failed += max(os.waitpid(worker, 0)[1] for worker in workers) > 0
+        has_failed = max(os.waitpid(worker, 0)[1] for worker in workers) > 0
+        failed += has_failed != job.get("fails", False)
     return failed
 
 
@@ -60,6 +72,8 @@ def _fork(job, rank, port, work):
             MASTER_PORT=str(port),
         )
         sys.argv = ["flagscale_train.worker", *job["argv"]]
+        if "plant" in job:
+            _plant(*job["plant"])
         code = work()
     except BaseException:  # noqa: BLE001 -- nothing may return into the parent's work
         traceback.print_exc()
@@ -67,6 +81,21 @@ def _fork(job, rank, port, work):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _plant(iteration, factor):
+    """Multiply the losses of one step, counted from 1, or of all; a word, for JSON has no nan."""
+    from megatron.training import get_args
+
+    from flagscale_train.worker import step
+
+    real = step._fold
+
+    def fold(mask, losses):
+        is_here = iteration in (None, get_args().curr_iteration + 1)
+        return real(mask, losses * float(factor) if is_here else losses)
+
+    step._fold = fold
 
 
 if __name__ == "__main__":

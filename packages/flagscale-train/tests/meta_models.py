@@ -44,16 +44,14 @@ def _count(words):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.arguments import parse_args, validate_args
 
-    from flagscale_train.worker.model import configure
+    from flagscale_train.worker import megatron
 
     sys.argv = ["meta", *words]
     with contextlib.redirect_stdout(io.StringIO()), torch.device("meta"):
         args = validate_args(parse_args())
         args.padded_vocab_size = args.padded_vocab_size or args.vocab_size
-        config = configure(args)
-        config.transformer.perform_initialization = False  # half the time, for values that nothing has
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        model = config.get_builder_cls()(config).build_model(groups)
+        args.perform_initialization = False  # half the time, for values that nothing has
+        model = megatron.build_model(args, ProcessGroupCollection.use_mpu_process_groups())
     assert all(parameter.is_meta for parameter in model.parameters())
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from flagscale_train.checkpoints import TRACKER, choose, fault
+from flagscale_train.checkpoints import TRACKER, choose, fault, prune
 
 
 @dataclass
@@ -115,3 +115,33 @@ def test_other_directories_are_not_checkpoints(tmp_path, name):
 
 def test_no_directory_no_checkpoint(tmp_path):
     assert choose(tmp_path / "none").path is None
+
+
+def names(root):
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_the_newest_whole_checkpoints_are_kept_and_what_is_older_goes(tmp_path):
+    for iteration in (5, 10, 15, 20):
+        write_checkpoint(tmp_path, iteration)
+    (tmp_path / "iter_0000010" / "metadata.json").unlink()
+    assert [path.name for path in prune(tmp_path, 2, 20)] == ["iter_0000005", "iter_0000010"]
+    assert names(tmp_path) == ["iter_0000015", "iter_0000020"]
+
+
+def test_a_checkpoint_that_is_not_whole_does_not_count(tmp_path):
+    for iteration in (5, 10, 15):
+        write_checkpoint(tmp_path, iteration)
+    os.truncate(tmp_path / "iter_0000015" / "__0_0.distcp", 50)
+    prune(tmp_path, 1, 15)
+    assert choose(tmp_path).iteration == 10, "the newest whole one"
+    assert prune(tmp_path, 2, 15) == (), "one whole checkpoint is fewer than two"
+
+
+def test_what_was_saved_last_stays_beside_newer_ones_of_an_earlier_run(tmp_path):
+    for iteration in (5, 6, 10, 15):
+        write_checkpoint(tmp_path, iteration)
+    (tmp_path / "release").mkdir()
+    (tmp_path / "iter_0000001").symlink_to(tmp_path / "iter_0000015")
+    prune(tmp_path, 2, 6)
+    assert names(tmp_path) == ["iter_0000001", "iter_0000006", "iter_0000010", "iter_0000015", "release"]

@@ -46,6 +46,8 @@ def counts(tmp_path_factory):
 def recipe(name):
     family, stem = name.split("/")
     given = ["train.data.data_path=/data/text", "train.data.tokenizer.tokenizer_model=/tokenizer"]
+    if name.endswith(("_sft", "_lora")):
+        given.append("train.system.checkpoint.pretrained_checkpoint=/weights")
     return load(RECIPES / family / "conf" / f"{stem}.yaml", given)
 
 

@@ -96,6 +96,27 @@ def test_json_lines_gzip_key_and_patterns(tokenizer, tmp_path):
     assert [text for text, _ in decoded(tokenizer, tmp_path / "d")] == ["one", "two"]
 
 
+def test_tables_are_read_row_by_row(tokenizer, tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow", reason="comes with flagscale-train[parquet]")
+    from pyarrow import parquet
+
+    path, out = tmp_path / "t.parquet", tmp_path / "out" / "t"
+    texts = [*TEXTS, None, *(f"row {number}" for number in range(3000))]
+    parquet.write_table(pyarrow.table({"body": texts, "n": range(len(texts))}), path, row_group_size=700)
+    words = (path, "--tokenizer", tokenizer, "--output", out)
+    assert tokenize(*words) == 2
+    assert "no column 'text' (it has: body, n): name the text's column with --key" in capsys.readouterr().err
+    assert tokenize(*words, "--key", "n") == 2
+    assert "n: a column of int64: one of texts is expected" in capsys.readouterr().err
+    assert tokenize(*words, "--key", "body", "--json") == 0
+    assert decoded(tokenizer, out) == [(text, 0) for text in texts if text]
+    told = json.loads(capsys.readouterr().out)
+    assert told["num_bytes"] == path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-9])
+    assert tokenize(*words, "--key", "body", "--overwrite") == 2
+    assert "not a whole Parquet file" in capsys.readouterr().err
+
+
 def test_hidden_files_are_left_out_and_none_is_read_twice(corpus, tokenizer, tmp_path):
     (corpus / ".git").mkdir()
     (corpus / ".git" / "x").write_bytes(b"\xff\xfe")

@@ -10,6 +10,7 @@ import pytest
 from flagscale_config import load
 from flagscale_hw.testing import fake_host
 from flagscale_train import Findings, InvalidInput, plan
+from flagscale_train.plan import options_for
 
 GOLDEN = Path(__file__).parent / "golden"
 HOSTS = {"cpu": ("cpu", 0), "nvidia": ("nvidia", 8)}
@@ -65,6 +66,70 @@ def test_a_run_resumes_from_its_own_folder_by_default():
     assert words["--save"] == words["--load"] == ["/exp/checkpoints"]
     words = options(planned("qwen3/tiny", "+train.system.checkpoint.load=/other"))
     assert (words["--save"], words["--load"]) == (["/exp/checkpoints"], ["/other"])
+
+
+def test_a_run_may_save_nothing_and_yet_resume():
+    words = options(planned("qwen3/tiny", "+experiment.runner.checkpoints.enabled=false"))
+    assert [word for word in words if word.startswith("--save")] == []
+    assert words["--load"] == ["/exp/checkpoints"]
+
+
+def test_rules_for_bad_steps_and_old_checkpoints_reach_the_worker():
+    rules = "+experiment.runner.bad_steps"
+    made = planned(
+        "qwen3/tiny",
+        f"{rules}={{action: skip, spike_threshold: 0.2, patience: 3}}",
+        "+experiment.runner.checkpoints.keep_last=2",
+    )
+    env = made.processes[0].env
+    assert (env["FLAGSCALE_ON_BAD_STEP"], env["FLAGSCALE_SPIKE_THRESHOLD"]) == ("skip", "0.2")
+    assert (env["FLAGSCALE_BAD_STEP_PATIENCE"], env["FLAGSCALE_KEEP_LAST"]) == ("3", "2")
+    # Megatron's own check would end the run before ours is asked; who wants it names its mode.
+    check, mode = "--no-check-for-nan-in-loss-and-grad", "+train.system.rerun_mode=validate_results"
+    assert check in options(made)
+    assert check not in options(planned("qwen3/tiny", mode))
+    off = planned("qwen3/tiny", "+train.system.no_check_for_nan_in_loss_and_grad=true")
+    assert off.processes[0].env["FLAGSCALE_ON_BAD_STEP"] == "off"
+    assert "FLAGSCALE_ON_BAD_STEP" not in planned().processes[0].env
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["+experiment.runner.bad_steps.action=roll_back", "+experiment.runner.checkpoints.enabled=false"],
+            "there is nothing to go back to",
+        ),
+        (
+            ["+experiment.runner.bad_steps.action=skip", "+train.system.rerun_mode=validate_results"],
+            "Megatron ends the run at a bad step",
+        ),
+        (
+            [
+                "+experiment.runner.checkpoints.keep_last=2",
+                "+train.system.checkpoint.save_retain_interval=200",
+            ],
+            "deletes checkpoints by another rule",
+        ),
+    ],
+)
+def test_rules_that_contradict_are_refused(overrides, message):
+    with pytest.raises(InvalidInput, match=message):
+        planned("qwen3/tiny", *overrides)
+
+
+def test_what_the_forward_step_cannot_do_is_refused_before_the_start():
+    asked = recipe("qwen3/30b_a3b", "+train.system.overlap_moe_expert_parallel_comm=true")
+    with pytest.raises(InvalidInput, match="overlap_moe_expert_parallel_comm: true: the worker's"):
+        options_for(asked, fake_host("nvidia", 8), Findings())
+
+
+def test_a_save_in_the_background_takes_the_strategy_that_is_installed():
+    words = options(planned("qwen3/tiny", "+train.system.checkpoint.async_save=true"))
+    assert words["--async-strategy"] == ["mcore"]
+    there = Findings(installed=frozenset({"nvidia_resiliency_ext"}))
+    made = planned("qwen3/tiny", "+train.system.checkpoint.async_save=true", findings=there)
+    assert "--async-strategy" not in options(made)
 
 
 def test_the_cpu_gets_gloo_and_plain_layers_and_the_gpu_its_own():

@@ -50,6 +50,8 @@ PARAMETERS = {
     "qwen2_5_vl/72b": ("qwen2.5-vl-72b", 72_706_203_648),
     "qwen2_5_vl/7b": ("qwen2.5-vl-7b", 7_615_616_512),
     "qwen3/0_6b": ("qwen3-0.6b", 596_049_920),
+    "qwen3/0_6b_lora": ("qwen3-0.6b", 596_049_920),
+    "qwen3/0_6b_sft": ("qwen3-0.6b", 596_049_920),
     "qwen3/14b": ("qwen3-14b", 14_768_307_200),
     "qwen3/1_7b": ("qwen3-1.7b", 1_720_574_976),
     "qwen3/235b_a22b": ("qwen3-235b-a22b", 235_093_634_560),
@@ -77,6 +79,8 @@ RESERVE_GIB = 4
 def recipe(name):
     family, stem = name.split("/")
     given = ["train.data.data_path=/data/text", "train.data.tokenizer.tokenizer_model=/tokenizer"]
+    if name.endswith(("_sft", "_lora")):
+        given.append("train.system.checkpoint.pretrained_checkpoint=/weights")
     return load(FOLDER / family / "conf" / f"{stem}.yaml", given)
 
 

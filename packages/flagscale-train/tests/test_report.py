@@ -72,6 +72,17 @@ def test_the_page_tells_of_both_runs(experiment):
     assert len(marks) == len(charts), "where the second run resumed"
 
 
+def test_a_step_that_was_no_number_is_told(experiment):
+    events = max((experiment / "runs").glob("[0-9]*")) / "events.jsonl"
+    records = [json.loads(line) for line in events.read_text().splitlines()]
+    last = max((record for record in records if record["event"] == "step"), key=lambda one: one["iteration"])
+    last.update(loss=None, not_finite=["loss"], skipped=True)
+    events.write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = Page(report(experiment).read_text(encoding="utf-8"))
+    assert "step 20: loss not a number, update left out" in page.text
+    assert "loss not a number" in page.text, "the newest figure"
+
+
 def test_a_step_trained_twice_counts_as_it_was_last(experiment):
     runs = sorted((experiment / "runs").glob("[0-9]*"))
     losses = [

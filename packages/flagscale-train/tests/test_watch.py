@@ -20,7 +20,7 @@ def step(iteration, time=0.0, **fields):
 def test_a_step_in_one_line():
     progress = Progress.of([START, step(1, 0.0), step(2, 2.0)])
     assert step_line(progress) == (
-        "step 2/100  loss 6.2500  grad norm 0.500  lr 1.00e-03  12,346 tokens/s  3 min left"
+        "step 2/100  loss 6.2500  grad norm 0.500  lr 1.00e-03  12,346 tokens/s  400 TFLOP/s  3 min left"
     )
 
 
@@ -30,9 +30,10 @@ def test_a_run_that_is_over_has_no_time_left():
 
 
 def test_a_known_peak_adds_mfu_and_a_lost_loss_is_nan():
-    line = step_line(Progress.of([START, step(1, loss=None, mfu=0.404)]))
-    assert "loss nan" in line
-    assert "400 TFLOP/s  MFU 40.4 %" in line
+    line = step_line(Progress.of([START, step(1, loss=None, mfu=0.404, memory_bytes=3 << 29, skipped=True)]))
+    assert "step 1/100  left out  loss nan" in line
+    assert "400 TFLOP/s  MFU 40.4 %  1.5 GiB" in line
+    assert "TFLOP/s" not in step_line(Progress.of([START, step(1, tflops_per_device=0.02)]))
 
 
 def test_nothing_before_the_first_step():

@@ -74,6 +74,7 @@ class _Reader:
         name = spelled(key)
         if is_incomplete(value):
             found = self.table.find(_own()["renamed"].get(name, name))
+            self.findings.excused.add(found[0].name if found else name)  # it is missing, but not forgotten
             # A path still to be given takes part in no arithmetic; a number or a switch may.
             self.is_incomplete |= found is None or found[0].is_switch or found[0].type != "str"
             is_elsewhere = name in HETERO_OPTIONS or (self.script is not None and name in self.script)

@@ -89,6 +89,8 @@ class Option:
     """The first version that has it no more, or otherwise; None when the newest version known has it."""
     renamed_to: str | None = None
     """What replaces it where it was removed."""
+    is_added: bool = False
+    """Whether it is not the engine's but what we add to it, by the names of its fork."""
 
     @property
     def attribute(self) -> str:
@@ -451,6 +453,11 @@ def _help(engine: str) -> Any:
 
 
 @functools.cache
+def _added() -> Any:
+    return _read("flagscale-megatron.json")["added"]
+
+
+@functools.cache
 def _renamed() -> Any:
     return _read("renamed.json")
 
@@ -468,6 +475,10 @@ def _table(engine: str, version: str) -> OptionTable:
             options[record["name"]] = record
         else:
             others[record["name"]] = record
+    if engine == "megatron":
+        # The fork's options that flagscale-train brings to every Megatron, and what it allows of them.
+        added = {name: {**others[name], **more} for name, more in _added().items() if name in others}
+        options |= {name: {**record, "in": None, "added": True} for name, record in added.items()}
     elsewhere = {name: record for name, record in others.items() if name not in options}
     return OptionTable(engine, version, _Records(engine, options), _Records(engine, elsewhere))
 
@@ -492,6 +503,7 @@ def _option(engine: str, record: Mapping[str, Any]) -> Option:
         since=since,
         removed=removed,
         renamed_to=_renamed().get(engine, {}).get(name),
+        is_added=record.get("added", False),
     )
 
 

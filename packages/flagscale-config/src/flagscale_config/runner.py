@@ -25,7 +25,18 @@ from flagscale_config.base import (
     Text,
 )
 
-__all__ = ["CliArgs", "Cmds", "Deploy", "Heartbeat", "Request", "Runner", "Task", "Tracing"]
+__all__ = [
+    "BadSteps",
+    "Checkpoints",
+    "CliArgs",
+    "Cmds",
+    "Deploy",
+    "Heartbeat",
+    "Request",
+    "Runner",
+    "Task",
+    "Tracing",
+]
 
 
 class Task(Model):
@@ -179,6 +190,28 @@ class Tracing(Model):
     """The collective-communication inspector."""
 
 
+class Checkpoints(Model):
+    """What happens to the checkpoints of a training beside what Megatron's own options say."""
+
+    enabled: Bool = True
+    """Whether any is saved: false for a benchmark or a trial that nobody will resume."""
+    keep_last: Positive | None = None
+    """Number of whole checkpoints kept, the newest; older ones go when a newer one was verified."""
+
+
+class BadSteps(Model):
+    """What happens when a step's loss or gradient norm is no number, or its loss jumps."""
+
+    action: Literal["stop", "skip", "roll_back"] = "stop"
+    """`stop`: the run fails before the update. `skip`: the update is dropped. `roll_back`: training starts
+    again from the newest whole checkpoint and leaves out the data seen since."""
+    spike_threshold: Annotated[Float, Field(gt=0)] | None = None
+    """Rise of the loss over the mean of the last 16 good steps that counts as a spike, 0.2 being 20 %; none
+    by default, or Megatron's factor 10 where its option check_for_spiky_loss is given."""
+    patience: Positive = 10
+    """Steps left out in a row, or roll-backs in a run, after which the run stops all the same."""
+
+
 class CliArgs(Model):
     """What FlagScale's command line passes into a file."""
 
@@ -265,6 +298,10 @@ class Runner(Model):
     """Signs of life of the training processes."""
     tracing: Tracing = Tracing()
     """Tracing of collective operations."""
+    checkpoints: Checkpoints = Checkpoints()
+    """What happens to the checkpoints of a training."""
+    bad_steps: BadSteps = BadSteps()
+    """What happens at a step that is no good."""
     nsys_bin_path: Text | None = None
     """Path of NVIDIA's profiler."""
     nsys_rep_file_path: Text | None = None

@@ -21,6 +21,7 @@ from flagscale_convert.errors import (
 )
 
 if TYPE_CHECKING:
+    from flagscale_convert.adapter import ExportedAdapter, export_adapter, merge_adapter
     from flagscale_convert.architecture import Architecture, RopeScaling
     from flagscale_convert.configuration import Configuration, config
     from flagscale_convert.execution import Progress, Report, convert
@@ -37,6 +38,7 @@ __all__ = [
     "ConvertError",
     "DestinationRefused",
     "Difference",
+    "ExportedAdapter",
     "Family",
     "Inspection",
     "ParallelLayout",
@@ -53,8 +55,10 @@ __all__ = [
     "__version__",
     "config",
     "convert",
+    "export_adapter",
     "inspect",
     "make_plan",
+    "merge_adapter",
     "verify",
 ]
 
@@ -62,6 +66,7 @@ _HOMES = {
     "Architecture": "architecture",
     "Configuration": "configuration",
     "Difference": "verification",
+    "ExportedAdapter": "adapter",
     "FAMILIES": "families",
     "Family": "families",
     "Inspection": "inspection",
@@ -73,8 +78,10 @@ _HOMES = {
     "VerifyReport": "verification",
     "config": "configuration",
     "convert": "execution",
+    "export_adapter": "adapter",
     "inspect": "inspection",
     "make_plan": "plan",
+    "merge_adapter": "adapter",
     "verify": "verification",
 }
 

@@ -235,6 +235,11 @@ def _copies(
     if not deploy.prefill_decode_disaggregation or not is_first:
         if count == 1:
             return [one]
+        if one.engine == "transformers":
+            raise InvalidService(
+                f"{where}.resources.num_replicas: {count}: the router adds fields to requests, which "
+                "transformers' server refuses (HTTP 422): use engine `vllm`, or one copy"
+            )
         # Behind the router each takes a free port; the router has the public one.
         return [replace(one, name=f"{one.name}-{number}", port=None) for number in range(1, count + 1)]
     if count > 1:

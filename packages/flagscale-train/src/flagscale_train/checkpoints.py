@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TRACKER", "Choice", "choose", "fault"]
+__all__ = ["TRACKER", "Choice", "choose", "fault", "prune"]
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """File in which Megatron notes the last checkpoint it finished; only a hint here."""
@@ -48,16 +49,8 @@ def choose(root: Path, iteration: int | None = None) -> Choice:
     Returns:
         The choice; its `path` is None if nothing whole was found.
     """
-    found = sorted(
-        (
-            (int(match.group(1)), path)
-            for path in _directories(root)
-            if (match := _ITERATION.fullmatch(path.name))
-        ),
-        reverse=True,
-    )
     skipped: list[str] = []
-    for number, path in found:
+    for number, path in _iterations(root):
         if iteration is not None and number != iteration:
             continue
         problem = fault(path)
@@ -71,6 +64,45 @@ def choose(root: Path, iteration: int | None = None) -> Choice:
             return Choice(release, 0, release=True, skipped=tuple(skipped))
         skipped.append(f"checkpoint {release} is not whole ({problem}) and is passed over")
     return Choice(None, skipped=tuple(skipped))
+
+
+def prune(root: Path, keep: int, saved: int) -> tuple[Path, ...]:
+    """Delete what is older than the `keep` newest whole checkpoints below `root`, whole or not.
+
+    With fewer whole ones nothing is deleted, and never what was saved last, although newer ones of an earlier
+    run may lie beside it. Cut off at any moment it leaves what is not whole, never what
+    only looks so. Links are left alone.
+
+    Args:
+        root: directory that holds `iter_N` directories.
+        keep: how many whole checkpoints stay, at least 1.
+        saved: step of the checkpoint that was saved last.
+
+    Returns:
+        What was deleted, oldest first.
+    """
+    found = _iterations(root)
+    whole = [number for number, path in found if fault(path) is None][: max(1, keep)]
+    if len(whole) < max(1, keep):
+        return ()
+    oldest = min(whole[-1], saved)
+    old = [path for number, path in reversed(found) if number < oldest and not path.is_symlink()]
+    for path in old:
+        (path / "metadata.json").unlink(missing_ok=True)
+        shutil.rmtree(path)
+    return tuple(old)
+
+
+def _iterations(root: Path) -> list[tuple[int, Path]]:
+    """Return step and directory of each checkpoint, newest first."""
+    return sorted(
+        (
+            (int(match.group(1)), path)
+            for path in _directories(root)
+            if (match := _ITERATION.fullmatch(path.name))
+        ),
+        reverse=True,
+    )
 
 
 def _directories(root: Path) -> list[Path]:

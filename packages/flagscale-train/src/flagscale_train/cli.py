@@ -177,9 +177,11 @@ def _add_data_verbs(verbs: Any) -> None:
 
 
 def _inputs(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("inputs", nargs="+", metavar="INPUT", help="text or JSONL files, directories, patterns")
     verb.add_argument(
-        "--key", default="text", help="field of each JSON line that holds the text (default: text)"
+        "inputs", nargs="+", metavar="INPUT", help="text, JSONL or Parquet files, directories, patterns"
+    )
+    verb.add_argument(
+        "--key", default="text", help="field of JSON lines or column that holds the text (default: text)"
     )
     verb.add_argument("--overwrite", action="store_true", help="replace what exists")
     verb.add_argument("--json", action="store_true", help="print JSON")

@@ -5,7 +5,8 @@ One line per event, each an object with `event` (its kind) and `time` (unix seco
 - `start`: versions, layout, parameters, tokens_per_step, train_iters, iteration (0 or where it resumes)
 - `notice`: text
 - `step`: iteration, loss, grad_norm, learning_rate, step_time_s, tokens_per_second, tflops_per_device, mfu,
-  memory_bytes
+  memory_bytes; `skipped: true` where the update was dropped, `not_finite`: which of loss and grad_norm were
+  not a number or infinite, and so are null
 - `eval`: iteration, split (`validation` or `test`), loss
 - `checkpoint`: iteration, path, verified, save_time_s
 - `error`: rank, type, text (the first one written is the first cause)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONAL", "Findings", "examine", "prefixes"]
 
-OPTIONAL = ("transformer_engine", "apex", "tensorboard")
+OPTIONAL = ("transformer_engine", "apex", "tensorboard", "nvidia_resiliency_ext")
 """Packages whose presence changes the plan."""
 
 _SPLITS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
@@ -58,11 +58,14 @@ def examine(experiment: Experiment) -> Findings:
             "'flagscale-train[megatron]'"
         )
     vocabulary = _tokenizer(options, base, problems)
-    max_tokens = [_dataset(prefix, base, problems) for prefix in prefixes(options)]
+    look_at = _chats if options.get("sft") else _dataset
+    max_tokens = [look_at(prefix, base, problems) for prefix in prefixes(options)]
+    if options.get("sft"):
+        _chat_template(options, base, problems)
     _explicit_load(experiment, base, problems)
     return Findings(
         installed=frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is not None),
-        tokenizer_vocab_size=vocabulary.size if vocabulary else None,
+        tokenizer_vocab_size=vocabulary.size if vocabulary else _null_vocab_size(options),
         data_max_token=max((token for token in max_tokens if token is not None), default=None),
         problems=tuple(problems),
     )
@@ -81,6 +84,17 @@ def _tokenizer(options: Mapping[str, Any], base: Path, problems: list[str]) -> V
         if not (directory / "tokenizer_config.json").exists():
             problems.append(f"tokenizer_model: {error}")
         return None  # an older tokenizer without tokenizer.json: transformers may still read it
+
+
+def _null_vocab_size(options: Mapping[str, Any]) -> int | None:
+    """Return the tokens of a NullTokenizer, to which older Megatrons add one for the end of a document."""
+    size = options.get("vocab_size")
+    if options.get("tokenizer_type") != "NullTokenizer" or size is None:
+        return None
+    from flagscale_config import option_table
+
+    version = tuple(int(part) for part in option_table("megatron").version.split("+")[0].split(".")[:2])
+    return int(size) + (version < (0, 18))
 
 
 def prefixes(options: Mapping[str, Any]) -> Iterable[str]:
@@ -113,6 +127,37 @@ def _dataset(prefix: str, base: Path, problems: list[str]) -> int | None:
         return int(facts["max_token"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # made by other tools
+
+
+def _chats(name: str, base: Path, problems: list[str]) -> None:
+    """Check that a file of chats is there and begins with a line of JSON."""
+    path = base / name
+    if not path.is_file():
+        problems.append(
+            f"data_path: {name}: no such file: with sft give files of chats, one JSON object per line"
+        )
+        return
+    with path.open("rb") as lines:
+        first = next((line for line in lines if line.strip()), b"")
+    try:
+        json.loads(first)
+    except ValueError as error:
+        problems.append(f"data_path: {name}:1: not JSON ({error}): one chat per line is expected")
+
+
+def _chat_template(options: Mapping[str, Any], base: Path, problems: list[str]) -> None:
+    directory = base / str(options.get("tokenizer_model", ""))
+    if not (directory / "tokenizer.json").exists() or (directory / "chat_template.jinja").exists():
+        return  # a name on a model hub, or reported already
+    try:
+        described = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        described = {}
+    if not described.get("chat_template"):
+        problems.append(
+            f"tokenizer_model: {options['tokenizer_model']}: has no chat template, which sft renders chats "
+            "by: take the tokenizer of a chat model, or put a chat_template.jinja beside it"
+        )
 
 
 def _explicit_load(experiment: Experiment, base: Path, problems: list[str]) -> None:

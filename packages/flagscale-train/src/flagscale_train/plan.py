@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale_hw import Machine, Plan, Process, StopPolicy, literal, peak, runtime
 from flagscale_hw import env as device_env
+from flagscale_train import fine_tuning
 from flagscale_train.chips import conflicts, defaults
 from flagscale_train.chips import environment as chip_environment
 from flagscale_train.errors import InvalidInput
@@ -264,15 +265,53 @@ def options_for(experiment: Experiment, machine: Machine, findings: Findings) ->
         problems.append(
             f"ckpt_format: {given['ckpt_format']}: checkpoints are kept as torch_dist: remove it or set it so"
         )
+    problems += _upkeep_conflicts(experiment)
+    if given.get("overlap_moe_expert_parallel_comm"):
+        problems.append(
+            "overlap_moe_expert_parallel_comm: true: the worker's forward step cannot be split that way: "
+            "remove it"
+        )
     vocabulary = _vocabulary(given, findings, problems)
+    of_chip = defaults(machine.chip, given, findings)
+    tuned = {"transformer_impl": "transformer_engine", **of_chip, **given}
+    problems += fine_tuning.conflicts(tuned)
     if problems:
         raise InvalidInput("\n".join(problems))
     chosen = {
         **_flagscale_defaults(experiment, findings),
-        **defaults(machine.chip, given, findings),
+        **of_chip,
+        **fine_tuning.defaults(tuned),
         **vocabulary,
     }
-    return {**{name: value for name, value in chosen.items() if name not in given}, **given}
+    options = {**{name: value for name, value in chosen.items() if name not in given}, **given}
+    if not experiment.runner.checkpoints.enabled:
+        options = {name: value for name, value in options.items() if name not in _SAVING}
+    return options
+
+
+def _upkeep_conflicts(experiment: Experiment) -> list[str]:
+    """Say what of the experiment's rules for bad steps and checkpoints cannot hold, each as one sentence."""
+    runner, given = experiment.runner, _train_of(experiment).options
+    problems = []
+    if runner.bad_steps.action == "roll_back" and not runner.checkpoints.enabled:
+        problems.append(
+            "experiment.runner.bad_steps.action: roll_back: there is nothing to go back to while "
+            "checkpoints.enabled is false: use skip or stop"
+        )
+    if runner.bad_steps.action != "stop" and given.get("rerun_mode", "disabled") != "disabled":
+        problems.append(
+            f"rerun_mode: {given['rerun_mode']}: Megatron ends the run at a bad step then, before "
+            f"experiment.runner.bad_steps.action {runner.bad_steps.action} is asked: remove one of them"
+        )
+    if runner.checkpoints.keep_last is not None and given.get("save_retain_interval") is not None:
+        problems.append(
+            f"experiment.runner.checkpoints.keep_last: {runner.checkpoints.keep_last}: save_retain_interval "
+            f"{given['save_retain_interval']} deletes checkpoints by another rule: remove one of them"
+        )
+    return problems
+
+
+_SAVING = ("save", "save_interval", "save_retain_interval", "async_save", "non_persistent_save_interval")
 
 
 def _flagscale_defaults(experiment: Experiment, findings: Findings) -> dict[str, Any]:
@@ -291,8 +330,13 @@ def _flagscale_defaults(experiment: Experiment, findings: Findings) -> dict[str,
     }
     if "tensorboard" in findings.installed:
         chosen["tensorboard_dir"] = f"{experiment.exp_dir}/tensorboard"
+    if "rerun_mode" not in given:
+        # The worker judges each step itself; Megatron's check would end the run as "exited with 16".
+        chosen["no_check_for_nan_in_loss_and_grad"] = True
     if given.get("wandb_project"):
         chosen["wandb_save_dir"] = f"{experiment.exp_dir}/wandb"
+    if given.get("async_save") and "nvidia_resiliency_ext" not in findings.installed:
+        chosen["async_strategy"] = "mcore"  # Megatron's default is that package's
     if given.get("use_distributed_optimizer"):
         chosen["dist_ckpt_optim_fully_reshardable"] = True  # so that another layout can resume
     return chosen
@@ -308,7 +352,8 @@ def _vocabulary(given: Mapping[str, Any], findings: Findings, problems: list[str
     """
     asked, actual = given.get("vocab_size"), findings.tokenizer_vocab_size
     padded = given.get("padded_vocab_size")
-    for name, limit in (("vocab_size", asked), ("padded_vocab_size", padded)):
+    own = None if given.get("tokenizer_type") == "NullTokenizer" else asked  # there it is what makes the size
+    for name, limit in (("vocab_size", own), ("padded_vocab_size", padded)):
         if actual is not None and limit is not None and actual > limit:
             problems.append(f"{name}: {limit}: the tokenizer has {actual} tokens: raise it, or remove it")
     size = max((number for number in (asked, actual) if number is not None), default=None)
@@ -381,6 +426,7 @@ def _environment(
         chosen["GLOO_SOCKET_IFNAME"] = "lo"  # one host: no name lookup, no firewall
     elif layout.per_node < len(machine.visible):
         chosen |= device_env(machine.visible[: layout.per_node])
+    chosen |= _upkeep(experiment)
     if node is not None:
         chosen |= _network(node, layout)
     flops = _peak_flops(machine, options)
@@ -391,6 +437,21 @@ def _environment(
         given |= experiment.device_type_envs.get(node.type or "", {})
         given |= experiment.node_envs.get(node.target.name, {})
     return {**chosen, **{name: literal(value) for name, value in given.items()}}
+
+
+def _upkeep(experiment: Experiment) -> dict[str, str]:
+    """Tell the worker what the experiment says of bad steps and old checkpoints beyond the defaults."""
+    bad_steps, keep_last = experiment.runner.bad_steps, experiment.runner.checkpoints.keep_last
+    given = _train_of(experiment).options
+    is_unwatched = given.get("no_check_for_nan_in_loss_and_grad") and not given.get("check_for_spiky_loss")
+    is_off = is_unwatched and bad_steps.action == "stop" and bad_steps.spike_threshold is None
+    asked = {
+        "FLAGSCALE_ON_BAD_STEP": ("off" if is_off else bad_steps.action, "stop"),
+        "FLAGSCALE_SPIKE_THRESHOLD": (bad_steps.spike_threshold, None),
+        "FLAGSCALE_BAD_STEP_PATIENCE": (bad_steps.patience, 10),
+        "FLAGSCALE_KEEP_LAST": (keep_last, None),
+    }
+    return {name: str(value) for name, (value, default) in asked.items() if value != default}
 
 
 _INTERFACE_OF = {"nccl": "NCCL_SOCKET_IFNAME", "hccl": "HCCL_SOCKET_IFNAME"}

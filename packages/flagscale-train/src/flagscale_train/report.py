@@ -143,9 +143,9 @@ def _cards(run: _Run, steps: Sequence[Mapping[str, Any]]) -> str:
     total = start.get("train_iters")
     facts = {
         "step": f"{last.get('iteration', 0):,}" + (f" of {total:,}" if total else ""),
-        "loss": _figure(last.get("loss"), ".4f"),
+        "loss": _of_step(last, "loss", ".4f"),
         "held-out loss": _figure(held_out.get("loss"), ".4f"),
-        "grad norm": _figure(last.get("grad_norm"), ".3f"),
+        "grad norm": _of_step(last, "grad_norm", ".3f"),
         "tokens/s, median": _figure(rates[len(rates) // 2] if rates else None, ",.0f"),
         "tokens": short(len(steps) * start.get("tokens_per_step", 0)),
         "TFLOP/s per device": _figure(last.get("tflops_per_device"), ".4g"),
@@ -159,6 +159,10 @@ def _cards(run: _Run, steps: Sequence[Mapping[str, Any]]) -> str:
 
 def _figure(value: Any, shape: str, unit: str = "") -> str:
     return format(value, shape) + unit if isinstance(value, (int, float)) else "-"
+
+
+def _of_step(step: Mapping[str, Any], name: str, shape: str) -> str:
+    return "not a number" if name in step.get("not_finite", ()) else _figure(step.get(name), shape)
 
 
 def _charts(runs: Sequence[_Run], steps: Sequence[Mapping[str, Any]]) -> str:
@@ -206,7 +210,9 @@ def _events(runs: Sequence[_Run]) -> list[tuple[str, str]]:
     told = []
     for run in runs:
         told += [
-            (_clock(event["time"]), event_line(event)) for event in run.events if event["event"] in _TOLD
+            (_clock(event["time"]), event_line(event) or _bad_step(event))
+            for event in run.events
+            if event["event"] in _TOLD or event.get("not_finite") or event.get("skipped")
         ]
         if run.status.run.is_over and run.status.run.state not in ("succeeded", "stopped"):
             last = run.events[-1]["time"] if run.events else None
@@ -215,6 +221,13 @@ def _events(runs: Sequence[_Run]) -> list[tuple[str, str]]:
         left_out = len(told) - _MOST_EVENTS
         told = [*told[:50], ("", f"... {left_out} more ..."), *told[50 + left_out :]]
     return told
+
+
+def _bad_step(step: Mapping[str, Any]) -> str:
+    """Say what was wrong with a step whose numbers are none, or whose update was dropped."""
+    names = " and ".join(name.replace("_", " ") for name in step.get("not_finite", ()))
+    parts = [f"{names} not a number" if names else "", "update left out" if step.get("skipped") else ""]
+    return f"step {step['iteration']}: {', '.join(part for part in parts if part)}"
 
 
 def _clock(seconds: float) -> str:

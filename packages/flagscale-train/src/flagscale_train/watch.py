@@ -99,9 +99,14 @@ def step_line(progress: Progress, *, is_over: bool = False) -> str:
         f"lr {_number(step.get('learning_rate'), '.2e')}",
         f"{_number(step.get('tokens_per_second'), ',.0f')} tokens/s",
     ]
-    if step.get("mfu") is not None:
+    if step.get("skipped"):
+        parts.insert(1, "left out")
+    if (step.get("tflops_per_device") or 0) >= 1:  # a CPU's are far from it, and say nothing
         parts.append(f"{step['tflops_per_device']:.0f} TFLOP/s")
-        parts.append(f"MFU {100 * step['mfu']:.1f} %")
+        if step.get("mfu") is not None:
+            parts.append(f"MFU {100 * step['mfu']:.1f} %")
+        if step.get("memory_bytes") is not None:
+            parts.append(f"{step['memory_bytes'] / (1 << 30):.1f} GiB")
     if not is_over and progress.remaining_s is not None and total and progress.iteration < total:
         parts.append(f"{duration(progress.remaining_s)} left")
     return "  ".join(parts)
@@ -116,8 +121,9 @@ def event_line(event: Mapping[str, Any]) -> str:
 def _start_line(event: Mapping[str, Any]) -> str:
     layout = event.get("layout", {})
     spread = [f"{name} {size}" for name, size in layout.items() if name != "world_size" and size > 1]
+    size = layout.get("world_size")
     return (
-        f"training {event.get('parameters', 0):,} parameters on {layout.get('world_size')} processes"
+        f"training {event.get('parameters', 0):,} parameters on {size} process{'' if size == 1 else 'es'}"
         f"{' (' + ', '.join(spread) + ')' if spread else ''}, {event.get('tokens_per_step', 0):,} tokens per "
         f"step, {event.get('dtype')}, from step {event.get('iteration')}"
     )

@@ -4,7 +4,7 @@ The twins are proven against Megatron's own code by `tests/test_megatron_twins.p
 assertions that have none, and why. Every message has the numbers and the nearest values that would work.
 
 One module per subject: `layout` (processes, heads, widths, batches), `pipeline`, `experts`, `attention`,
-`precision`, `memory`, `sharding`, `training`; `options` is what they look at.
+`precision`, `memory`, `sharding`, `training`, `fine_tuning`; `options` is what they look at.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from flagscale_config.arithmetic import (
     attention,
     experts,
+    fine_tuning,
     layout,
     memory,
     pipeline,
@@ -64,7 +65,7 @@ _POSITIVE = (
     "linear_num_value_heads",
     "num_virtual_stages_per_pipeline_rank",
 )
-_SUBJECTS = (layout, pipeline, experts, attention, precision, memory, sharding, training)
+_SUBJECTS = (layout, pipeline, experts, attention, precision, memory, sharding, training, fine_tuning)
 
 
 def check_train(given: Mapping[str, Any], runner: Runner | None, findings: Findings) -> None:

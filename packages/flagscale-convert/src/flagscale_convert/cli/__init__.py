@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from flagscale_convert.__about__ import __version__
+from flagscale_convert.cli.adapter import add_adapter
 from flagscale_convert.cli.conversion import add_conversions
 from flagscale_convert.cli.inquiry import add_config, add_families, add_inspect, add_verify
 
@@ -52,5 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     add_conversions(verbs, common)
     add_verify(verbs, common)
     add_config(verbs, common)
+    add_adapter(verbs, common)
     add_families(verbs, common)
     return parser

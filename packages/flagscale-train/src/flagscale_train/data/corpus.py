@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from flagscale_train.errors import InvalidInput
 
 __all__ = ["Corpus", "Document", "find"]
 
 _LINES = {".jsonl", ".ndjson", ".json"}
-"""Files with one JSON object per line; every other file is one document of plain text."""
+"""Files with one JSON object per line; beside these and `.parquet` every file is one document."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Corpus:
 
     files: tuple[Path, ...]
     key: str = "text"
-    """Field of each JSON line that holds the text."""
+    """Field of each JSON line, or column of a table, that holds the text."""
 
     @property
     def num_bytes(self) -> int:
@@ -49,6 +49,8 @@ class Corpus:
         for path in self.files:
             if _suffix(path) in _LINES:
                 yield from self._lines(path)
+            elif path.suffix.lower() == ".parquet":
+                yield from self._rows(path)
             else:
                 yield _whole(path)
 
@@ -57,6 +59,24 @@ class Corpus:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield Document(self._text(line, f"{path}:{number}"), len(line))
+
+    def _rows(self, path: Path) -> Iterator[Document]:
+        table = _parquet(path)
+        names = table.schema_arrow.names
+        if self.key not in names:
+            has = ", ".join(names[:10])
+            raise InvalidInput(
+                f"{path}: no column {self.key!r} (it has: {has}): name the text's column with --key"
+            )
+        kind = str(table.schema_arrow.field(self.key).type)
+        if "string" not in kind:
+            raise InvalidInput(f"{path}: {self.key}: a column of {kind}: one of texts is expected")
+        # Rows take shares of the file, which is compressed: good enough for progress, and its sum is exact.
+        size, count, done = path.stat().st_size, max(1, table.metadata.num_rows), 0
+        for batch in table.iter_batches(batch_size=1024, columns=[self.key]):
+            for text in batch.column(0).to_pylist():
+                done += 1
+                yield Document(text or "", size * done // count - size * (done - 1) // count)
 
     def _text(self, line: bytes, where: str) -> str:
         try:
@@ -72,6 +92,20 @@ class Corpus:
         if not isinstance(text, str):
             raise InvalidInput(f"{where}: {self.key}: {type(text).__name__}: a text is expected")
         return text
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise InvalidInput(
+            f"{path}: pyarrow, which reads it, is not installed: pip install 'flagscale-train[parquet]'"
+        ) from None
+    try:
+        return ParquetFile(path)
+    except (ArrowException, OSError) as error:
+        raise InvalidInput(f"{path}: not a whole Parquet file ({error}): copy it again") from None
 
 
 def _open(path: Path) -> BinaryIO:

@@ -74,10 +74,11 @@ def tokenize(  # noqa: PLR0913 -- all but two by name only
 
     Args:
         inputs: files, directories and patterns. `.jsonl`, `.ndjson` and `.json` files hold one JSON object
-            per line, every other file is one document; `.gz` of either is read as it is.
+            per line, `.parquet` files one document per row, every other file is one document; `.gz` of text
+            is read as it is.
         output: prefix of the files.
         tokenizer: directory with a `tokenizer.json`.
-        key: field of JSON lines that holds the text.
+        key: field of JSON lines, or column of a table, that holds the text.
         workers: processes that tokenize, at least 1.
         eod: end-of-document token, where the tokenizer's `eos_token` is not it.
         append_eod: end every document with that token.

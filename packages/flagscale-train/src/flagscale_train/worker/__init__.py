@@ -7,6 +7,8 @@ Megatron's own arguments and these environment variables:
 - `FLAGSCALE_PLATFORM`: `cpu` installs the CPU adapter before Megatron is imported; `cuda` installs nothing.
 - `FLAGSCALE_EVENTS`: file that events are appended to; without it there are none.
 - `FLAGSCALE_PEAK_FLOPS`: peak FLOP/s of one device in the type trained in, for MFU; without it MFU is null.
+- `FLAGSCALE_ON_BAD_STEP`, `FLAGSCALE_SPIKE_THRESHOLD`, `FLAGSCALE_BAD_STEP_PATIENCE`: the experiment's
+  `runner.bad_steps`; `FLAGSCALE_KEEP_LAST`: its `runner.checkpoints.keep_last`. Absent: the defaults.
 """
 
 __all__: list[str] = []

@@ -1,22 +1,33 @@
-"""The dataset provider Megatron's trainer asks for: GPT datasets from Megatron's options."""
+"""The dataset provider Megatron's trainer asks for: GPT datasets, or chats where `sft` is given."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
+
+from flagscale_train.worker.chats import Chats, Renderer
+from flagscale_train.worker.packing import PackedChats
+from flagscale_train.worker.refusal import Refusal
 
 __all__ = ["provide", "reads_data"]
 
 
 def reads_data() -> bool:
     """Whether this rank needs batches: the pipeline's ends do, and all do if masks come from the data."""
+    args = get_args()
     ends = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
-    return bool(ends or get_args().create_attention_mask_in_dataloader)
+    return bool(ends or args.create_attention_mask_in_dataloader or args.trains_on_chats)
 
 
 def provide(num_samples: list[int], vp_stage: int | None = None) -> Any:  # noqa: ARG001
@@ -30,6 +41,8 @@ def provide(num_samples: list[int], vp_stage: int | None = None) -> Any:  # noqa
         The three datasets, in that order; None for one that has no data.
     """
     args = get_args()
+    if args.trains_on_chats:
+        return _chats(num_samples)
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -55,3 +68,86 @@ def provide(num_samples: list[int], vp_stage: int | None = None) -> Any:  # noqa
 
 # Every rank builds and reads its own share, so that no batch is sent between ranks.
 provide.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _chats(num_samples: Sequence[int | None]) -> list[PackedChats | None]:
+    """Build datasets of chats: of the files of each split, or of shares of each file, in its order."""
+    args = get_args()
+    blend, per_split = get_blend_and_blend_per_split(args)
+    if per_split is None:
+        shares = parse_and_normalize_split(args.split)
+        begins = [sum(shares[:number]) for number in range(4)]
+        found = _rendered(blend[0])
+        chosen = [[(chats, _share(len(chats), *begins[n : n + 2])) for chats in found] for n in range(3)]
+    else:
+        chosen = [
+            [(chats, range(len(chats))) for chats in _rendered(paths[0] if paths else ())]
+            for paths in per_split
+        ]
+    built = [
+        PackedChats(
+            files,
+            split,
+            length=args.seq_length,
+            num_samples=wanted,
+            seed=args.seed,
+            masks=args.create_attention_mask_in_dataloader,
+        )
+        for files, split, wanted in zip(chosen, Split, num_samples, strict=True)
+    ]
+    _describe(built)
+    if not len(built[0]) and num_samples[0]:
+        raise Refusal("data_path: no chat of the training split has an answer within seq_length: raise it")
+    return [each if each.num_sequences else None for each in built]
+
+
+def _share(count: int, first: float, last: float) -> range:
+    return range(round(first * count), round(last * count))
+
+
+def _describe(built: Iterable[PackedChats]) -> None:
+    for each in built:
+        if each.num_sequences and torch.distributed.get_rank() == 0:
+            print(  # noqa: T201 -- the log is this process's output
+                f"chats for {each.index_split.name}: {each.num_chats} in {each.num_sequences} sequences, "
+                f"which are {each.fill:.0%} full; {each.num_cut} cut at seq_length, {each.num_dropped} left "
+                "out that had no answer before it",
+                flush=True,
+            )
+
+
+def _rendered(paths: Iterable[str]) -> list[Chats]:
+    """Render files that are not rendered yet, on one process of each host, and map them on all."""
+    args = get_args()
+    tokenizer = _tokenizer(args)
+    folders = []
+    for path in map(Path, paths):
+        try:
+            root = Path(args.data_cache_path or path.parent / "cache")
+            folders.append((path, Chats.cache_folder(path, tokenizer, root)))
+        except OSError as error:
+            raise Refusal(f"data_path: {path}: {error.strerror}: a file of chats is expected") from None
+    # First one process of all, then one of each host: where hosts share the folder nothing is left for these.
+    for is_first in (torch.distributed.get_rank() == 0, int(os.environ.get("LOCAL_RANK", "0")) == 0):
+        problem = _render_missing(folders, tokenizer) if is_first else None
+        told: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(told, problem)
+        if first := next(filter(None, told), None):
+            raise Refusal(first)
+    return [whole for _, folder in folders if (whole := Chats.whole(folder)) is not None]
+
+
+def _render_missing(folders: Iterable[tuple[Path, Path]], tokenizer: Any) -> str | None:
+    try:
+        for path, folder in folders:
+            if Chats.whole(folder) is None:
+                Chats.render(path, Renderer(tokenizer), folder)
+    except Refusal as refusal:
+        return str(refusal)
+    return None
+
+
+def _tokenizer(args: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(args.tokenizer_model, trust_remote_code=args.trust_remote_code)

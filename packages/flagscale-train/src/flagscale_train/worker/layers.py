@@ -257,7 +257,7 @@ def local_spec(config: Any, vp_stage: int | None = None) -> Any:
     """Describe the decoder in plain torch layers; Megatron's model builder calls this.
 
     Args:
-        config: Megatron's GPTModelConfig.
+        config: Megatron's GPTModelConfig, or what stands for it, with `transformer`.
         vp_stage: virtual pipeline stage, None without virtual stages.
 
     Returns:

@@ -71,7 +71,7 @@ def _load_model(args: Any, journal: Journal) -> Any:
     from megatron.training.initialize import initialize_megatron
 
     from flagscale_train.checkpoints import choose
-    from flagscale_train.worker.model import configure
+    from flagscale_train.worker.megatron import build_model
     from flagscale_train.worker.recorder import Recorder
     from flagscale_train.worker.resume import Keeper
 
@@ -79,9 +79,7 @@ def _load_model(args: Any, journal: Journal) -> Any:
         raise Refusal(f"{args.load}: no whole checkpoint: train and save first, or name another with --load")
     Keeper(Recorder(journal, None)).attach()
     initialize_megatron()
-    config = configure(args)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = config.get_builder_cls()(config).build_model(groups)
+    model = build_model(args, ProcessGroupCollection.use_mpu_process_groups())
     model.to(_device())
     training.load_checkpoint([model], None, None)
     model.eval()

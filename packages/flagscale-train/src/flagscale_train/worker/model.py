@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from megatron.training.argument_utils import gpt_config_from_args
-
+from flagscale_train.worker import lora
 from flagscale_train.worker.layers import local_spec
 
 __all__ = ["configure"]
@@ -20,8 +20,12 @@ def configure(args: Any) -> Any:
     Returns:
         The configuration; its layers are Megatron's own with Transformer Engine and plain torch ones without.
     """
+    from megatron.training.argument_utils import gpt_config_from_args  # not before 0.18
+
     config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19 forgets it, and takes 8
     if args.transformer_impl == "local" and args.spec is None:
         config.transformer_layer_spec = local_spec
+    if lora.is_asked_for(args):
+        config.pre_wrap_hooks.append(partial(lora.attach, args=args))
     return config

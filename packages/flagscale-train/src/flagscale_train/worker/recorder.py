@@ -9,6 +9,7 @@ that knows the loss.
 from __future__ import annotations
 
 import functools
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -112,16 +113,20 @@ class Recorder:
         # Reading the loss waits for the device, so the time below is the whole step's.
         values = {name: float(value) for name, value in losses.items()}
         step_time_s = time.perf_counter() - self._started_s
+        loss = values.pop(LOSS_NAME, None)
+        judged = {"loss": loss, "grad_norm": grad_norm}
+        no_number = [name for name, value in judged.items() if not math.isfinite(value or 0.0)]
         batch_size = args.micro_batch_size * args.data_parallel_size * training.get_num_microbatches()
         flops = training.num_floating_point_operations(args, batch_size) / step_time_s / args.world_size
         self._journal.write(
             "step",
             iteration=self._iteration,
-            loss=values.pop(LOSS_NAME, None),
+            loss=loss,
             **({"other_losses": values} if values else {}),
             grad_norm=grad_norm,
             learning_rate=self._learning_rate,
             **({"skipped": True} if skipped else {}),
+            **({"not_finite": no_number} if no_number else {}),
             step_time_s=step_time_s,
             tokens_per_second=batch_size * args.seq_length / step_time_s,
             tflops_per_device=flops / 1e12,

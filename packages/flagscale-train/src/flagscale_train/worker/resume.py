@@ -26,7 +26,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import checkpointing, get_args, training
 from torch.distributed.checkpoint.api import CheckpointException
 
-from flagscale_train.checkpoints import Choice, choose, fault
+from flagscale_train.checkpoints import Choice, choose, fault, prune
 from flagscale_train.worker.recorder import Recorder
 from flagscale_train.worker.refusal import Refusal
 
@@ -60,10 +60,15 @@ class SaveError(Exception):
 class Keeper:
     """Stands between the trainer and its checkpoints."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        """Report through `recorder`."""
+    def __init__(self, recorder: Recorder, keep_last: int | None = None) -> None:
+        """Report through `recorder`, and keep as many whole checkpoints as `keep_last` says; None: all."""
         self._recorder = recorder
-        self._loaded: Path | None = None
+        self._keep_last = keep_last
+        self._stored: Path | None = None
+        """The checkpoint that holds the weights as they are until the next step: loaded or saved last."""
+        self._is_pending = False
+        """Whether it is still being written in the background."""
+        self._started_s = 0.0
 
     def attach(self) -> None:
         """Wrap Megatron's functions; call once, before `pretrain()`."""
@@ -73,6 +78,9 @@ class Keeper:
         )
         self._wrap("load_checkpoint", self._load)
         self._wrap("save_checkpoint", self._save)
+        checkpointing.schedule_async_save = functools.partial(
+            self._schedule, checkpointing.schedule_async_save
+        )
         _allow_longer_training()
         if not get_args().async_save:
             # Writers are threads then. Megatron's own queue is a process that first imports torch: 5 s.
@@ -82,6 +90,11 @@ class Keeper:
     def _wrap(name: str, around: Callable[..., Any]) -> None:
         real = getattr(training, name)
         setattr(training, name, functools.wraps(real)(functools.partial(around, real)))
+
+    @staticmethod
+    def newest() -> Choice:
+        """Return the newest whole checkpoint of the run, where it saves them."""
+        return chosen(Path(get_args().save))
 
     def _read_tracker(self, tracker: str) -> tuple[int, bool]:
         choice = chosen(Path(tracker).parent, get_args().ckpt_step)
@@ -102,7 +115,7 @@ class Keeper:
             # Megatron looks for the tracker before it looks for a checkpoint; an asked-for step goes before
             # both.
             args.ckpt_step = choice.iteration or None
-            self._loaded = choice.path
+            self._stored = choice.path
             self._note(f"resuming from {choice.path}")
             _same_model(choice.path)
         try:
@@ -126,18 +139,33 @@ class Keeper:
     def _save(self, real: Callable[..., Any], iteration: int, *arguments: Any, **named: Any) -> Any:
         args = get_args()
         path = Path(checkpointing.get_checkpoint_name(args.save, iteration, return_base_dir=True))
-        if self._loaded == path and fault(path) is None:
-            # Nothing was trained since it was loaded; writing over the only good copy could only harm it.
+        if self._stored == path and (self._is_pending or fault(path) is None):
+            # Nothing was trained since; writing over the only good copy could only harm it.
             return None
         self._clear(path)
-        started_s = time.perf_counter()
+        self._stored, self._started_s = path, time.perf_counter()
         try:
             with _unstoppable():
                 result = real(iteration, *arguments, **named)
         except (RuntimeError, OSError, CheckpointException) as error:
             raise _save_failure(path, error) from error
-        self._verify(iteration, path, time.perf_counter() - started_s)
+        if not args.async_save:
+            self._finish(iteration, path, self._started_s)
         return result
+
+    def _schedule(self, real: Callable[..., Any], request: Any) -> None:
+        """Let a save in the background be verified when all ranks have written their parts."""
+        path, started_s = self._stored, self._started_s
+        assert path is not None  # noqa: S101 -- _save set it
+        iteration = int(path.name.removeprefix("iter_"))
+        self._is_pending = True
+
+        def finish() -> None:
+            self._is_pending = False
+            self._finish(iteration, path, started_s)
+
+        request.add_finalize_fn(finish)
+        real(request)
 
     def _clear(self, path: Path) -> None:
         """Remove an earlier attempt at this checkpoint: its files could stay between the new ones."""
@@ -145,19 +173,20 @@ class Keeper:
             shutil.rmtree(path)
         torch.distributed.barrier()
 
-    def _verify(self, iteration: int, path: Path, save_time_s: float) -> None:
-        if get_args().async_save:
-            self._recorder.write(
-                "checkpoint", iteration=iteration, path=path, verified=False, save_time_s=save_time_s
-            )
-            return
-        problem = [fault(path) if torch.distributed.get_rank() == 0 else None]
+    def _finish(self, iteration: int, path: Path, started_s: float) -> None:
+        """Verify what was written, and only then let older checkpoints go."""
+        save_time_s = time.perf_counter() - started_s
+        is_first = torch.distributed.get_rank() == 0
+        problem = [fault(path) if is_first else None]
         torch.distributed.broadcast_object_list(problem, src=0)
         if problem[0] is not None:
             raise SaveError(f"checkpoint {path} is not whole after saving: {problem[0]}")
         self._recorder.write(
             "checkpoint", iteration=iteration, path=path, verified=True, save_time_s=save_time_s
         )
+        if is_first and self._keep_last is not None:
+            for gone in prune(path.parent, self._keep_last, iteration):
+                print(f"deleted {gone}: {self._keep_last} newer ones are whole", flush=True)  # noqa: T201 -- log
 
 
 def _save_failure(path: Path, error: BaseException) -> SaveError:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flagscale_train.events import Journal
 from flagscale_train.worker.refusal import Refusal
-from flagscale_train.worker.settings import Settings
+from flagscale_train.worker.settings import ROLL_BACKS, Settings
+
+if TYPE_CHECKING:
+    from flagscale_train.checkpoints import Choice
+    from flagscale_train.worker.guard import RollBack
+    from flagscale_train.worker.recorder import Recorder
 
 __all__ = ["main", "prepare"]
 
@@ -105,8 +111,14 @@ def _arguments() -> Any:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import get_tokenizer, set_global_variables
 
-    args = parse_args()
+    from flagscale_train.worker import lora
+    from flagscale_train.worker.megatron import adopt
+
+    args = parse_args(lora.add_arguments)
     validate_args(args)
+    # Megatron averages held-out losses of --sft over micro-batches, whatever their answers count; the mean
+    # over tokens does not depend on the layout.
+    args.trains_on_chats, args.sft = args.sft, False
     set_global_variables(args)
     vocab_size = get_tokenizer().vocab_size
     if vocab_size > args.padded_vocab_size:
@@ -114,32 +126,57 @@ def _arguments() -> Any:
             f"padded_vocab_size: {args.padded_vocab_size}: the tokenizer has {vocab_size} tokens, so some "
             "would have no embedding: raise it, or remove it to have it computed"
         )
+    adopt(args)
     return args
 
 
 def _train(settings: Settings, journal: Journal) -> None:
     arguments = prepare(settings)
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
-    from flagscale_train.worker import datasets, step
-    from flagscale_train.worker.model import configure
+    from flagscale_train.worker import datasets, megatron, step
+    from flagscale_train.worker.guard import Guard, RollBack
     from flagscale_train.worker.recorder import Recorder
     from flagscale_train.worker.resume import Keeper
 
     args = arguments()
     recorder = Recorder(journal, settings.peak_flops)
     recorder.attach()
-    Keeper(recorder).attach()
-    container = pretrain_cfg_container_from_args(args, configure(args))
+    Guard(settings, recorder).attach()
+    keeper = Keeper(recorder, settings.keep_last)
+    keeper.attach()
+    megatron.mend()
     try:
-        pretrain(container, datasets.provide, ModelType.encoder_or_decoder, step.forward)
+        megatron.train(args, datasets.provide, step.forward, settings.num_roll_backs)
+    except RollBack as bad:
+        _start_again(settings, args, keeper.newest(), bad, recorder)
     except SystemExit as ending:
         if ending.code in (None, 0):
             recorder.end()
         raise
     recorder.end()
+
+
+def _start_again(
+    settings: Settings, args: Any, newest: Choice, bad: RollBack, recorder: Recorder
+) -> NoReturn:
+    """Become a new process that resumes from the newest whole checkpoint, without the data seen since.
+
+    All ranks do this at once, and torchrun sees the same processes go on.
+    """
+    left_out = range(newest.iteration + 1, bad.iteration + 1)
+    where = newest.path or "the beginning"
+    recorder.write(
+        "notice",
+        text=f"{bad}: rolling back to {where}, leaving out the data of steps {left_out[0]} to {left_out[-1]}",
+    )
+    for child in multiprocessing.active_children():  # data loaders and writers do not outlive their parent
+        child.terminate()
+        child.join()
+    skip = sorted({*(args.iterations_to_skip or ()), *left_out})
+    os.environ[ROLL_BACKS] = str(settings.num_roll_backs + 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    words = [*sys.argv[1:], "--iterations-to-skip", *map(str, skip)]
+    os.execv(sys.executable, [sys.executable, "-m", "flagscale_train.worker", *words])  # noqa: S606 -- no shell
 
 
 def _leave() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.training import get_args, get_timers
 
 from flagscale_train.worker.datasets import reads_data
+from flagscale_train.worker.losses import note_loss
+from flagscale_train.worker.megatron import slice_for_context
 
 __all__ = ["LOSS_NAME", "forward"]
 
@@ -21,16 +23,33 @@ LOSS_NAME = "lm loss"
 _Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
-def _batch(data: Iterator[Any] | None) -> dict[str, torch.Tensor | None]:
+def _batch(data: Iterator[Any] | None) -> dict[str, Any]:
     if data is None or not reads_data():
         return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
     device = torch.cuda.current_device()
     batch = {name: value.to(device, non_blocking=True) for name, value in next(data).items()}
     batch.setdefault("attention_mask", None)
+    if "cu_seqlens" in batch:
+        batch["packed_seq_params"] = _bounds(batch.pop("cu_seqlens"))
     if get_args().context_parallel_size > 1:
-        group = mpu.get_context_parallel_group()
-        batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+        batch = slice_for_context(batch, mpu.get_context_parallel_group())
     return batch
+
+
+def _bounds(bounds_1n: torch.Tensor) -> PackedSeqParams:
+    """Tell Transformer Engine where each chat of the one sequence begins.
+
+    The last one is the padding, which is a document like any other to attention.
+    """
+    bounds = torch.unique_consecutive(bounds_1n[0])
+    longest = int(bounds.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def _fold(loss_mask: torch.Tensor, losses: torch.Tensor) -> _Loss:
@@ -43,6 +62,7 @@ def _fold(loss_mask: torch.Tensor, losses: torch.Tensor) -> _Loss:
     total = (losses.view(-1).float() * mask).sum()
     num_tokens = mask.sum().to(torch.int)
     report = torch.cat([total.detach().view(1), num_tokens.view(1)])
+    note_loss(report)
     return total, num_tokens, {LOSS_NAME: report}
 
 
@@ -56,13 +76,12 @@ def forward(
     Args:
         data: iterator of batches; None on ranks that read none.
         model: this stage's part of the model.
-        return_schedule_plan: overlap of expert communication, which needs another entry into the model.
+        return_schedule_plan: never true, for planning refuses overlap_moe_expert_parallel_comm.
 
     Returns:
         The output, and the function that turns it into loss, token count and report.
     """
-    if return_schedule_plan:
-        raise NotImplementedError("overlap_moe_expert_parallel_comm is not supported: switch it off")
+    del return_schedule_plan
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = _batch(data)
@@ -73,5 +92,6 @@ def forward(
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=batch.get("packed_seq_params"),
     )
     return output, partial(_fold, batch["loss_mask"])

@@ -1,0 +1,99 @@
+"""Fine-tuning: chats (`sft`) and low-rank adapters (`peft_type: lora`), as flagscale-train does both."""
+
+from __future__ import annotations
+
+from flagscale_config.arithmetic.options import Check, Options, Rule
+
+__all__ = ["CHECKS"]
+
+_TARGETS = {
+    "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2",
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+}  # fmt: skip
+"""What an adapter may be put on, by Megatron's names and by Hugging Face's."""
+_FEED_FORWARD = {"linear_fc1", "linear_fc2", "gate_proj", "up_proj", "down_proj"}
+
+
+def _is_lora(options: Options) -> bool:
+    return bool(options["peft_type"] == "lora")
+
+
+def _check_adapters(options: Options) -> None:
+    given = [name for name in options.given if name.startswith("lora_") and options.given[name] is not None]
+    if not _is_lora(options):
+        for name in given:
+            options.error(name, "has no effect without peft_type: lora; set that or remove this")
+        return
+    targets = options.values("lora_target_modules")
+    unknown = [name for name in targets if name not in _TARGETS]
+    if unknown:
+        options.error(
+            "lora_target_modules",
+            f"{', '.join(map(str, unknown))}: no such layer; use some of {', '.join(sorted(_TARGETS))}",
+        )
+    if options["num_experts"] and _FEED_FORWARD & set(targets):
+        options.error(
+            "lora_target_modules",
+            "experts get no adapters; set lora_target_modules to linear_qkv, linear_proj",
+        )
+
+
+CHECKS: tuple[Check, ...] = (
+    _check_adapters,
+    Rule(
+        "peft_type",
+        lambda o: (
+            _is_lora(o)
+            and not o["pretrained_checkpoint"]
+            and "pretrained_checkpoint" not in o.findings.excused
+        ),
+        "lora needs pretrained_checkpoint, the weights it adapts; make them with flagscale-convert run",
+    ),
+    Rule(
+        "finetune",
+        lambda o: _is_lora(o) and o["finetune"],
+        "does not go with peft_type: lora, whose load is the adapters' own; name the model's weights by "
+        "pretrained_checkpoint",
+    ),
+    Rule(
+        "multi_latent_attention",
+        lambda o: _is_lora(o) and o["multi_latent_attention"],
+        "does not go with peft_type: lora yet; latent attention gets no adapters",
+    ),
+    Rule(
+        "peft_type",
+        lambda o: _is_lora(o) and (o["use_torch_fsdp2"] or o["use_megatron_fsdp"]),
+        "lora does not go with FSDP; use use_distributed_optimizer",
+    ),
+    Rule(
+        "sft",
+        lambda o: o["sft"] and o.cp > 1,
+        "does not go with context_parallel_size {context_parallel_size}: packed chats are not divided",
+    ),
+    Rule("sft", lambda o: o["sft"] and o["mtp_num_layers"], "does not go with mtp_num_layers; remove that"),
+    Rule(
+        "sft",
+        lambda o: o["sft"] and o["mock_data"],
+        "does not go with mock_data; give data_path, a file of chats",
+    ),
+    Rule("sft", lambda o: o["sft"] and o["fim_data"], "does not go with fim_data; keep one"),
+    Rule(
+        "tokenizer_type",
+        lambda o: o["sft"] and o.has("tokenizer_type") and o["tokenizer_type"] != "HuggingFaceTokenizer",
+        "sft renders chats by the tokenizer's own template; use HuggingFaceTokenizer with the folder "
+        "of a chat model as tokenizer_model",
+    ),
+    Rule(
+        "sft_tokenizer_prompt_format",
+        lambda o: o["sft"] and "sft_tokenizer_prompt_format" in o.given,
+        "has no effect; chats are rendered by the tokenizer's own template; remove it",
+    ),
+    *(
+        Rule(
+            name,
+            lambda o, name=name: o["sft"] and o.given.get(name) is False,  # type: ignore[misc]
+            "does not go with sft, which always keeps chats apart; remove it",
+        )
+        for name in ("reset_position_ids", "reset_attention_mask")
+    ),
+)

@@ -1,0 +1,355 @@
+"""Fine-tuning by chats and by adapters does what transformers and peft do with the same weights.
+
+Everything is fp32 on the CPU. Losses are near 6, so 1e-5 is two units of the last place or so.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flagscale_config import load, render_megatron
+from flagscale_hw import detect
+from flagscale_train.findings import examine
+from flagscale_train.logits import reference_options
+from flagscale_train.plan import options_for, plan
+
+pytestmark = [
+    pytest.mark.megatron,
+    pytest.mark.filterwarnings("ignore"),  # importing Megatron and peft warns of what is not installed
+]
+
+TOLERANCE = 1e-5
+LENGTH, SEQUENCES = 112, 8
+"""All chats fill this many sequences, so that one step sees each once whatever the order."""
+
+TOKENS = [[(7 * place + 3 * row) % 380 for place in range(24)] for row in range(2)]
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}{{ '\\n' }}"
+    "{% if message.role == 'assistant' %}{OPEN}{{ message.content }}<|im_end|>{CLOSE}{{ '\\n' }}"
+    "{% else %}{{ message.content }}<|im_end|>{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
+)
+PLAIN = CHATML.replace("{OPEN}", "").replace("{CLOSE}", "")
+MARKED = CHATML.replace("{OPEN}", "{% generation %}").replace("{CLOSE}", "{% endgeneration %}")
+
+TRAIN = """
+system:
+  num_workers: 0
+  log_interval: 1
+  use_distributed_optimizer: true
+  checkpoint:
+    save_interval: 2
+    pretrained_checkpoint: {folder}/megatron
+model:
+  num_layers: 2
+  hidden_size: 64
+  ffn_hidden_size: 112
+  num_attention_heads: 4
+  group_query_attention: true
+  num_query_groups: 2
+  kv_channels: 24
+  qk_layernorm: true
+  normalization: RMSNorm
+  norm_epsilon: 1.0e-5
+  swiglu: true
+  disable_bias_linear: true
+  position_embedding_type: rope
+  rotary_base: 10000
+  seq_length: {length}
+  max_position_embeddings: {length}
+  attention_dropout: 0.0
+  hidden_dropout: 0.0
+  train_iters: 3
+  micro_batch_size: 1
+  global_batch_size: {sequences}
+  eval_interval: 1000
+  eval_iters: 0
+  clip_grad: 1.0
+  weight_decay: 0.1
+  optimizer: {{lr: 2.0e-2, min_lr: 0.0, lr_decay_iters: 8, lr_decay_style: cosine}}
+data:
+  sft: true
+  data_path: {folder}/chats.jsonl
+  split: 1,0,0
+  tokenizer: {{tokenizer_type: HuggingFaceTokenizer, tokenizer_model: {folder}/hf, vocab_size: 384}}
+"""
+EXPERIMENT = """
+defaults: [_self_, {{train: tiny}}]
+experiment:
+  exp_name: tiny
+  exp_dir: {folder}/exp
+  task: {{type: train, backend: megatron}}
+  runner: {{nproc_per_node: 1}}
+  envs: {{OMP_NUM_THREADS: 1}}
+"""
+LORA = [
+    "+train.model.peft_type=lora",
+    "+train.model.lora_dim=4",
+    "+train.model.lora_alpha=8",
+    "+train.model.lora_out_init_method=normal",  # so that even the first step tells what an adapter does
+]
+TWO = "experiment.runner.nproc_per_node=2"
+TENSOR = [TWO, "+train.system.tensor_model_parallel_size=2"]
+SEQUENCE = [*TENSOR, "+train.system.sequence_parallel=true"]
+PIPELINE = [TWO, "+train.system.pipeline_model_parallel_size=2"]
+RECOMPUTE = [
+    "+train.system.recompute_granularity=full",
+    "+train.system.recompute_method=uniform",
+    "+train.system.recompute_num_layers=1",
+]
+TRAININGS = {
+    "full-one": [],
+    "full-data": [TWO, "train.model.micro_batch_size=2"],
+    "full-sequence": SEQUENCE,
+    "full-pipeline": PIPELINE,
+    "lora-one": LORA,
+    "lora-data": [*LORA, TWO, *RECOMPUTE],
+    "lora-tensor": [*LORA, *TENSOR],
+    "lora-sequence": [*LORA, *SEQUENCE],
+    "lora-pipeline": [*LORA, *PIPELINE],
+}
+# Some of what Megatron keeps in one layer, by Hugging Face's names.
+PARTS = [*LORA, *TENSOR, "+train.model.lora_target_modules=[q_proj,v_proj,up_proj,down_proj]"]
+ADAPTED = {"one": LORA, "parts": PARTS}
+"""Trainings whose adapters are exported."""
+
+
+def chats():
+    """Chats of both shapes, of one answer and of several."""
+    found = []
+    for number in range(14):
+        question, answer = (
+            f"what is {number} and {number}?",
+            "it is " + "one more than " * (number % 5) + "that",
+        )
+        if number % 3 == 0:
+            turns = [("human", question), ("gpt", answer), ("human", "really?"), ("gpt", "yes")]
+            found.append(
+                {"system": "be brief", "conversations": [{"from": who, "value": text} for who, text in turns]}
+            )
+        else:
+            said = [("user", question), ("assistant", answer)]
+            found.append({"messages": [{"role": role, "content": text} for role, text in said]})
+    return found
+
+
+def openai(chat):
+    """Return a chat's messages in OpenAI's shape, without our code."""
+    if "messages" in chat:
+        return chat["messages"]
+    roles = {"human": "user", "gpt": "assistant"}
+    turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in chat["conversations"]]
+    return [{"role": "system", "content": chat["system"]}, *turns]
+
+
+def make_tokenizer(folder, template):
+    from transformers import AutoTokenizer
+
+    from flagscale_train.data import train_tokenizer
+
+    corpus = folder / "corpus.txt"
+    corpus.parent.mkdir(parents=True, exist_ok=True)
+    corpus.write_text(" ".join(json.dumps(chat) for chat in chats()))
+    train_tokenizer([str(corpus)], folder / "tok", vocab_size=300, overwrite=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tok")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def write_all(folder):
+    """Write a random model with its tokenizer, the same for Megatron, the chats and the experiment."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from flagscale_convert import convert, make_plan
+
+    tokenizer = make_tokenizer(folder, PLAIN)
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=384, hidden_size=64, num_hidden_layers=2, intermediate_size=112, head_dim=24,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH, rms_norm_eps=1e-5,
+        rope_theta=10000.0, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + noise / 4 if "norm" in name else noise / 12)
+    model.save_pretrained(folder / "hf")
+    tokenizer.save_pretrained(folder / "hf")
+    convert(make_plan(folder / "hf", folder / "megatron", to="torch_dist"))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats()))
+    (folder / "conf" / "train").mkdir(parents=True)
+    values = {"folder": folder, "length": LENGTH, "sequences": SEQUENCES}
+    (folder / "conf" / "train" / "tiny.yaml").write_text(TRAIN.format(**values))
+    path = folder / "conf" / "tiny.yaml"
+    path.write_text(EXPERIMENT.format(**values))
+    return path
+
+
+def job(experiment, folder, overrides):
+    """Describe one training in the words the plan gives its workers."""
+    found = load(experiment, [f"experiment.exp_dir={folder}", *overrides], task="train")
+    machine = detect()
+    options = options_for(found, machine, examine(found))
+    options.pop("tensorboard_dir", None)
+    folder.mkdir(parents=True, exist_ok=True)
+    process = plan(found, machine).processes[0]
+    return {
+        "name": folder.name,
+        "entry": "session",
+        "processes": found.runner.nproc_per_node or 1,
+        "argv": list(render_megatron(options)),
+        "env": {**process.env, "FLAGSCALE_EVENTS": str(folder / "events.jsonl")},
+        "log": str(folder / "log"),
+    }
+
+
+def logits_job(experiment, folder, overrides):
+    """Describe the computation of logits by one process from what was trained in `folder`."""
+    found = load(experiment, [f"experiment.exp_dir={folder}", *overrides], task="train")
+    options = reference_options(found, detect(), examine(found))
+    options |= {"load": str(folder / "checkpoints"), "no_load_optim": True, "no_load_rng": True}
+    tokens = folder.parent / "tokens.json"
+    tokens.write_text(json.dumps(TOKENS))
+    return {
+        "name": f"{folder.name}-logits",
+        "entry": "logits",
+        "processes": 1,
+        "argv": [
+            f"--flagscale-tokens={tokens}",
+            f"--flagscale-output={folder / 'logits'}",
+            *render_megatron(options),
+        ],
+        "env": {"FLAGSCALE_PLATFORM": "cpu"},
+        "log": str(folder / "logits.log"),
+    }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, run_forked):
+    """Train everything, and return the folder of it all."""
+    folder = tmp_path_factory.mktemp("tuning")
+    experiment = write_all(folder)
+    jobs = [job(experiment, folder / name, words) for name, words in TRAININGS.items()]
+    # The second run resumes where the first one saved.
+    jobs += [
+        job(experiment, folder / "lora-resumed", [*LORA, f"train.model.train_iters={n}"]) for n in (2, 3)
+    ]
+    jobs.append(job(experiment, folder / "lora-parts", PARTS))
+    jobs += [logits_job(experiment, folder / f"lora-{name}", words) for name, words in ADAPTED.items()]
+    run_forked(folder, jobs)
+    return folder
+
+
+def events(folder: Path, kind):
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def curve(folder):
+    return [(step["iteration"], step["loss"], step["grad_norm"]) for step in events(folder, "step")]
+
+
+def mean_loss(model, folder):
+    """Return the mean loss of all answers' tokens, each chat alone, by transformers and its own masks."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    total, count = 0.0, 0
+    for chat in chats():
+        out = tokenizer.apply_chat_template(
+            openai(chat), chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = torch.tensor([out["input_ids"]]), torch.tensor(out["assistant_masks"][1:])
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(
+                model(ids).logits[0, :-1], ids[0, 1:], reduction="none"
+            )
+        total += float((losses * mask).sum())
+        count += int(mask.sum())
+    return total / count
+
+
+def test_the_first_loss_from_published_weights_is_that_of_transformers(place, record_property):
+    from transformers import AutoModelForCausalLM
+
+    theirs = mean_loss(AutoModelForCausalLM.from_pretrained(place / "hf").eval(), place)
+    ours = curve(place / "full-one")[0][1]
+    record_property("worst", f"{abs(ours - theirs):.1e}")
+    assert f"in {SEQUENCES} sequences" in (place / "full-one" / "log").read_text(), "each chat once in a step"
+    assert abs(ours - theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in TRAININGS if not name.endswith("-one")])
+def test_a_layout_tunes_as_one_process_does(place, name, record_property):
+    ours, theirs = curve(place / name), curve(place / f"{name.partition('-')[0]}-one")
+    assert [step for step, *_ in ours] == [step for step, *_ in theirs] == [1, 2, 3]
+    worst = max(
+        abs(a - b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)
+    )
+    record_property("worst", f"{worst:.1e}")
+    assert worst < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_tuning_learns_the_answers(place, kind):
+    losses = [loss for _, loss, _ in curve(place / f"{kind}-one")]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_adapters_resume_bit_by_bit(place):
+    assert curve(place / "lora-resumed") == curve(place / "lora-one")
+
+
+@pytest.fixture(params=ADAPTED)
+def adapted(request, place, tmp_path):
+    """Return Megatron's logits with adapters, and both exports of these adapters."""
+    from safetensors.torch import load_file
+
+    from flagscale_convert.cli import main
+
+    trained = place / f"lora-{request.param}"
+    words = ["adapter", str(trained / "checkpoints"), "--base", str(place / "hf")]
+    assert main([*words, str(tmp_path / "peft")]) == 0
+    assert main([*words, str(tmp_path / "merged"), "--merge"]) == 0
+    return request.param, load_file(trained / "logits")["logits"], tmp_path
+
+
+def test_peft_and_the_merged_model_compute_what_megatron_does(adapted, place, record_property):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    name, ours, exported = adapted
+    base = AutoModelForCausalLM.from_pretrained(place / "hf").eval()
+    merged = AutoModelForCausalLM.from_pretrained(exported / "merged").eval()
+    with torch.no_grad():
+        before, whole = (
+            model(torch.tensor(TOKENS)).logits[..., : ours.shape[-1]] for model in (base, merged)
+        )
+        adapter = PeftModel.from_pretrained(base, exported / "peft").eval()
+        beside = adapter(torch.tensor(TOKENS)).logits[..., : ours.shape[-1]]
+    worst = max(float((theirs - ours).abs().max()) for theirs in (beside, whole))
+    record_property("worst", f"{worst:.1e}")
+    assert (before - ours).abs().max() > 0.1, "the adapters do something"
+    assert worst < TOLERANCE
+    targets = set(json.loads((exported / "peft" / "adapter_config.json").read_text())["target_modules"])
+    wanted = {"q_proj", "v_proj", "up_proj", "down_proj"}
+    assert targets == (wanted if name == "parts" else wanted | {"k_proj", "o_proj", "gate_proj"})
+
+
+def test_a_checkpoint_of_adapters_holds_nothing_else(place):
+    from flagscale_convert.locate import open_checkpoint
+
+    source = open_checkpoint(place / "lora-one" / "checkpoints").source
+    assert len(source.tensors()) == 2 * 4 * 2, "A and B of four layers in two"
+    assert all(
+        ".lora." in name for name in (*source.tensors(), *source.optimizer_tensors) if "layers" in name
+    )
+    whole = open_checkpoint(place / "full-one" / "checkpoints").source
+    assert source.optimizer_bytes < whole.optimizer_bytes / 3
