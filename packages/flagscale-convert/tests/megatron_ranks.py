@@ -41,7 +41,8 @@ def make(args: argparse.Namespace, sizes: dict[str, Any]) -> list[Any]:
 
 
 def arguments(job: dict[str, Any], sizes: dict[str, Any]) -> argparse.Namespace:
-    return argparse.Namespace(**{**job["args"], **sizes, "no_save_optim": True, "no_save_rng": True})
+    run = {"no_save_optim": True, "no_save_rng": True, "transformer_impl": "local"}
+    return argparse.Namespace(**{**job["args"], **sizes, **run})
 
 
 def chunk_names(models: list[Any]) -> list[str]:

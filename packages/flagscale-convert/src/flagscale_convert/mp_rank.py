@@ -305,7 +305,7 @@ class MpRankSource(MegatronSource):
         if len({slice_.info for slices in slices_of.values() for slice_ in slices}) > 1:
             shapes = sorted({str(list(part.info.shape)) for slices in slices_of.values() for part in slices})
             raise SourceDamaged(f"{self.directory}: `{logical}`: slices differ ({', '.join(shapes)})")
-        cut = cut_of(logical)
+        cut = cut_of(logical, self.common.args.get("transformer_impl"))
         part = parts[0].info
         axis = 1 if cut is Cut.COLUMNS else 0
         boxes: tuple[Box, ...]

@@ -129,7 +129,7 @@ def lay_out_mp_rank(  # noqa: PLR0913 - one caller, most by keyword
         for chunk in range(layout.virtual_pipeline_model_parallel_size or 1):
             state: dict[str, Any] = {}
             for live, logical in naming.names(infos, place, chunk):
-                slice_ = _slice(logical, infos[logical], layout, place)
+                slice_ = _slice(logical, infos[logical], layout, place, implementation)
                 key = f"{path}:{chunk}:{live}"
                 slices[key] = slice_
                 state[live] = pickled_tensor(slice_.info.dtype, slice_.info.shape, key=str(len(items)))
@@ -214,11 +214,13 @@ class _Live:
         return (f"{match['head']}local_experts.{local}.{match['rest']}",)
 
 
-def _slice(logical: str, info: TensorInfo, layout: ParallelLayout, place: RankPlace) -> _Slice:
+def _slice(
+    logical: str, info: TensorInfo, layout: ParallelLayout, place: RankPlace, implementation: Implementation
+) -> _Slice:
     is_expert = EXPERT.match(logical) is not None
     ranks = layout.expert_tensor if is_expert else layout.tensor_model_parallel_size
     rank = place.expert_tensor if is_expert else place.tensor
-    cut = cut_of(logical)
+    cut = cut_of(logical, implementation)
     if ranks == 1 or cut is Cut.WHOLE:
         return _Slice(logical, ((0, info.rows),), 0, info)
     axis, parts = (1, ranks) if cut is Cut.COLUMNS else (0, 2 * ranks if cut is Cut.HALVES else ranks)

@@ -29,12 +29,21 @@ _ROWS = re.compile(
     r"(?:word_embeddings|output_layer|linear_qkv|linear_q_proj|linear_q_up_proj|linear_kv_up_proj|eh_proj)"
     r"\.(?:weight|bias)$"
 )
+_LATENT_DOWN = re.compile(r"linear_(?:q|kv)_down_proj\.weight$")
 _HALVES = re.compile(r"linear_fc1\.(?:weight|bias)$")
 _COLUMNS = re.compile(r"(?:linear_proj|linear_fc2)\.weight$")
 
 
-def cut_of(logical: str) -> Cut:
-    """Tell how a logical tensor is divided."""
+def cut_of(logical: str, implementation: str | None) -> Cut:
+    """Tell how a logical tensor is divided.
+
+    Args:
+        logical: its name.
+        implementation: Megatron's `--transformer-impl`. Projections to the latents of latent attention are
+            whole on every rank with Transformer Engine, and cut by the plain-torch layers (`local`).
+    """
+    if implementation == "local" and _LATENT_DOWN.search(logical):
+        return Cut.ROWS
     for pattern, cut in ((_ROWS, Cut.ROWS), (_HALVES, Cut.HALVES), (_COLUMNS, Cut.COLUMNS)):
         if pattern.search(logical):
             return cut
