@@ -44,11 +44,12 @@ def _count(words):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.arguments import parse_args, validate_args
 
-    from flagscale_train.worker import megatron
+    from flagscale_train.worker import lora, megatron
 
     sys.argv = ["meta", *words]
     with contextlib.redirect_stdout(io.StringIO()), torch.device("meta"):
-        args = validate_args(parse_args())
+        args = validate_args(parse_args(lora.add_arguments))
+        args.peft_type = None  # what is counted is the published model, without adapters
         args.padded_vocab_size = args.padded_vocab_size or args.vocab_size
         args.perform_initialization = False  # half the time, for values that nothing has
         model = megatron.build_model(args, ProcessGroupCollection.use_mpu_process_groups())

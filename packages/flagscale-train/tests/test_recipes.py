@@ -248,12 +248,14 @@ def arguments():
 @pytest.mark.parametrize("name", NAMES)
 def test_megatron_accepts_a_recipe(name, arguments, monkeypatch, capsys):
     experiment = recipe(name)
+    from flagscale_train.worker import lora
+
     train, world = experiment.train, experiment.runner.world_size or 8
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setattr("sys.argv", ["train", *render_megatron(train.options)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        args = arguments.validate_args(arguments.parse_args())
+        args = arguments.validate_args(arguments.parse_args(lora.add_arguments))
         args.apply_rope_fusion = False  # needs Transformer Engine itself
         config = arguments.core_transformer_config_from_args(args)
     assert config.num_layers == train.options["num_layers"]
