@@ -41,8 +41,14 @@ def provide(num_samples: list[int], vp_stage: int | None = None) -> Any:  # noqa
         The three datasets, in that order; None for one that has no data.
     """
     args = get_args()
-    if args.trains_on_chats:
-        return _chats(num_samples)
+    built = _chats(num_samples) if args.trains_on_chats else _documents(num_samples)
+    if built[1] is None:
+        args.eval_iters = 0  # Megatron would ask the validation set that is not there for batches
+    return built
+
+
+def _documents(num_samples: list[int]) -> Any:
+    args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
