@@ -296,7 +296,16 @@ def install() -> None:
     """Make this process train on the CPU. Call once, before megatron is imported."""
     for redirect in REDIRECTS:
         setattr(redirect.owner, redirect.name, redirect.to)
+    _rename_platform()
     _redirect_megatron()
+
+
+def _rename_platform() -> None:
+    """Let the platform that Megatron-LM-FL chose, that of torch.cuda, name the device that tensors have."""
+    with contextlib.suppress(ModuleNotFoundError):  # Megatron itself has no platforms
+        from megatron.plugin import platform
+
+        platform.get_platform().device_name = _always("cpu")
 
 
 def _redirect_megatron() -> None:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from flagscale_train.checkpoints import Choice, choose, fault, prune
 from flagscale_train.worker.recorder import Recorder
-from flagscale_train.worker.refusal import Refusal
+from flagscale_train.worker.refusal import Refusal, innermost
 
 __all__ = ["Keeper", "SaveError", "chosen"]
 
@@ -197,20 +197,14 @@ def _save_failure(path: Path, error: BaseException) -> SaveError:
             stream.write(bytes(1 << 16))
             stream.flush()
             os.fsync(stream.fileno())
-        cause = _innermost(error)
+        inner = innermost(error)
+        cause = next(filter(None, map(str.strip, str(inner).splitlines())), type(inner).__name__)
     except OSError as answer:
         free_gib = shutil.disk_usage(path.parent).free / (1 << 30)
         cause = f"{answer.strerror or answer} ({free_gib:.1f} GiB are free there): make room"
     return SaveError(
         f"checkpoint {path} could not be saved: {cause}; the checkpoints before it are untouched"
     )
-
-
-def _innermost(error: BaseException) -> str:
-    """Return what went wrong on the first rank that failed; torch wraps it and shows only ranks."""
-    failures = getattr(error, "failures", None) or {}
-    inner = next((found[0] for found in failures.values()), error)
-    return next(filter(None, map(str.strip, str(inner).splitlines())), type(inner).__name__)
 
 
 def _same_model(path: Path) -> None:

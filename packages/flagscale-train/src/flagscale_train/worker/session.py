@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flagscale_train.events import Journal
-from flagscale_train.worker.refusal import Refusal
+from flagscale_train.worker.refusal import Refusal, innermost
 from flagscale_train.worker.settings import ROLL_BACKS, Settings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def main() -> int:
         print(f"error: {refusal}", file=sys.stderr, flush=True)  # noqa: T201 -- the log is this process's output
         return 1
     except BaseException as error:
-        cause = _cause(error)
+        cause = innermost(error)
         journal.write("error", rank=_rank(), type=type(cause).__name__, text=_first_line(cause))
         raise
     _leave()
@@ -54,17 +54,6 @@ def main() -> int:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return what really happened inside torch's CheckpointException, which only says on which ranks."""
-    failures = getattr(error, "failures", None)
-    if isinstance(failures, dict) and failures:
-        inner = next(iter(failures.values()))
-        inner = inner[0] if isinstance(inner, tuple) else inner
-        if isinstance(inner, BaseException):
-            return _cause(inner)
-    return error
 
 
 def _first_line(error: BaseException) -> str:
