@@ -175,7 +175,6 @@ LAYOUTS = {
 CASES = [
     pytest.param(layout, name, id=f"{layout}-{name}") for layout in LAYOUTS for name in LAYOUTS[layout][-1]
 ]
-MEGATRON = ".".join(version("megatron-core").split(".")[:2])
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +215,7 @@ def make_both(model, root, name):
         root / f"{name}-converted",
         to="torch_dist",
         layers="per-layer" if "per-layer" in name else "auto",
-        megatron_version=MEGATRON,
+        megatron_version=".".join(version("megatron-core").split(".")[:2]),
         # A padding that every layout divides.
         parallel=ParallelLayout(tensor_model_parallel_size=2),
         vocab_divisor=64,
