@@ -31,9 +31,10 @@ CASES = {
         UNEVEN,
         {"family": "deepseek_v3", "heads": 4, "plain": (0,), "experts": 4, "mtp": 1, "layers": 3},
     ),
-    "deepseek_v3-tied-pp2-ep2": (
+    # Not tied: Megatron 0.19 itself cannot save tied embeddings with heads that predict ahead over stages.
+    "deepseek_v3-pp2-ep2": (
         PP2_EP2,
-        {"family": "deepseek_v3", "heads": 4, "tied": True, "experts": 4, "mtp": 2, "layers": 2},
+        {"family": "deepseek_v3", "heads": 4, "experts": 4, "mtp": 2, "layers": 2},
     ),
     "qwen3_moe-pp2-ep2": (PP2_EP2, {"family": "qwen3_moe", "experts": 4, "layers": 2}),
 }
