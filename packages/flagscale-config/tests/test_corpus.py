@@ -177,16 +177,20 @@ def leaves_of(node, path: tuple = ()):
 
 
 def sources(folder: Path):
-    """Yield each file of a folder with the experiment file that leads to it."""
+    """Yield each file of a folder with the experiment file that leads to it.
+
+    What others build on comes last: an experiment of its own shows all of it, theirs may hide a part.
+    """
+    bases = []
     for path in sorted(folder.glob("*.yaml")):
         yield path.name, path.name
         for choice in defaults(path):
             if isinstance(choice, dict):
                 ((group, name),) = choice.items()
                 yield path.name, f"{group}/{name}.yaml"
-                for base in defaults(folder / group / f"{name}.yaml"):
-                    if base != "_self_":
-                        yield path.name, f"{group}/{base}.yaml"
+                below = [base for base in defaults(folder / group / f"{name}.yaml") if base != "_self_"]
+                bases += [(path.name, f"{group}/{base}.yaml") for base in below]
+    yield from bases
 
 
 def defaults(path: Path) -> list:
