@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Literal, TextIO
 
-from flagscale_hw.machine import Device, Machine
+from flagscale_hw.machine import Machine
 from flagscale_hw.report import report
 from flagscale_hw.table import render, style_for
 
@@ -31,7 +31,7 @@ COLUMNS = (
     "power_w",
     "health",
 )
-"""The header of `csv`."""
+"""The header of `csv`: when, and what of `Device`."""
 
 _HOME = "\x1b[H"
 _CLEAR_LINE = "\x1b[K"
@@ -83,7 +83,10 @@ def _picture(machine: Machine, out: TextIO, *, form: Form, is_live: bool) -> str
         return json.dumps(report(machine), ensure_ascii=False) + "\n"
     if form == "csv":
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        return "".join(_line([now, *_figures(device)]) for device in (*machine.devices, *machine.others))
+        return "".join(
+            _line([now, *(getattr(device, name) for name in COLUMNS[1:])])
+            for device in (*machine.devices, *machine.others)
+        )
     text = "\n".join(
         [time.strftime("%Y-%m-%d %H:%M:%S"), render(machine, style_for(out)), *_warnings(machine)]
     )
@@ -91,21 +94,6 @@ def _picture(machine: Machine, out: TextIO, *, form: Form, is_live: bool) -> str
         return text + "\n\n"
     # Every line is cleared as it is written: clearing the screen first would flicker.
     return _HOME + "".join(f"{line}{_CLEAR_LINE}\n" for line in text.splitlines()) + _CLEAR_BELOW
-
-
-def _figures(device: Device) -> list[object]:
-    """Return what changes, in the order of `COLUMNS` behind the time."""
-    return [
-        device.chip,
-        device.index,
-        device.name,
-        device.utilisation_percent,
-        device.memory_used_bytes,
-        device.memory_total_bytes,
-        device.temperature_c,
-        device.power_w,
-        device.health,
-    ]
 
 
 def _line(cells: Iterable[object]) -> str:

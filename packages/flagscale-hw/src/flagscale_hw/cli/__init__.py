@@ -19,7 +19,6 @@ __all__ = ["main"]
 
 _DESCRIPTION = "Show the processors and accelerators of this machine, and how programs select them."
 _CHOICES_OF_FOR = ("train", "serve")
-_FORCED_VARIABLE = "FLAGSCALE_HW_VENDOR"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +56,9 @@ def _check_scope(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     """Refuse what would be ignored: these options stand before the verb but are not for every verb."""
     options.chips = options.vendor.split(",") if options.vendor else None
     if options.chips and options.action not in ("show:show", "show:watch", "show:topo"):
-        parser.error(f"--vendor is for the table, watch and topo; elsewhere set {_FORCED_VARIABLE}")
+        from flagscale_hw.detection import FORCED_VARIABLE
+
+        parser.error(f"--vendor is for the table, watch and topo; elsewhere set {FORCED_VARIABLE}")
     if options.require and options.action != "show:show":
         parser.error("--require is for the table and --json only: leave the verb out")
 
