@@ -252,7 +252,9 @@ ENGINES = (
 def engines(session: nox.Session) -> None:
     """Real Megatron parity runs and real servers (transformers here, vLLM in its own environment)."""
     install_all(session)
-    session.install(*TEST_TOOLS, "peft>=0.17,<1", "ray[serve]>=2.50,<3")
+    # xllamacpp is llama.cpp's own server in a wheel, which llama-server is not to be had in.
+    served = ("ray[serve]>=2.50,<3", "xllamacpp==2026.10.11549", "gguf>=0.17,<1")
+    session.install(*TEST_TOOLS, "peft>=0.17,<1", *served)
     tests_of_all = [f"packages/flagscale-{package}/tests" for package in PACKAGES]
     real = ("-m", "megatron or transformers", *APART)
     session.run("pytest", "-q", REPEATABLE, *tests_of_all, "tests", *real, "--durations=10", *session.posargs)

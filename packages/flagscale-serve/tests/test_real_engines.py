@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -93,6 +95,27 @@ def test_transformers_is_stopped_in_the_middle_of_an_answer(
     assert not [pid for pid in pids if alive(pid)]
     asking.communicate(timeout=30)
     assert asking.returncode == 4
+
+
+@pytest.mark.transformers
+def test_llama_cpp_serves_what_the_model_says(shell, for_transformers, alive, everybody):
+    """llama.cpp's own server, by the wheel xllamacpp, on the same numbers."""
+    model, expected = for_transformers
+    engines = Path(__file__).parent / "engines"
+    file = shell.home / "tiny.gguf"
+    subprocess.run([sys.executable, engines / "gguf_model.py", model, file], check=True)
+    program = shell.home / "bin" / "llama-server"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\n{(engines / 'llama_server.py').read_text()}")
+    program.chmod(0o755)
+    shell.env["PATH"] = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    done = shell("run", file, "--detach", "--timeout", READY_S)
+    assert done.returncode == 0, done.stderr
+    status = shell.the_status()
+    assert status["instances"][0]["engine"] == "llama_cpp"
+    check_answers(shell, status, expected)
+    assert status["instances"][0]["load"]["waiting"] == 0
+    check_stop(shell, alive, everybody, status)
 
 
 VLLM_FILE = """
