@@ -23,7 +23,7 @@ from flagscale_convert.tokenizer import find_tokenizer
 
 __all__ = ["Model", "require_fit", "understand"]
 
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ def _understand_huggingface(
     config = read_json(where)
     read = read_config(config, where=str(where), vocab_divisor=vocab_divisor)
     notes = list(read.notes)
+    files.rename(FAMILIES[read.architecture.family].prefixes)
     arch = _without_absent_mtp(read.architecture, files, notes)
     family = FAMILIES[arch.family]
     bindings = bind(family.rules, arch)
@@ -134,12 +135,17 @@ def _understand_huggingface(
         notes.append(
             f"{len(dropped)} tensors of rotary frequencies left out: they follow from the configuration"
         )
+    unused = set(family.unused) & set(infos)
+    if unused:
+        dropped |= unused
+        notes.append(f"{', '.join(sorted(unused))}: left out: no output depends on them")
     must_equal = _copies(bindings, infos)
-    if arch.is_tied and _HEAD in infos:
-        dropped.add(_HEAD)
-        must_equal += ((_HEAD, _EMBEDDING),)
+    head, embedding = (_name_of(family, megatron) for megatron in (_HEAD, _EMBEDDING))
+    if arch.is_tied and head in infos:
+        dropped.add(head)
+        must_equal += ((head, embedding),)
         notes.append(
-            f"{_HEAD} left out: tie_word_embeddings is true, so it must equal {_EMBEDDING} (will be checked)"
+            f"{head} left out: tie_word_embeddings is true, so it must equal {embedding} (will be checked)"
         )
     return Model(
         architecture=arch,
@@ -153,6 +159,13 @@ def _understand_huggingface(
         must_equal=must_equal,
         knows_vocabulary=True,
         tokenizer_places=(opened.directory,),
+    )
+
+
+def _name_of(family: Family, megatron: str) -> str:
+    """Give the Hugging Face name of one of the language model's own tensors."""
+    return next(
+        (rule.hf[0] for rule in family.rules if rule.megatron.endswith(megatron) and not rule.is_copy), ""
     )
 
 
@@ -216,7 +229,9 @@ def _understand_megatron(
         if found is not None and found.num_tokens is not None:
             given = found.num_tokens
             notes.append(f"vocab_size: {given}, from the tokenizer in {found.directory}")
-    read = read_args(saved, where=str(opened.directory), vocab_size=given, family=asked)
+    read = read_args(
+        saved, where=str(opened.directory), vocab_size=given, family=asked, tensors=source.tensors()
+    )
     arch = read.architecture
     family = FAMILIES[arch.family]
     bindings = bind(family.rules, arch, source.tensors())
