@@ -7,14 +7,18 @@ transformers' own classes and what the classes compute.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 from flagscale_convert import ParallelLayout, Unsupported, config, convert, inspect, make_plan, verify
@@ -664,3 +668,111 @@ def test_any_size_and_layout_round_trips(make, small, tmp_path_factory, data):
     convert(make_plan(root / "dist", root / "back", to="hf"))
     same_but(model.hf(), make.load(root / "back"))
     assert verify(source, root / "back").is_equal
+
+
+def logits_with_an_image(folder, model):
+    """What transformers computes from an image and text, and which weights it had no use for or missed."""
+    from transformers import AutoModelForImageTextToText
+
+    loaded, told = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    generator = torch.Generator().manual_seed(3)
+    if model.is_qwen:
+        merged, channels = model.merge, 3 * 2 * model.patch**2
+        side = 2 * merged
+        inputs = {
+            "pixel_values": torch.randn(side * side, channels, generator=generator),
+            "image_grid_thw": torch.tensor([[1, side, side]]),
+        }
+        tokens = [3, 126, 128, 128, 128, 128, 127, 5]
+        inputs["mm_token_type_ids"] = torch.tensor([[int(token == 128) for token in tokens]])
+    else:
+        size = model.vision_config()["image_size"]
+        inputs = {"pixel_values": torch.randn(1, 3, size, size, generator=generator)}
+        tokens = [3, *[128] * model.side**2, 5]
+        if model.family == "llava_onevision":
+            # One image of one tile: the whole, the tile, and a new line behind each of its rows.
+            inputs = {
+                "pixel_values": torch.randn(1, 2, 3, size, size, generator=generator),
+                "image_sizes": torch.tensor([[size, size]]),
+            }
+            tokens = [3, *[128] * (2 * model.side**2 + model.side), 5]
+    with torch.no_grad():
+        found = loaded.eval()(input_ids=torch.tensor([tokens]), **inputs).logits
+    missing = {name for name in told["missing_keys"] if "rotary" not in name}
+    return found, missing, set(told["unexpected_keys"])
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_and_computes_the_same(small, tmp_path, family):
+    model = small(family)
+    weights = {
+        name: tensor / 8 if "norm" not in name and "ln" not in name else tensor
+        for name, tensor in model.hf().items()
+    }
+    source = model.write(tmp_path / "hf", weights)
+    sizes = ParallelLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    convert(make_plan(source, tmp_path / "ranks", to="torch", parallel=sizes))
+    convert(make_plan(tmp_path / "ranks", tmp_path / "back", to="hf"))
+    before, missing, unexpected = logits_with_an_image(source, model)
+    # The class has a norm behind the tower that its own features never pass.
+    assert {name.rsplit(".", 2)[-2] for name in missing} == ({"post_layernorm"} if family == "llava" else set())
+    assert not unexpected
+    after, *told = logits_with_an_image(tmp_path / "back", model)
+    assert told == [missing, unexpected]
+    assert before.abs().max() > 0.1
+    assert torch.equal(before, after)
+    weights[next(name for name in weights if name.endswith(("patch_embedding.weight", "patch_embed.proj.weight")))] *= 2
+    changed, *_ = logits_with_an_image(model.write(tmp_path / "changed", weights), model)
+    assert not torch.equal(before, changed)
+
+
+@pytest.mark.megatron
+def test_megatrons_own_llava_loads_and_computes_what_transformers_does(small, tmp_path):
+    """From both formats, nothing missing, nothing superfluous."""
+    from transformers import AutoModelForImageTextToText
+
+    model = small("llava", side=2)
+    weights = {
+        name: tensor / 8 if "norm" not in name and "pre_layrnorm" not in name else tensor
+        for name, tensor in model.hf().items()
+    }
+    source = model.write(tmp_path / "hf", weights)
+    convert(make_plan(source, tmp_path / "dist", to="torch_dist"))
+    convert(make_plan(source, tmp_path / "ranks", to="torch", transformer_impl="local"))
+    size, count = model.vision_config()["image_size"], model.side**2
+    inputs = {
+        "image": torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(4)),
+        "tokens": torch.tensor([[3, 128, 7, 5]]),
+        "length": torch.tensor(3 + count),
+    }
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    request = {
+        "dist": str(tmp_path / "dist"),
+        "ranks": str(tmp_path / "ranks" / "release" / "mp_rank_00" / "model_optim_rng.pt"),
+        "inputs": str(tmp_path / "inputs.safetensors"),
+        "answers": str(tmp_path / "answers.safetensors"),
+    }
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("megatron_llava.py"), tmp_path / "request.json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    reference = AutoModelForImageTextToText.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        wanted = reference(
+            input_ids=torch.tensor([[3, *[128] * count, 7, 5]]), pixel_values=inputs["image"]
+        ).logits
+    answers = load_file(request["answers"])
+    for kind, found in answers.items():
+        difference = (found[..., : model.text.vocab] - wanted).abs().max()
+        assert difference < 1e-5 * max(1, wanted.abs().max()), kind
