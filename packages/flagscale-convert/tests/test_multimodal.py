@@ -23,13 +23,21 @@ from torch.distributed import checkpoint as dcp
 
 from flagscale_convert import ParallelLayout, Unsupported, config, convert, inspect, make_plan, verify
 
-FAMILIES = ["qwen2_5_vl", "llava", "llava_onevision", "qwen3_vl"]
-TEXT = {"qwen2_5_vl": "qwen2", "llava": "llama", "llava_onevision": "qwen2", "qwen3_vl": "qwen3"}
+OMNI = "qwen3_omni_thinker"
+FAMILIES = ["qwen2_5_vl", "llava", "llava_onevision", "qwen3_vl", OMNI]
+TEXT = {
+    "qwen2_5_vl": "qwen2",
+    "llava": "llama",
+    "llava_onevision": "qwen2",
+    "qwen3_vl": "qwen3",
+    OMNI: "qwen3_moe",
+}
 CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    OMNI: "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
 IDS = {"image_token_id": 128, "video_token_id": 129, "vision_start_token_id": 126, "vision_end_token_id": 127}
 LAYER = "vision_model.decoder.layers.{i}."
@@ -72,6 +80,24 @@ class Model:
         return self.family.startswith("qwen")
 
     @property
+    def is_omni(self):
+        return self.family == OMNI
+
+    @property
+    def is_third(self):
+        """With learned positions, norms with bias and features from between the layers."""
+        return self.family in ("qwen3_vl", OMNI)
+
+    @property
+    def prefix(self):
+        """What stands before Megatron's names."""
+        return "thinker." if self.is_omni else ""
+
+    @property
+    def layer(self):
+        return self.prefix + LAYER
+
+    @property
     def has_class_token(self):
         return self.family == "llava"
 
@@ -87,17 +113,31 @@ class Model:
         text["rope_theta"] = 50000.0
         if self.family == "qwen2_5_vl":
             text |= {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": self.mrope}}
-        if self.family == "qwen3_vl":
+        if self.is_third:
             scaling = {"mrope_interleaved": True, "rope_type": "default", "mrope_section": self.mrope}
             text |= {"rope_scaling": scaling}
-        types = {"llava": "llama", "llava_onevision": "qwen2"}
+        types = {"llava": "llama", "llava_onevision": "qwen2", OMNI: "qwen3_omni_moe_text"}
         return {
             "architectures": [CLASSES[self.family]],
-            "model_type": self.family,
+            "model_type": "qwen3_omni_moe_thinker" if self.is_omni else self.family,
             "tie_word_embeddings": self.tied,
             "text_config": {**text, "model_type": types.get(self.family, f"{self.family}_text")},
             "vision_config": self.vision_config(),
+            **({"audio_config": self.audio_config()} if self.is_omni else {}),
             **self.outer(),
+        }
+
+    def audio_config(self):
+        return {
+            "model_type": "qwen3_omni_moe_audio_encoder",
+            "d_model": 40,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 36,
+            "num_mel_bins": 16,
+            "output_dim": self.text.hidden,
+            "downsample_hidden_size": 10,
+            "max_source_positions": 40,
         }
 
     def outer(self):
@@ -116,13 +156,13 @@ class Model:
     def vision_config(self):
         if self.is_qwen:
             own = {"window_size": 16, "fullatt_block_indexes": [1]}
-            if self.family == "qwen3_vl":
+            if self.is_third:
                 own = {
                     "num_position_embeddings": self.side**2,
                     "deepstack_visual_indexes": list(self.deepstack),
                 }
             return {
-                "model_type": f"{self.family}_vision",
+                "model_type": "qwen3_omni_moe_vision_encoder" if self.is_omni else f"{self.family}_vision",
                 "depth": self.depth,
                 "hidden_size": self.width,
                 "intermediate_size": self.ffn,
@@ -164,11 +204,28 @@ class Model:
         }
 
     def tower_shapes(self):
-        return self.qwen_shapes() if self.is_qwen else self.clip_shapes()
+        if not self.is_qwen:
+            return self.clip_shapes()
+        return self.qwen_shapes() | (self.audio_shapes() if self.is_omni else {})
+
+    def audio_shapes(self):
+        a, sizes = "audio_tower.", self.audio_config()
+        w, f, c = sizes["d_model"], sizes["encoder_ffn_dim"], sizes["downsample_hidden_size"]
+        out = {f"{a}conv_out.weight": (w, 2 * c)}
+        for number, before in ((1, 1), (2, c), (3, c)):
+            out |= {f"{a}conv2d{number}.weight": (c, before, 3, 3), f"{a}conv2d{number}.bias": (c,)}
+        for i in range(sizes["encoder_layers"]):
+            b = f"{a}layers.{i}."
+            for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                out |= linear(f"{b}self_attn.{part}", w, w)
+            out |= norm(b + "self_attn_layer_norm", w) | norm(b + "final_layer_norm", w)
+            out |= linear(b + "fc1", f, w) | linear(b + "fc2", w, f)
+        out |= norm(a + "ln_post", w) | linear(a + "proj1", w, w)
+        return out | linear(a + "proj2", self.text.hidden, w)
 
     def qwen_shapes(self):
-        is_third, w, f, h = self.family == "qwen3_vl", self.width, self.ffn, self.text.hidden
-        v, merged = "model.visual." if is_third else "visual.", self.width * self.merge**2
+        is_third, w, f, h = self.is_third, self.width, self.ffn, self.text.hidden
+        v, merged = self.visual, self.width * self.merge**2
         out = {v + "patch_embed.proj.weight": (w, 3, 2, self.patch, self.patch)}
         if is_third:
             out |= {v + "patch_embed.proj.bias": (w,), v + "pos_embed.weight": (self.side**2, w)}
@@ -183,14 +240,23 @@ class Model:
                 out |= linear(b + "mlp.down_proj", w, f)
         mergers = [("merger.", w)]
         if is_third:
-            mergers += [(f"deepstack_merger_list.{k}.", merged) for k in range(len(self.deepstack))]
-        first, second, before = (
-            ("linear_fc1", "linear_fc2", "norm") if is_third else ("mlp.0", "mlp.2", "ln_q")
-        )
+            many = "merger_list" if self.is_omni else "deepstack_merger_list"
+            mergers += [(f"{many}.{k}.", merged) for k in range(len(self.deepstack))]
+        before, first, second = self.merger_names
         for m, size in mergers:
             out |= norm(v + m + before, size, is_third)
             out |= linear(v + m + first, merged, merged) | linear(v + m + second, h, merged)
         return out
+
+    @property
+    def visual(self):
+        return "model.visual." if self.family == "qwen3_vl" else "visual."
+
+    @property
+    def merger_names(self):
+        return (
+            ("norm", "linear_fc1", "linear_fc2") if self.family == "qwen3_vl" else ("ln_q", "mlp.0", "mlp.2")
+        )
 
     def clip_shapes(self):
         v, w, f, h = "vision_tower.vision_model.", self.width, self.ffn, self.text.hidden
@@ -218,20 +284,25 @@ class Model:
             name.replace("model.language_model.", "model.", 1).removeprefix("language_model."): tensor
             for name, tensor in hf.items()
         }
-        out = {f"language_model.{name}": t for name, t in self.text.megatron_tensors(text).items()}
-        return out | (self.qwen_tower(hf) if self.is_qwen else self.clip_tower(hf))
+        out = {
+            f"{self.prefix}language_model.{name}": tensor
+            for name, tensor in self.text.megatron_tensors(text).items()
+        }
+        audio = {
+            name.replace("audio_tower", "thinker.audio_model"): t for name, t in hf.items() if "audio" in name
+        }
+        return out | audio | (self.qwen_tower(hf) if self.is_qwen else self.clip_tower(hf))
 
     def by_head(self, qkv):
         """From (3, heads, size) to (heads, 3, size)."""
         return qkv.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
 
     def qwen_tower(self, hf):
-        is_third = self.family == "qwen3_vl"
-        v = "model.visual." if is_third else "visual."
+        is_third, v, p = self.is_third, self.visual, self.prefix
         heads = (v + "patch_embed", v + "pos_embed")
-        out = {n.replace(v, "vision_model."): tensor for n, tensor in hf.items() if n.startswith(heads)}
+        out = {n.replace(v, p + "vision_model."): t for n, t in hf.items() if n.startswith(heads)}
         for i in range(self.depth):
-            b, m = f"{v}blocks.{i}.", LAYER.format(i=i)
+            b, m = f"{v}blocks.{i}.", self.layer.format(i=i)
             names = {
                 "self_attention.linear_qkv.layer_norm_{}": "norm1.{}",
                 "self_attention.linear_proj.{}": "attn.proj.{}",
@@ -246,22 +317,27 @@ class Model:
                 if not is_third:
                     gated = [hf[f"{b}mlp.{part}_proj.{kind}"] for part in ("gate", "up")]
                     out[f"{m}mlp.linear_fc1.{kind}"] = torch.cat(gated)
-        return out | self.mergers(
-            hf, v, ("norm", "linear_fc1", "linear_fc2") if is_third else ("ln_q", "mlp.0", "mlp.2")
-        )
+        return out | self.mergers(hf)
 
-    def mergers(self, hf, v, names):
-        places = {"merger.": ("vision_model.decoder.final_layernorm", "vision_model.projection.encoder")}
+    def mergers(self, hf):
+        v, p = self.visual, self.prefix + "vision_model."
+        places = {"merger.": (f"{p}decoder.final_layernorm", f"{p}projection.encoder")}
+        if self.is_omni:
+            places = {"merger.": (f"{p}merger.patch_norm", f"{p}merger")}
         for k in range(len(self.deepstack)):
+            if self.is_omni:
+                m = f"{p}decoder.deepstack_merger_list.{k}"
+                places[f"merger_list.{k}."] = (f"{m}.patch_norm", m)
+                continue
             places[f"deepstack_merger_list.{k}."] = (
-                f"vision_model.decoder.deepstack_norm_list.{k}",
-                f"vision_model.decoder.deepstack_merger_list.{k}.encoder",
+                f"{p}decoder.deepstack_norm_list.{k}",
+                f"{p}decoder.deepstack_merger_list.{k}.encoder",
             )
         return {
             f"{ours}.{kind}": hf[f"{v}{theirs}{name}.{kind}"]
             for theirs, (before, encoder) in places.items()
             for ours, name in zip(
-                (before, f"{encoder}.linear_fc1", f"{encoder}.linear_fc2"), names, strict=True
+                (before, f"{encoder}.linear_fc1", f"{encoder}.linear_fc2"), self.merger_names, strict=True
             )
             for kind in ("weight", "bias")
             if f"{v}{theirs}{name}.{kind}" in hf
@@ -355,10 +431,16 @@ def test_written_tensors_are_megatrons(small, tmp_path, family):
     same_but(expected, state)
     convert(make_plan(tmp_path / "hf", tmp_path / "stacked", to="torch_dist"))
     name = "mlp.linear_fc2.weight"
-    stack = {f"vision_model.decoder.layers.{name}": torch.empty(model.depth, model.width, model.ffn)}
+    stack = {
+        f"{model.prefix}vision_model.decoder.layers.{name}": torch.empty(model.depth, model.width, model.ffn)
+    }
     dcp.load(stack, checkpoint_id=tmp_path / "stacked" / "release", no_dist=True)
     for i, layer in enumerate(stack.popitem()[1]):
-        assert torch.equal(layer, expected[LAYER.format(i=i) + name])
+        assert torch.equal(layer, expected[model.layer.format(i=i) + name])
+
+
+def is_tower(name):
+    return name.removeprefix("thinker.").startswith(("vision_", "audio_"))
 
 
 def cut(name, tensor, rank, *, is_gated):
@@ -376,14 +458,12 @@ def test_slices_of_towers_are_on_the_first_stage(small, tmp_path, family):
     model = small(family)
     sizes = ParallelLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     convert(make_plan(model.write(tmp_path / "hf"), tmp_path / "ranks", to="torch", parallel=sizes))
-    whole = {
-        name: tensor for name, tensor in model.megatron(model.hf()).items() if name.startswith("vision_")
-    }
+    whole = {name: tensor for name, tensor in model.megatron(model.hf()).items() if is_tower(name)}
     for stage in range(2):
         for rank in range(2):
             file = tmp_path / "ranks" / "release" / f"mp_rank_{rank:02d}_{stage:03d}" / "model_optim_rng.pt"
             state = torch.load(file, weights_only=False)["model"]
-            found = {name: t for name, t in state.items() if name.startswith("vision_") and t is not None}
+            found = {name: t for name, t in state.items() if is_tower(name) and t is not None}
             assert ("image_newline" in state) is (family == "llava_onevision")
             if stage:
                 assert not found
@@ -398,7 +478,7 @@ def test_slices_of_towers_are_on_the_first_stage(small, tmp_path, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_that_tells_nothing_of_its_tower_is_measured(make, small, tmp_path, family):
     """Trainers save no sizes of towers; heads and the like are then the published ones."""
-    sizes = {"heads": 16, "depth": 6, "deepstack": (2, 5)} if family == "qwen3_vl" else {"heads": 16}
+    sizes = {"heads": 16, "depth": 6, "deepstack": (2, 5)} if family in ("qwen3_vl", OMNI) else {"heads": 16}
     model = small(family, **sizes)
     hf = model.hf()
     root = save_megatron(make, model, model.megatron(hf))
@@ -469,6 +549,26 @@ def test_names_of_megatron_bridge_are_read(make, small, tmp_path):
     same_but(hf, make.load(tmp_path / "out"))
 
 
+def test_the_thinker_of_a_whole_omni_model_is_taken_and_the_rest_is_told(make, small, tmp_path):
+    model = small(OMNI)
+    whole = {f"thinker.{name}": tensor for name, tensor in model.hf().items()}
+    others = {"talker.model.norm.weight": torch.ones(6), "code2wav.pre_conv.bias": torch.ones(4)}
+    source = model.write(tmp_path / "hf", {**whole, **others})
+    outside = {
+        "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+        "model_type": "qwen3_omni_moe",
+        "thinker_config": model.config(),
+        "talker_config": {},
+    }
+    (source / "config.json").write_text(json.dumps(outside))
+    plan = make_plan(source, tmp_path / "dist", to="torch_dist")
+    assert any("code2wav, talker: 2 tensors (40 B) left out" in note for note in plan.notes)
+    assert any("talker_config: not a part of thinker_config" in note for note in plan.notes)
+    convert(plan)
+    convert(make_plan(tmp_path / "dist", tmp_path / "back", to="hf"))
+    same_but(model.hf(), make.load(tmp_path / "back"))
+
+
 def test_a_configuration_with_text_at_the_top_is_read(small, tmp_path):
     """As the files of the hub have it."""
     model = small("qwen2_5_vl")
@@ -490,7 +590,7 @@ def test_configuration_survives_the_way(small, tmp_path, family):
     assert after.architecture == before.architecture
     written = json.loads(after.text)
     wanted = model.config()
-    for section in ("vision_config", "text_config"):
+    for section in {"vision_config", "audio_config", "text_config"} & set(wanted):
         got, want = written.pop(section), wanted.pop(section)
         want.pop("rope_scaling", None)
         assert {name: got[name] for name in want} == want
@@ -547,11 +647,15 @@ def test_a_planted_fault_is_found(make, small, tmp_path, family, fault):
     model = small(family)
     source = model.write(tmp_path / "hf")
     convert(make_plan(source, tmp_path / "dist", to="torch_dist"))
-    saved = json.loads(json.dumps({"vision": model.vision_config(), "outer": model.outer()}))
+    saved = {"vision": model.vision_config(), "outer": model.outer()}
+    if model.is_omni:
+        saved["audio"] = model.audio_config()
     tensors = {name: tensor.clone() for name, tensor in model.megatron(model.hf()).items()}
     good = save_megatron(make, model, tensors, "good", {"flagscale_convert_towers": saved})
     assert verify(source, good).is_equal
-    FAULTS[fault](tensors)
+    bare = {name.removeprefix(model.prefix): tensor for name, tensor in tensors.items()}
+    FAULTS[fault](bare)
+    tensors = {model.prefix + name: tensor for name, tensor in bare.items()}
     bad = save_megatron(make, model, tensors, "bad", {"flagscale_convert_towers": saved})
     found = verify(source, bad)
     assert found.differences
@@ -672,9 +776,9 @@ def test_any_size_and_layout_round_trips(make, small, tmp_path_factory, data):
 
 def logits_with_an_image(folder, model):
     """What transformers computes from an image and text, and which weights it had no use for or missed."""
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
-    loaded, told = AutoModelForImageTextToText.from_pretrained(
+    loaded, told = getattr(transformers, CLASSES[model.family]).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     generator = torch.Generator().manual_seed(3)
@@ -718,13 +822,17 @@ def test_transformers_loads_and_computes_the_same(small, tmp_path, family):
     convert(make_plan(tmp_path / "ranks", tmp_path / "back", to="hf"))
     before, missing, unexpected = logits_with_an_image(source, model)
     # The class has a norm behind the tower that its own features never pass.
-    assert {name.rsplit(".", 2)[-2] for name in missing} == ({"post_layernorm"} if family == "llava" else set())
+    assert {name.rsplit(".", 2)[-2] for name in missing} == (
+        {"post_layernorm"} if family == "llava" else set()
+    )
     assert not unexpected
     after, *told = logits_with_an_image(tmp_path / "back", model)
     assert told == [missing, unexpected]
     assert before.abs().max() > 0.1
     assert torch.equal(before, after)
-    weights[next(name for name in weights if name.endswith(("patch_embedding.weight", "patch_embed.proj.weight")))] *= 2
+    weights[
+        next(name for name in weights if name.endswith(("patch_embedding.weight", "patch_embed.proj.weight")))
+    ] *= 2
     changed, *_ = logits_with_an_image(model.write(tmp_path / "changed", weights), model)
     assert not torch.equal(before, changed)
 

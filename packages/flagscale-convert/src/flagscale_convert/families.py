@@ -23,6 +23,8 @@ from flagscale_convert.towers import (
     LLAVA_TOWER,
     QWEN2_5_VL,
     QWEN2_5_VL_TOWER,
+    QWEN3_OMNI,
+    QWEN3_OMNI_TOWERS,
     QWEN3_VL,
     QWEN3_VL_TOWER,
     under,
@@ -407,6 +409,8 @@ class Family:
     """Hugging Face tensors that carry nothing: they follow from the configuration."""
     unused: tuple[str, ...] = ()
     """Hugging Face tensors that no output depends on, and that Megatron's model has no place for."""
+    beyond: tuple[str, ...] = ()
+    """What stands before the names of tensors of a larger model that are no part of this one."""
     multimodal: Multimodal | None = None
     """What it has beyond a language model; None for most."""
     prefixes: tuple[tuple[str, str], ...] = ()
@@ -512,6 +516,20 @@ _BUILT_IN = {
             rules=(*under(_DENSE, _in_qwen3_vl, "language_model."), *QWEN3_VL_TOWER),
             like="qwen3",
             multimodal=QWEN3_VL,
+        ),
+        Family(
+            "qwen3_omni_thinker",
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+            "qwen3_omni_moe_thinker",
+            "Qwen3-Omni's thinker",
+            f"{_PARTS}, against transformers 5.24; no Megatron can be built here with such towers",
+            rules=(*under(_QWEN3_MOE, str, "thinker.language_model."), *QWEN3_OMNI_TOWERS),
+            other_architectures=("Qwen3OmniMoeForConditionalGeneration",),
+            fused=_fused("mlp", "gate_proj", "up_proj", "down_proj"),
+            like="qwen3_moe",
+            multimodal=QWEN3_OMNI,
+            prefixes=((r"^thinker\.", ""),),
+            beyond=("talker.", "code2wav."),
         ),
     )
 }

@@ -18,7 +18,7 @@ from flagscale_convert.locate import Opened
 from flagscale_convert.megatron_args import read_args
 from flagscale_convert.megatron_source import MegatronSource
 from flagscale_convert.rules import Binding, bind
-from flagscale_convert.tensors import Source, TensorInfo
+from flagscale_convert.tensors import Source, TensorInfo, format_bytes
 from flagscale_convert.tokenizer import find_tokenizer
 
 __all__ = ["Model", "require_fit", "understand"]
@@ -139,6 +139,14 @@ def _understand_huggingface(
     if unused:
         dropped |= unused
         notes.append(f"{', '.join(sorted(unused))}: left out: no output depends on them")
+    beyond = {name for name in infos if name.startswith(family.beyond)} if family.beyond else set()
+    if beyond:
+        dropped |= beyond
+        parts = sorted({name.partition(".")[0] for name in beyond})
+        size = format_bytes(sum(infos[name].size_bytes for name in beyond))
+        notes.append(
+            f"{', '.join(parts)}: {len(beyond)} tensors ({size}) left out: no part of {family.models}"
+        )
     must_equal = _copies(bindings, infos)
     head, embedding = (_name_of(family, megatron) for megatron in (_HEAD, _EMBEDDING))
     if arch.is_tied and head in infos:

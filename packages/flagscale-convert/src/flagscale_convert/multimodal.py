@@ -100,7 +100,7 @@ class Multimodal:
     mark: str
     """A Megatron tensor by which a checkpoint of this family is told from one of its language model."""
     within: str = ""
-    """Section that holds the others, when the model is a part of a larger one."""
+    """Section that holds the others in files of a larger model that this one is a part of."""
     trained: Mapping[str, Any] = field(default_factory=dict)
     """Outer fields as Megatron's classes compute, for checkpoints that say nothing."""
     published_mrope: tuple[int, ...] = ()
@@ -140,10 +140,13 @@ def read_sections(config: Mapping[str, Any], family: Multimodal, *, where: str, 
         Unsupported: a section is missing or of another type, or a field has a value that Megatron's tower has
             no equal for.
     """
-    held = config.get(family.within) if family.within else config
-    if not isinstance(held, Mapping):
-        raise Unsupported(f"{where}: {family.within}: the section is missing: copy config.json again")
-    if family.within:
+    held = config
+    if family.within in config:
+        held = config[family.within]
+        if not isinstance(held, Mapping):
+            raise Unsupported(
+                f"{where}: {family.within} ({held!r}): a section is needed: copy config.json again"
+            )
         others = sorted(set(config) - {family.within, *_HARMLESS, "model_type"})
         notes.extend(f"{name}: not a part of {family.within}, left out" for name in others)
     sections = {"text_config", "vision_config", "audio_config"}
@@ -240,8 +243,8 @@ def write_sections(arch: Architecture, text: Mapping[str, Any], family: Multimod
         family: what its family has.
     """
     towers = {"vision_config": (arch.vision, family.vision), "audio_config": (arch.audio, family.audio)}
-    held = {
-        **arch.outer,
+    return {
+        **{name: value for name, value in arch.outer.items() if value is not None},
         "tie_word_embeddings": arch.is_tied,
         "text_config": {**text, "model_type": family.text_type},
         **{
@@ -250,7 +253,6 @@ def write_sections(arch: Architecture, text: Mapping[str, Any], family: Multimod
             if tower is not None and section is not None
         },
     }
-    return {family.within: held} if family.within else held
 
 
 def write_args_sections(arch: Architecture, family: Multimodal | None) -> dict[str, Any]:

@@ -23,6 +23,8 @@ __all__ = [
     "LLAVA_TOWER",
     "QWEN2_5_VL",
     "QWEN2_5_VL_TOWER",
+    "QWEN3_OMNI",
+    "QWEN3_OMNI_TOWERS",
     "QWEN3_VL",
     "QWEN3_VL_TOWER",
     "under",
@@ -571,4 +573,155 @@ QWEN3_VL = Multimodal(
     published_mrope=(24, 20, 20),
     is_mrope_interleaved=True,
     options=_qwen_options,
+)
+
+
+def _in_omni(rule: Rule) -> Rule:
+    """Give the rule of the same tensor in Qwen3-Omni's thinker, which no other than Megatron-Bridge names."""
+
+    def named(name: str) -> str:
+        name = name.removeprefix("model.").replace("deepstack_merger_list", "merger_list")
+        if "merger" not in name:
+            return name
+        for ours, theirs in ((".norm.", ".ln_q."), (".linear_fc1.", ".mlp.0."), (".linear_fc2.", ".mlp.2.")):
+            name = name.replace(ours, theirs)
+        return name
+
+    is_merger = any("merger" in name for name in rule.hf)
+    megatron = rule.aliases[0] if is_merger else rule.megatron
+    return replace(
+        rule,
+        hf=tuple(map(named, rule.hf)),
+        megatron="thinker." + megatron,
+        aliases=() if is_merger else tuple("thinker." + name for name in rule.aliases),
+    )
+
+
+def _of_audio(size: Callable[[Tower], int]) -> Size:
+    return lambda arch: 0 if arch.audio is None else size(arch.audio)
+
+
+_audio_width = _of_audio(lambda tower: tower.hidden_size)
+_audio_ffn = _of_audio(lambda tower: tower.ffn_size)
+_channels = _of_audio(lambda tower: tower.size("downsample_hidden_size"))
+
+
+def _audio_features(arch: Architecture) -> int:
+    """Columns behind three convolutions, each of which halves the mel bins and rounds up."""
+    if arch.audio is None:
+        return 0
+    bins = arch.audio.size("num_mel_bins")
+    for _ in range(3):
+        bins = (bins + 1) // 2
+    return _channels(arch) * bins
+
+
+def _same(name: str, rows: Size, columns: Any = None, *, layered: bool = False) -> tuple[Rule, ...]:
+    """Give the rules of a part of the audio tower, which has the same names and bytes on both sides."""
+    head = "layers.{i}." if layered else ""
+    rules = _both(
+        f"audio_tower.{head}{name}",
+        f"thinker.audio_model.{head}{name}.{{kind}}",
+        rows,
+        columns,
+    )
+    return tuple(replace(rule, layers="audio") for rule in rules) if layered else rules
+
+
+_AUDIO = (
+    *_same("conv2d1", _channels, lambda _arch: (1, 3, 3)),
+    *(
+        rule
+        for number in (2, 3)
+        for rule in _same(f"conv2d{number}", _channels, lambda arch: (_channels(arch), 3, 3))
+    ),
+    _same("conv_out", _audio_width, _audio_features)[0],
+    *(
+        rule
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj")
+        for rule in _same(f"self_attn.{part}", _audio_width, _audio_width, layered=True)
+    ),
+    *_same("self_attn_layer_norm", _audio_width, layered=True),
+    *_same("fc1", _audio_ffn, _audio_width, layered=True),
+    *_same("fc2", _audio_width, _audio_ffn, layered=True),
+    *_same("final_layer_norm", _audio_width, layered=True),
+    *_same("ln_post", _audio_width),
+    *_same("proj1", _audio_width, _audio_width),
+    *_same("proj2", _of_audio(lambda tower: tower.size("output_dim")), _audio_width),
+)
+QWEN3_OMNI_TOWERS = (*map(_in_omni, QWEN3_VL_TOWER), *_AUDIO)
+
+
+def _measure_omni(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    return _measure_qwen3({name.removeprefix("thinker."): info for name, info in infos.items()})
+
+
+def _measure_audio(infos: Mapping[str, TensorInfo]) -> dict[str, int]:
+    head = "thinker.audio_model."
+    columns = infos[head + "conv_out.weight"].shape[1]
+    channels, width = infos[head + "conv2d1.weight"].rows, infos[head + "ln_post.weight"].rows
+    return {
+        "encoder_layers": _count(infos, head + "layers."),
+        "d_model": width,
+        "downsample_hidden_size": channels,
+        "encoder_ffn_dim": infos[head + "layers.0.fc1.weight"].rows,
+        "output_dim": infos[head + "proj2.weight"].rows,
+        "num_mel_bins": 8 * (columns // channels),
+    }
+
+
+QWEN3_OMNI = Multimodal(
+    text_type="qwen3_omni_moe_text",
+    vision=replace(
+        QWEN3_VL.vision,
+        model_type="qwen3_omni_moe_vision_encoder",
+        other_types=(),
+        measure=_measure_omni,
+    ),
+    audio=Section(
+        model_type="qwen3_omni_moe_audio_encoder",
+        defaults={
+            "activation_dropout": 0.0,
+            "activation_function": "gelu",
+            "attention_dropout": 0.0,
+            "conv_chunksize": 500,
+            "d_model": 1280,
+            "downsample_hidden_size": 480,
+            "dropout": 0.0,
+            "encoder_attention_heads": 20,
+            "encoder_ffn_dim": 5120,
+            "encoder_layers": 32,
+            "initializer_range": 0.02,
+            "max_source_positions": 1500,
+            "n_window": 100,
+            "n_window_infer": 800,
+            "num_mel_bins": 128,
+            "output_dim": 3584,
+            "scale_embedding": False,
+        },
+        only={"activation_function": ("gelu",), "scale_embedding": (False,)},
+        published={"n_window": 50},
+        measure=_measure_audio,
+    ),
+    outer={
+        **_IDS,
+        "audio_end_token_id": None,
+        "audio_start_token_id": 151647,
+        "audio_token_id": 151646,
+        "position_id_per_seconds": 25,
+        "user_token_id": 872,
+        "vision_end_token_id": None,
+        "vision_start_token_id": None,
+    },
+    trained={
+        "audio_end_token_id": 151670,
+        "audio_start_token_id": 151669,
+        "audio_token_id": 151675,
+        "position_id_per_seconds": 13,
+        **_PUBLISHED_VISION,
+    },
+    mark="thinker.vision_model.pos_embed.weight",
+    within="thinker_config",
+    published_mrope=(24, 20, 20),
+    is_mrope_interleaved=True,
 )
