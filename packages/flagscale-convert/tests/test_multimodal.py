@@ -7,6 +7,7 @@ transformers' own classes and what the classes compute.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 from flagscale_convert import ParallelLayout, Unsupported, config, convert, inspect, make_plan, verify
+from flagscale_convert.families import FAMILIES as FAMILIES_KNOWN
+from flagscale_convert.published import published_like
+from flagscale_convert.rules import bind
 
 OMNI = "qwen3_omni_thinker"
 FAMILIES = ["qwen2_5_vl", "llava", "llava_onevision", "qwen3_vl", OMNI]
@@ -772,6 +776,156 @@ def test_any_size_and_layout_round_trips(make, small, tmp_path_factory, data):
     convert(make_plan(root / "dist", root / "back", to="hf"))
     same_but(model.hf(), make.load(root / "back"))
     assert verify(source, root / "back").is_equal
+
+
+QWEN_TEXT = {"max_position_embeddings": 128000, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
+MROPE = {"mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_type": "default"}
+PUBLISHED = {
+    # As the hub has it: the language model at the top, and fields of old versions.
+    "Qwen2.5-VL-3B": (
+        {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 2,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "sliding_window": 32768,
+            "tie_word_embeddings": True,
+            "vocab_size": 151936,
+            **QWEN_TEXT,
+            "vision_config": {
+                "depth": 32,
+                "hidden_size": 1280,
+                "in_chans": 3,
+                "intermediate_size": 3420,
+                "out_hidden_size": 2048,
+                "spatial_patch_size": 14,
+                "tokens_per_second": 2,
+            },
+        },
+        3_754_622_976,
+    ),
+    "llava-1.5-7b": (
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "image_token_index": 32000,
+            "pad_token_id": 32001,
+            "text_config": {
+                "_name_or_path": "lmsys/vicuna-7b-v1.5",
+                "architectures": ["LlamaForCausalLM"],
+                "max_position_embeddings": 4096,
+                "model_type": "llama",
+                "rms_norm_eps": 1e-05,
+                "vocab_size": 32064,
+            },
+            "vision_config": {
+                "hidden_size": 1024,
+                "image_size": 336,
+                "intermediate_size": 4096,
+                "model_type": "clip_vision_model",
+                "num_attention_heads": 16,
+                "num_hidden_layers": 24,
+                "patch_size": 14,
+                "projection_dim": 768,
+                "vocab_size": 32000,
+            },
+        },
+        # Without the norm behind the tower, which nothing passes.
+        7_063_427_072 - 2048,
+    ),
+    "llava-onevision-0.5b": (
+        {
+            "architectures": ["LlavaOnevisionForConditionalGeneration"],
+            "text_config": {
+                "hidden_size": 896,
+                "intermediate_size": 4864,
+                "max_position_embeddings": 32768,
+                "model_type": "qwen2",
+                "num_attention_heads": 14,
+                "num_hidden_layers": 24,
+                "num_key_value_heads": 2,
+                "tie_word_embeddings": True,
+                "vocab_size": 152000,
+            },
+            "tie_word_embeddings": False,
+            "vision_config": {
+                "hidden_size": 1152,
+                "image_size": 384,
+                "intermediate_size": 4304,
+                "model_type": "siglip_vision_model",
+                "num_attention_heads": 16,
+                "num_hidden_layers": 26,
+                "patch_size": 14,
+                "vision_use_head": False,
+            },
+        },
+        893_675_552,
+    ),
+    "Qwen3-VL-4B": (
+        {
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "text_config": {
+                **QWEN_TEXT,
+                "head_dim": 128,
+                "hidden_size": 2560,
+                "intermediate_size": 9728,
+                "num_attention_heads": 32,
+                "num_hidden_layers": 36,
+                "num_key_value_heads": 8,
+                "rope_scaling": MROPE,
+                "tie_word_embeddings": True,
+                "vocab_size": 151936,
+            },
+            "tie_word_embeddings": True,
+            "vision_config": {
+                "deepstack_visual_indexes": [5, 11, 17],
+                "depth": 24,
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "out_hidden_size": 2560,
+            },
+        },
+        4_437_815_808,
+    ),
+    "Qwen3-Omni-30B-A3B": (
+        {
+            "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+            "thinker_config": {
+                "audio_config": {"n_window": 50, "output_dim": 2048},
+                "text_config": {
+                    **QWEN_TEXT,
+                    "head_dim": 128,
+                    "hidden_size": 2048,
+                    "intermediate_size": 768,
+                    "moe_intermediate_size": 768,
+                    "norm_topk_prob": True,
+                    "num_attention_heads": 32,
+                    "num_experts": 128,
+                    "num_experts_per_tok": 8,
+                    "num_hidden_layers": 48,
+                    "num_key_value_heads": 4,
+                    "rope_scaling": MROPE,
+                    "vocab_size": 152064,
+                },
+                "vision_config": {"out_hidden_size": 2048},
+            },
+        },
+        31_719_205_488,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_configurations_have_the_published_number_of_parameters(tmp_path, name):
+    """Counts are those of transformers' classes, and `inspect` knows them."""
+    published, count = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    arch = config(tmp_path).architecture
+    bindings = bind(FAMILIES_KNOWN[arch.family].rules, arch)
+    assert sum(math.prod(shape) for binding in bindings for shape in binding.part_shapes) == count
+    assert published_like(arch)[1] == count
 
 
 def logits_with_an_image(folder, model):

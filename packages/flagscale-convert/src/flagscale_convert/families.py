@@ -380,7 +380,11 @@ _LLAVA_PREFIXES = (
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
 _LOGITS = "logits of Megatron 0.16.1 and 0.19.2 and transformers 5.24, both directions"
-_PARTS = "names, shapes, bits there and back, TP2 x PP2 included"
+_PARTS = (
+    "bits there and back, TP 2 and PP 2 included, and what transformers 5.24 computes from an image before and"
+    " after"
+)
+_NO_MEGATRON = "; unproven against Megatron, whose classes for it are in no wheel"
 _DENSE_LAYOUTS = "1 rank and TP2 x PP2"
 _EXPERT_LAYOUTS = "1 rank, TP2 x PP2 and PP2 x EP2"
 
@@ -477,7 +481,7 @@ _BUILT_IN = {
             "Qwen2_5_VLForConditionalGeneration",
             "qwen2_5_vl",
             "Qwen2.5-VL",
-            f"{_PARTS}, against transformers 5.24; no Megatron can be built here with such a tower",
+            _PARTS + _NO_MEGATRON,
             rules=(*under(_DENSE, str, "language_model."), *QWEN2_5_VL_TOWER),
             like="qwen2",
             multimodal=QWEN2_5_VL,
@@ -488,7 +492,7 @@ _BUILT_IN = {
             "LlavaForConditionalGeneration",
             "llava",
             "LLaVA-1.5",
-            f"{_PARTS}, against transformers 5.24",
+            f"{_PARTS}; Megatron 0.19.2's own LLaVAModel loads it and computes the same, one rank",
             rules=(*under(_DENSE, "language_model.".__add__, "language_model."), *LLAVA_TOWER),
             like="llama",
             multimodal=LLAVA,
@@ -501,7 +505,7 @@ _BUILT_IN = {
             "LlavaOnevisionForConditionalGeneration",
             "llava_onevision",
             "LLaVA-OneVision",
-            f"{_PARTS}, against transformers 5.24; FlagScale's class cannot be built here",
+            _PARTS + _NO_MEGATRON,
             rules=(*under(_DENSE, "language_model.".__add__, "language_model."), *LLAVA_ONEVISION_TOWER),
             like="qwen2",
             multimodal=LLAVA_ONEVISION,
@@ -512,7 +516,7 @@ _BUILT_IN = {
             "Qwen3VLForConditionalGeneration",
             "qwen3_vl",
             "Qwen3-VL (dense)",
-            f"{_PARTS}, against transformers 5.24; no Megatron can be built here with such a tower",
+            _PARTS + _NO_MEGATRON,
             rules=(*under(_DENSE, _in_qwen3_vl, "language_model."), *QWEN3_VL_TOWER),
             like="qwen3",
             multimodal=QWEN3_VL,
@@ -522,7 +526,7 @@ _BUILT_IN = {
             "Qwen3OmniMoeThinkerForConditionalGeneration",
             "qwen3_omni_moe_thinker",
             "Qwen3-Omni's thinker",
-            f"{_PARTS}, against transformers 5.24; no Megatron can be built here with such towers",
+            _PARTS + _NO_MEGATRON,
             rules=(*under(_QWEN3_MOE, str, "thinker.language_model."), *QWEN3_OMNI_TOWERS),
             other_architectures=("Qwen3OmniMoeForConditionalGeneration",),
             fused=_fused("mlp", "gate_proj", "up_proj", "down_proj"),
