@@ -1,7 +1,7 @@
 """A process of real megatron-core on the CPU: its `LLaVAModel` loads what was converted and computes.
 
-Reads one request (JSON): a `torch_dist` checkpoint, a per-rank one, inputs and where the answers go. The model
-is the one the checkpoint's own arguments describe.
+Reads one request (JSON): a `torch_dist` checkpoint, a per-rank one, inputs and where the answers go. The
+model is the one the checkpoint's own arguments describe.
 """
 
 from __future__ import annotations

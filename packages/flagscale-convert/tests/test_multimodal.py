@@ -28,12 +28,13 @@ from flagscale_convert.published import published_like
 from flagscale_convert.rules import bind
 
 OMNI = "qwen3_omni_thinker"
-FAMILIES = ["qwen2_5_vl", "llava", "llava_onevision", "qwen3_vl", OMNI]
+FAMILIES = ["qwen2_5_vl", "llava", "llava_onevision", "qwen3_vl", "qwen3_vl_moe", OMNI]
 TEXT = {
     "qwen2_5_vl": "qwen2",
     "llava": "llama",
     "llava_onevision": "qwen2",
     "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
     OMNI: "qwen3_moe",
 }
 CLASSES = {
@@ -41,6 +42,7 @@ CLASSES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
     OMNI: "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
 IDS = {"image_token_id": 128, "video_token_id": 129, "vision_start_token_id": 126, "vision_end_token_id": 127}
@@ -90,7 +92,7 @@ class Model:
     @property
     def is_third(self):
         """With learned positions, norms with bias and features from between the layers."""
-        return self.family in ("qwen3_vl", OMNI)
+        return self.family in ("qwen3_vl", "qwen3_vl_moe", OMNI)
 
     @property
     def prefix(self):
@@ -197,15 +199,43 @@ class Model:
     def hf(self, seed=0):
         """Tensors under the names the hub's files have."""
         text = self.text.hf_tensors(seed)
-        if self.family == "qwen3_vl":
+        if self.family.startswith("qwen3_vl"):
             text = {name.replace("model.", "model.language_model.", 1): t for name, t in text.items()}
         if not self.is_qwen:
             text = {f"language_model.{name}": tensor for name, tensor in text.items()}
+        if self.family == "qwen3_vl_moe":
+            text = self.fused(text)
         generator = torch.Generator().manual_seed(seed + 1)
         return text | {
             name: torch.randn(*size, generator=generator).to(self.text.dtype)
             for name, size in self.tower_shapes().items()
         }
+
+    def fused(self, text):
+        """Experts as the hub's files have them: (experts, inputs, outputs)."""
+        out = {name: tensor for name, tensor in text.items() if ".experts." not in name}
+        for i in range(self.text.layers):
+            p = f"model.language_model.layers.{i}.mlp.experts."
+            gate, up, down = (
+                torch.stack([text[f"{p}{e}.{part}_proj.weight"].T for e in range(self.text.experts)])
+                for part in ("gate", "up", "down")
+            )
+            out |= {
+                p + "gate_up_proj": torch.cat([gate, up], dim=-1).contiguous(),
+                p + "down_proj": down.contiguous(),
+            }
+        return out
+
+    def unfused(self, hf):
+        out = {name: tensor for name, tensor in hf.items() if ".mlp.experts." not in name}
+        for name in set(hf) - set(out):
+            kind = name.rpartition(".")[2]
+            for e, matrix in enumerate(hf[name]):
+                one = name.removesuffix(kind) + f"{e}."
+                parts = matrix.T.chunk(2) if kind == "gate_up_proj" else [matrix.T]
+                names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+                out |= {f"{one}{n}.weight": part for n, part in zip(names, parts, strict=True)}
+        return out
 
     def tower_shapes(self):
         if not self.is_qwen:
@@ -254,12 +284,14 @@ class Model:
 
     @property
     def visual(self):
-        return "model.visual." if self.family == "qwen3_vl" else "visual."
+        return "model.visual." if self.family.startswith("qwen3_vl") else "visual."
 
     @property
     def merger_names(self):
         return (
-            ("norm", "linear_fc1", "linear_fc2") if self.family == "qwen3_vl" else ("ln_q", "mlp.0", "mlp.2")
+            ("norm", "linear_fc1", "linear_fc2")
+            if self.family.startswith("qwen3_vl")
+            else ("ln_q", "mlp.0", "mlp.2")
         )
 
     def clip_shapes(self):
@@ -284,6 +316,8 @@ class Model:
 
     def megatron(self, hf):
         """The same under Megatron's names, merged by tensor operations."""
+        if self.family == "qwen3_vl_moe":
+            hf = self.unfused(hf)
         text = {
             name.replace("model.language_model.", "model.", 1).removeprefix("language_model."): tensor
             for name, tensor in hf.items()
@@ -482,7 +516,7 @@ def test_slices_of_towers_are_on_the_first_stage(small, tmp_path, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_that_tells_nothing_of_its_tower_is_measured(make, small, tmp_path, family):
     """Trainers save no sizes of towers; heads and the like are then the published ones."""
-    sizes = {"heads": 16, "depth": 6, "deepstack": (2, 5)} if family in ("qwen3_vl", OMNI) else {"heads": 16}
+    sizes = {"heads": 16, "depth": 6, "deepstack": (2, 5)} if family.startswith("qwen3") else {"heads": 16}
     model = small(family, **sizes)
     hf = model.hf()
     root = save_megatron(make, model, model.megatron(hf))
@@ -571,6 +605,20 @@ def test_the_thinker_of_a_whole_omni_model_is_taken_and_the_rest_is_told(make, s
     convert(plan)
     convert(make_plan(tmp_path / "dist", tmp_path / "back", to="hf"))
     same_but(model.hf(), make.load(tmp_path / "back"))
+
+
+def test_experts_fused_as_transformers_writes_them_are_read_too(make, small, tmp_path):
+    model = small("qwen3_vl_moe")
+    hf = model.hf()
+    turned = {name: t.transpose(1, 2) if ".experts." in name else t for name, t in hf.items()}
+    convert(make_plan(model.write(tmp_path / "hf", turned), tmp_path / "dist", to="torch_dist"))
+    convert(make_plan(tmp_path / "dist", tmp_path / "back", to="hf"))
+    same_but(hf, make.load(tmp_path / "back"))
+    assert verify(tmp_path / "hf", tmp_path / "back").is_equal
+    wrong = {name: t[:, :-1] if name.endswith("gate_up_proj") else t for name, t in hf.items()}
+    source = model.write(tmp_path / "wrong", wrong)
+    with pytest.raises(Unsupported, match=r"experts\.0\.gate_proj\.weight` is missing"):
+        convert(make_plan(source, tmp_path / "out", to="torch_dist"))
 
 
 def test_a_configuration_with_text_at_the_top_is_read(small, tmp_path):

@@ -26,6 +26,7 @@ from flagscale_convert.towers import (
     QWEN3_OMNI,
     QWEN3_OMNI_TOWERS,
     QWEN3_VL,
+    QWEN3_VL_MOE,
     QWEN3_VL_TOWER,
     under,
 )
@@ -381,8 +382,8 @@ _LLAVA_PREFIXES = (
 )
 _LOGITS = "logits of Megatron 0.16.1 and 0.19.2 and transformers 5.24, both directions"
 _PARTS = (
-    "bits there and back, TP 2 and PP 2 included, and what transformers 5.24 computes from an image before and"
-    " after"
+    "bits there and back, TP 2 and PP 2 included, and what transformers 5.24 computes from an image"
+    " before and after"
 )
 _NO_MEGATRON = "; unproven against Megatron, whose classes for it are in no wheel"
 _DENSE_LAYOUTS = "1 rank and TP2 x PP2"
@@ -407,6 +408,8 @@ class Family:
     fused: tuple[Fused, ...] = ()
     like: str = ""
     """The built-in family whose configuration it has on both sides; others' families need one."""
+    is_fused_in_files: bool = False
+    """True when published files have its experts fused, as (experts, inputs, outputs)."""
     own_code: tuple[str, ...] = ()
     """Modules beside published weights (`auto_map`) known to compute what the transformers class does."""
     dropped: tuple[str, ...] = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
@@ -520,6 +523,21 @@ _BUILT_IN = {
             rules=(*under(_DENSE, _in_qwen3_vl, "language_model."), *QWEN3_VL_TOWER),
             like="qwen3",
             multimodal=QWEN3_VL,
+        ),
+        Family(
+            "qwen3_vl_moe",
+            "Qwen3VLMoeForConditionalGeneration",
+            "qwen3_vl_moe",
+            "Qwen3-VL-30B-A3B, 235B-A22B",
+            _PARTS + _NO_MEGATRON,
+            rules=(*under(_QWEN3_MOE, _in_qwen3_vl, "language_model."), *QWEN3_VL_TOWER),
+            fused=tuple(
+                Fused(_in_qwen3_vl(one.name), tuple(map(_in_qwen3_vl, one.parts)))
+                for one in _fused("mlp", "gate_proj", "up_proj", "down_proj")
+            ),
+            is_fused_in_files=True,
+            like="qwen3_moe",
+            multimodal=QWEN3_VL_MOE,
         ),
         Family(
             "qwen3_omni_thinker",

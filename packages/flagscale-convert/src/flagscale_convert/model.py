@@ -12,6 +12,7 @@ from flagscale_convert.cast import Cast
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.families import FAMILIES, Family
 from flagscale_convert.fp8 import Dequantised, read_block_size
+from flagscale_convert.fused_experts import Divided, Transposed
 from flagscale_convert.hf_config import read_config
 from flagscale_convert.huggingface import CONFIG, HuggingFaceSource, read_json
 from flagscale_convert.locate import Opened
@@ -21,7 +22,7 @@ from flagscale_convert.rules import Binding, bind
 from flagscale_convert.tensors import Source, TensorInfo, format_bytes
 from flagscale_convert.tokenizer import find_tokenizer
 
-__all__ = ["Model", "require_fit", "understand"]
+__all__ = ["Model", "fused_parts", "require_fit", "understand"]
 
 _HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
@@ -121,11 +122,14 @@ def _understand_huggingface(
     arch = _without_absent_mtp(read.architecture, files, notes)
     family = FAMILIES[arch.family]
     bindings = bind(family.rules, arch)
-    _divide_fused(files, arch, family, bindings)
     source: Source = files
+    if family.is_fused_in_files:
+        source = _divided(files, arch, family)
+    else:
+        _divide_fused(files, arch, family, bindings)
     block = read_block_size(config, where=str(where))
     if block is not None:
-        source = Dequantised(files, block, dtype, where=str(opened.directory))
+        source = Dequantised(source, block, dtype, where=str(opened.directory))
         notes.append(f"quantization_config: fp8 weights are dequantised to {dtype}")
     source = _with_float32(source, _pinned_names(bindings, is_megatron=False))
     infos = source.tensors()
@@ -199,6 +203,43 @@ def _copies(bindings: Sequence[Binding], infos: Mapping[str, TensorInfo]) -> tup
         for binding in bindings
         if binding.is_copy and binding.hf[0] in infos
     )
+
+
+def fused_parts(arch: Architecture, family: Family) -> dict[str, tuple[str, ...]]:
+    """Name the parts of every tensor that is fused over the experts, expert by expert."""
+    if arch.experts is None:
+        return {}
+    return {
+        fused.name.format(i=layer): tuple(
+            part.format(i=layer, e=expert) for expert in range(arch.experts.count) for part in fused.parts
+        )
+        for fused in family.fused
+        for layer in range(arch.num_layers)
+        if arch.has_experts(layer)
+    }
+
+
+def _divided(files: HuggingFaceSource, arch: Architecture, family: Family) -> Source:
+    """Take fused tensors, in either order of their axes, as the matrices that the rules name."""
+    parts = fused_parts(arch, family)
+    infos = files.tensors()
+    shapes = {
+        name: shape
+        for binding in bind(family.rules, arch)
+        for name, shape in zip(binding.hf, binding.part_shapes, strict=True)
+    }
+    found, transposed = {}, set()
+    for whole, names in parts.items():
+        if whole not in infos or arch.experts is None:
+            continue
+        rows, columns = shapes[names[0]]
+        plain = (arch.experts.count, len(names) // arch.experts.count * rows, columns)
+        if infos[whole].shape == (plain[0], plain[2], plain[1]) != plain:
+            transposed.add(whole)
+        elif infos[whole].shape != plain:
+            continue  # compared with the rules, it is named as unknown and its parts as missing
+        found[whole] = names
+    return Divided(Transposed(files, transposed), found)
 
 
 def _divide_fused(

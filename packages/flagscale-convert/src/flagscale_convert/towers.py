@@ -26,6 +26,7 @@ __all__ = [
     "QWEN3_OMNI",
     "QWEN3_OMNI_TOWERS",
     "QWEN3_VL",
+    "QWEN3_VL_MOE",
     "QWEN3_VL_TOWER",
     "under",
 ]
@@ -549,7 +550,7 @@ QWEN3_VL = Multimodal(
     text_type="qwen3_vl_text",
     vision=Section(
         model_type="qwen3_vl_vision",
-        other_types=("qwen3_vl", "qwen3_vl_moe", "qwen3_vl_moe_vision"),
+        other_types=("qwen3_vl", "qwen3_vl_moe"),
         defaults={
             "deepstack_visual_indexes": [8, 16, 24],
             "depth": 27,
@@ -573,6 +574,12 @@ QWEN3_VL = Multimodal(
     published_mrope=(24, 20, 20),
     is_mrope_interleaved=True,
     options=_qwen_options,
+)
+
+QWEN3_VL_MOE = replace(
+    QWEN3_VL,
+    text_type="qwen3_vl_moe_text",
+    vision=replace(QWEN3_VL.vision, model_type="qwen3_vl_moe_vision"),
 )
 
 
