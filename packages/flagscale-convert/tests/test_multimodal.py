@@ -539,6 +539,36 @@ def test_a_checkpoint_that_tells_nothing_of_its_tower_is_measured(make, small, t
     }
 
 
+def test_arguments_of_flagscales_converter_tell_nothing_of_three_axes(make, small, tmp_path):
+    """It saves `rope`, as its command line says, and no sections; only published ones can be meant."""
+    model = small("qwen2_5_vl", heads=16, text_sizes={"head": 128, "heads": 2, "groups": 1, "hidden": 48})
+    hf = model.hf()
+    silent = {"position_embedding_type": "rope", "mrope_section": None}
+    root = save_megatron(make, model, model.megatron(hf), args=silent)
+    plan = make_plan(root, tmp_path / "out", to="hf")
+    assert any("mrope_section: not among the saved arguments, (16, 24, 24) assumed" in n for n in plan.notes)
+    convert(plan)
+    same_but(hf, make.load(tmp_path / "out"))
+    small_heads = small("qwen2_5_vl", heads=16)
+    other = save_megatron(make, small_heads, small_heads.megatron(small_heads.hf()), "other", silent)
+    with pytest.raises(Unsupported, match=r"mrope_section \(16, 24, 24\): must make up half a head"):
+        make_plan(other, tmp_path / "none", to="hf")
+
+
+def test_parts_that_carry_nothing_are_left_out(make, small, tmp_path):
+    model = small("llava")
+    extra = {
+        "vision_tower.vision_model.embeddings.position_ids": torch.arange(10)[None],
+        "vision_tower.vision_model.post_layernorm.weight": torch.ones(model.width),
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    source = model.write(tmp_path / "hf", {**model.hf(), **extra})
+    plan = make_plan(source, tmp_path / "out", to="hf")
+    assert sum("left out" in note for note in plan.notes) == 2
+    convert(plan)
+    same_but(model.hf(), make.load(tmp_path / "out"))
+
+
 OTHER_NAMES = {
     "qwen2_5_vl": lambda n: (
         n.replace("visual.", "model.visual.", 1)

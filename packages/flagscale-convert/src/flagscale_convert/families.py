@@ -380,6 +380,8 @@ _LLAVA_PREFIXES = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
+# The numbers from 0 on, which old files have.
+_POSITION_IDS = "vision_tower.vision_model.embeddings.position_ids"
 _LOGITS = "logits of Megatron 0.16.1 and 0.19.2 and transformers 5.24, both directions"
 _PARTS = (
     "bits there and back, TP 2 and PP 2 included, and what transformers 5.24 computes from an image"
@@ -501,7 +503,11 @@ _BUILT_IN = {
             multimodal=LLAVA,
             prefixes=_LLAVA_PREFIXES,
             # Features are taken from a layer before the last; the norm behind the last one serves nothing.
-            unused=tuple(f"vision_tower.vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")),
+            unused=(
+                *(f"vision_tower.vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")),
+                _POSITION_IDS,
+            ),
+            dropped=("language_model.model.layers.{i}.self_attn.rotary_emb.inv_freq",),
         ),
         Family(
             "llava_onevision",
@@ -513,6 +519,7 @@ _BUILT_IN = {
             like="qwen2",
             multimodal=LLAVA_ONEVISION,
             prefixes=_LLAVA_PREFIXES,
+            unused=(_POSITION_IDS,),
         ),
         Family(
             "qwen3_vl",

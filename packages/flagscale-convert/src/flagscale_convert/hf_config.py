@@ -120,7 +120,6 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
         config = sections.text
     _check_fields(config, family, where, notes)
     theta, scaling = read_config_rope(config, where=where, notes=notes)
-    mrope = read_config_mrope(config, family.multimodal, where=where)
     heads = _positive(config, "num_attention_heads", where)
     hidden = _positive(config, "hidden_size", where)
     kv_heads = _defaulted(config, "num_key_value_heads", heads, where, notes)
@@ -129,6 +128,7 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
             f"{where}: num_key_value_heads ({kv_heads}): must divide num_attention_heads ({heads})"
         )
     latent = read_config_latent(config, family.base, where=where, notes=notes)
+    head_size = _head_size(config, family, latent, where, notes)
     vocab = _positive(config, "vocab_size", where)
     is_tied = config.get("tie_word_embeddings") if sections is None else sections.is_tied
     if is_tied is None:
@@ -141,7 +141,7 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
             ffn_size=_positive(config, "intermediate_size", where),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_size=_head_size(config, family, latent, where, notes),
+            head_size=head_size,
             vocab_size=vocab,
             padded_vocab_size=-(-vocab // vocab_divisor) * vocab_divisor,
             norm_epsilon=_number(config, "rms_norm_eps", 1e-6, where, notes),
@@ -155,7 +155,7 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
             experts=read_config_experts(config, family.base, where=where, notes=notes),
             latent=latent,
             mtp_layers=0 if latent is None else read_mtp_layers(config, where=where),
-            mrope_section=mrope,
+            mrope_section=read_config_mrope(config, family.multimodal, head_size, where=where),
             **_towers(sections),
         ),
         tuple(notes),

@@ -122,6 +122,7 @@ def read_args(
     ffn_size = _positive(args, "ffn_hidden_size", where)
     chosen = _chosen(base, family or args.get(_FAMILY) or _noticed(base, args, tensors or {}), where)
     towers = FAMILIES[chosen].multimodal
+    head_size = _head_size(args, latent, where)
     vision, audio, outer = (
         (None, None, {})
         if towers is None
@@ -135,7 +136,7 @@ def read_args(
             ffn_size=experts.ffn_size if experts is not None and base == "mixtral" else ffn_size,
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_size=_head_size(args, latent, where),
+            head_size=head_size,
             vocab_size=_true_vocabulary(args, vocab_size, padded, where, notes),
             padded_vocab_size=padded,
             norm_epsilon=_number(args, "layernorm_epsilon", 1e-5, notes),
@@ -149,7 +150,7 @@ def read_args(
             experts=experts,
             latent=latent,
             mtp_layers=read_args_mtp_layers(args, latent, where=where),
-            mrope_section=read_args_mrope(args, towers, where=where, notes=notes),
+            mrope_section=read_args_mrope(args, towers, head_size, where=where, notes=notes),
             vision=vision,
             audio=audio,
             outer=outer,

@@ -323,12 +323,13 @@ def _read_tower(
 
 
 def read_config_mrope(
-    config: Mapping[str, Any], family: Multimodal | None, *, where: str
+    config: Mapping[str, Any], family: Multimodal | None, head_size: int, *, where: str
 ) -> tuple[int, ...] | None:
     """Read which rotary frequencies turn with time, height and width; None for families without.
 
     Raises:
-        Unsupported: no three counts, or frequencies interleaved otherwise than the family's.
+        Unsupported: no three counts that make up half a head, or frequencies interleaved otherwise than
+            the family's.
     """
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     section = rope.get("mrope_section")
@@ -339,7 +340,7 @@ def read_config_mrope(
     is_interleaved = bool(rope.get("mrope_interleaved", family.is_mrope_interleaved))
     if is_interleaved is not family.is_mrope_interleaved:
         raise Unsupported(f"{where}: mrope_interleaved ({is_interleaved}): this family has the opposite")
-    return _checked_mrope(section, where)
+    return _checked_mrope(section, head_size, where)
 
 
 def write_config_mrope(arch: Architecture, family: Multimodal) -> dict[str, Any]:
@@ -351,12 +352,12 @@ def write_config_mrope(arch: Architecture, family: Multimodal) -> dict[str, Any]
 
 
 def read_args_mrope(
-    args: Mapping[str, Any], family: Multimodal | None, *, where: str, notes: list[str]
+    args: Mapping[str, Any], family: Multimodal | None, head_size: int, *, where: str, notes: list[str]
 ) -> tuple[int, ...] | None:
     """Read the same from saved arguments.
 
     Raises:
-        Unsupported: there in a family that has not, or no three counts.
+        Unsupported: there in a family that has not, or no three counts that make up half a head.
     """
     if family is None or not family.has_mrope:
         if args.get("position_embedding_type") == "mrope":
@@ -370,13 +371,17 @@ def read_args_mrope(
         # FlagScale's converters leave it out of the arguments they save.
         notes.append(f"mrope_section: not among the saved arguments, {family.published_mrope} assumed")
         section = family.published_mrope
-    return _checked_mrope(section, where)
+    return _checked_mrope(section, head_size, where)
 
 
-def _checked_mrope(section: Any, where: str) -> tuple[int, ...]:
+def _checked_mrope(section: Any, head_size: int, where: str) -> tuple[int, ...]:
     is_three = isinstance(section, list | tuple) and len(section) == _AXES
     if not is_three or not all(isinstance(count, int) for count in section):
         raise Unsupported(f"{where}: mrope_section ({section}): three counts are needed: time, height, width")
+    if 2 * sum(section) != head_size:
+        raise Unsupported(
+            f"{where}: mrope_section ({', '.join(map(str, section))}): must make up half a head ({head_size})"
+        )
     return tuple(section)
 
 
