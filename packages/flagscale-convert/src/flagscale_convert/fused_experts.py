@@ -1,11 +1,12 @@
 """Experts that files keep fused: one tensor of all experts of a layer, its last two axes exchanged or not.
 
 Qwen3-VL's files with experts have their projections as (experts, inputs, outputs); transformers 5 writes
-(experts, outputs, inputs), as every other weight is, and reads both. Only one expert is held at a time.
+(experts, outputs, inputs), as every other weight is, and reads both. A thread holds one expert at a time.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -35,11 +36,12 @@ class Transposed:
             self._source.read_rows(name, start, out)
             return
         info = self._source.tensors()[name]
-        matrix = (*info.shape[1:], DTYPES[info.dtype])
+        element = f"u{DTYPES[info.dtype]}"
         raw: np.ndarray = np.empty((1, info.row_bytes), np.uint8)
         for row in range(len(out)):
             self._source.read_rows(name, start + row, raw)
-            out[row] = raw.reshape(matrix).swapaxes(0, 1).reshape(-1)
+            matrix = raw.view(element).reshape(info.shape[1:])
+            out[row] = np.ascontiguousarray(matrix.T).view(np.uint8).reshape(-1)
 
 
 class Divided:
@@ -54,6 +56,7 @@ class Divided:
         self._source = source
         self._infos = {name: info for name, info in source.tensors().items() if name not in parts}
         self._places: dict[str, tuple[str, int, int]] = {}
+        self._last = threading.local()
         for whole, names in parts.items():
             info = source.tensors()[whole]
             per_expert = len(names) // info.shape[0]
@@ -72,9 +75,17 @@ class Divided:
             self._source.read_rows(name, start, out)
             return
         whole, expert, first = self._places[name]
-        raw: np.ndarray = np.empty((1, self._source.tensors()[whole].row_bytes), np.uint8)
-        self._source.read_rows(whole, expert, raw)
-        out[...] = raw.reshape(-1, self._infos[name].row_bytes)[first + start : first + start + len(out)]
+        rows = self._expert(whole, expert).reshape(-1, self._infos[name].row_bytes)
+        out[...] = rows[first + start : first + start + len(out)]
+
+    def _expert(self, whole: str, expert: int) -> np.ndarray:
+        """Read an expert, once for all its matrices and rows: a thread reads them one after the other."""
+        if getattr(self._last, "place", None) != (whole, expert):
+            raw: np.ndarray = np.empty((1, self._source.tensors()[whole].row_bytes), np.uint8)
+            self._source.read_rows(whole, expert, raw)
+            self._last.place, self._last.raw = (whole, expert), raw
+        held: np.ndarray = self._last.raw
+        return held
 
 
 class Joined:
