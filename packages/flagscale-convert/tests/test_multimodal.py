@@ -187,7 +187,7 @@ class Model:
             "num_attention_heads": self.heads,
             "patch_size": self.patch,
             # An image of the second kind has a pixel more than its patches cover.
-            "image_size": self.patch * self.side + (not self.has_class_token),
+            "image_size": self.patch * self.side + (not self.has_class_token and self.patch > 1),
             **({"projection_dim": 24} if self.has_class_token else {"vision_use_head": False}),
         }
 
