@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["Architecture", "Experts", "LatentAttention", "RopeScaling", "Yarn"]
+__all__ = ["Architecture", "Experts", "LatentAttention", "RopeScaling", "Tower", "Yarn"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +76,41 @@ class Experts:
     """Weight of the load-balancing loss; training only, so two models may differ in it and be the same."""
 
 
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """An encoder of images or sound beside the language model.
+
+    Towers differ much and Megatron has no options for most of what they are, so a tower is its section of
+    `config.json`, complete: what a file leaves out is there with transformers' default.
+    """
+
+    fields: Mapping[str, Any]
+
+    def size(self, *names: str) -> int:
+        """Give the size that has one of these names."""
+        return int(next(self.fields[name] for name in names if name in self.fields))
+
+    @property
+    def depth(self) -> int:
+        """Layers."""
+        return self.size("depth", "num_hidden_layers", "encoder_layers")
+
+    @property
+    def hidden_size(self) -> int:
+        """Width between layers."""
+        return self.size("hidden_size", "d_model")
+
+    @property
+    def ffn_size(self) -> int:
+        """Width inside a layer's network."""
+        return self.size("intermediate_size", "encoder_ffn_dim")
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads; each has its own key and value."""
+        return self.size("num_heads", "num_attention_heads", "encoder_attention_heads")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """Everything that decides shapes and the function computed."""
@@ -104,6 +141,13 @@ class Architecture:
     """None for grouped-query attention."""
     mtp_layers: int = 0
     """Layers behind the last one, each of which predicts one token further."""
+    mrope_section: tuple[int, ...] | None = None
+    """Rotary frequencies that turn with time, height and width (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    None when all turn with the position in the text."""
+    vision: Tower | None = None
+    audio: Tower | None = None
+    outer: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `config.json` outside its sections: token numbers, which features are taken."""
 
     def has_experts(self, layer: int) -> bool:
         """Tell whether a layer is a mixture of experts."""

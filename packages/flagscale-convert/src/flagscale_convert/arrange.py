@@ -33,6 +33,8 @@ class _Arranged:
     info: TensorInfo
     pieces: tuple[_Piece, ...]
     """Sorted by row; rows between pieces are zeros."""
+    reshaped: str = ""
+    """Name of the tensor that has the same bytes in another shape; there are no pieces then."""
 
 
 class Arrangement:
@@ -50,6 +52,9 @@ class Arrangement:
 
     def read_rows(self, name: str, start: int, out: np.ndarray) -> None:
         """Fill `out` with the rows from `start` on; padding rows become zeros."""
+        if self._arranged[name].reshaped:
+            self._read_reshaped(name, start, out)
+            return
         pieces = self._arranged[name].pieces
         stop, covered = start + len(out), start
         index = max(0, bisect_right(self._starts[name], start) - 1)
@@ -69,6 +74,14 @@ class Arrangement:
             self._source.read_rows(piece.source, source_row, out[covered - start : last - start])
             covered = last
 
+    def _read_reshaped(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill `out` from a tensor of other rows, which is read whole: only small ones are reshaped."""
+        entry = self._arranged[name]
+        info = self._source.tensors()[entry.reshaped]
+        whole: np.ndarray = np.empty((info.rows, info.row_bytes), np.uint8)
+        self._source.read_rows(entry.reshaped, 0, whole)
+        out[...] = whole.reshape(entry.info.rows, entry.info.row_bytes)[start : start + len(out)]
+
 
 def as_huggingface(source: Source, bindings: Iterable[Binding]) -> Arrangement:
     """See a Megatron source (logical names) as Hugging Face."""
@@ -85,6 +98,9 @@ def as_huggingface(source: Source, bindings: Iterable[Binding]) -> Arrangement:
                 if span.part == part
             ]
             info = TensorInfo(whole.dtype, binding.part_shapes[part])
+            if binding.is_reshaped:
+                arranged[name] = _Arranged(info, (), binding.megatron)
+                continue
             arranged[name] = _Arranged(info, tuple(sorted(pieces, key=lambda piece: piece.row)))
     return Arrangement(source, arranged)
 
@@ -99,6 +115,9 @@ def as_megatron(source: Source, bindings: Iterable[Binding]) -> Arrangement:
             continue
         pieces = [_Piece(span.row, span.rows, binding.hf[span.part], span.part_row) for span in binding.spans]
         info = TensorInfo(parts[0].dtype, binding.whole_shape)
+        if binding.is_reshaped:
+            arranged[binding.megatron] = _Arranged(info, (), binding.hf[0])
+            continue
         arranged[binding.megatron] = _Arranged(info, tuple(sorted(pieces, key=lambda piece: piece.row)))
     return Arrangement(source, arranged)
 
@@ -118,7 +137,7 @@ def as_canonical(source: Source, bindings: Sequence[Binding], written: Sequence[
         if whole is None:
             continue
         # The rows that carry something come first in every operation; what is behind them is padding.
-        rows = sum(span.rows for span in theirs.spans)
+        rows = whole.rows if theirs.is_reshaped else sum(span.rows for span in theirs.spans)
         piece = _Piece(0, rows, theirs.megatron, 0)
         arranged[ours.megatron] = _Arranged(TensorInfo(whole.dtype, ours.whole_shape), (piece,))
     return Arrangement(source, arranged)

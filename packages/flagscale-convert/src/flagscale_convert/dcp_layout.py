@@ -20,6 +20,7 @@ from flagscale_convert.dcp_metadata import Location
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.layout import FilePlan, Item
 from flagscale_convert.pickling import Call, Global, New, Pairs, Persistent, dump
+from flagscale_convert.sharding import LAYER
 from flagscale_convert.tensors import TORCH_NAMES, TensorInfo
 from flagscale_convert.torch_dist import COMMON_STATE
 from flagscale_convert.torch_zip import TensorFrame, object_archive
@@ -31,10 +32,12 @@ _LEGACY_METADATA_JSON = (
     b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1,'
     b' "common_backend": "torch", "common_backend_version": 1}'
 )
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^(.*mlp\.experts\.experts\.)(\d+)\.(.+)$")
-_OWN_LAYER = re.compile(r"^(?:decoder|mtp)\.layers\.\d+\.(?:transformer_layer\.)?")
-_STATELESS = re.compile(r"^embedding\.|^output_layer|\.router$")
+_OWN_LAYER = re.compile(r"^(?:\w+\.)*(?:decoder|mtp)\.layers\.\d+\.(?:transformer_layer\.)?")
+_STATELESS = re.compile(
+    r"(?:^|\.)embedding\.|(?:^|\.)output_layer$|\.router$|^$"
+    r"|^(?:thinker\.)?(?:vision_model(?:$|\.(?:conv1|patch_embed|pos_embed|position_embeddings))|audio_model\.)"
+)
 _STORAGES = {"F64": "DoubleStorage", "F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}
 _EMPTY_STATE = object_archive(dump([None]))
 _DCP = "torch.distributed.checkpoint.metadata"
@@ -90,7 +93,7 @@ def lay_out_torch_dist(  # noqa: PLR0913 - one caller, most by keyword
     Returns:
         The data files, and the small ones by path.
     """
-    naming = _Naming(arch, is_stacked)
+    naming = _Naming(arch, is_stacked, _depths(infos))
     entries = _entries(infos, naming, twins)
     storage: _Storage = {}
     files = _data_files(entries, folder, shard_bytes, storage)
@@ -142,16 +145,18 @@ class _Naming:
 
     arch: Architecture
     is_stacked: bool
+    depths: Mapping[str, int]
+    """Layers of each stack, by what stands before their numbers."""
 
     def place(self, logical: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """Give the stored name, and index and length of each leading axis."""
         stored = logical
         at: tuple[int, ...] = ()
         lengths: tuple[int, ...] = ()
-        layered = _LAYER.match(logical)
+        layered = LAYER.match(logical)
         if self.is_stacked and layered is not None:
-            stored = f"decoder.layers.{layered[2]}"
-            at, lengths = (int(layered[1]),), (self.arch.num_layers,)
+            stored = layered["stack"] + layered["rest"]
+            at, lengths = (int(layered["layer"]),), (self.depths[layered["stack"]],)
         grouped = _EXPERT.match(stored)
         if grouped is not None and self.arch.experts is not None:
             stored = grouped[1] + grouped[3]
@@ -228,10 +233,21 @@ def _data_files(
     return files
 
 
-def _layer(logical: str) -> int:
-    """Tell the layer of a tensor; -1 for those outside the layers."""
-    layered = _LAYER.match(logical)
-    return -1 if layered is None else int(layered[1])
+def _layer(logical: str) -> tuple[str, int]:
+    """Tell the stack and the layer of a tensor; those outside the layers come first."""
+    layered = LAYER.match(logical)
+    return ("", -1) if layered is None else (layered["stack"], int(layered["layer"]))
+
+
+def _depths(logical: Iterable[str]) -> dict[str, int]:
+    """Count the layers of each stack."""
+    depths: dict[str, int] = {}
+    for name in logical:
+        layered = LAYER.match(name)
+        if layered is not None:
+            stack = layered["stack"]
+            depths[stack] = max(depths.get(stack, 0), int(layered["layer"]) + 1)
+    return depths
 
 
 def _object_file(objects: Mapping[str, bytes], name: str, folder: str, storage: _Storage) -> FilePlan:

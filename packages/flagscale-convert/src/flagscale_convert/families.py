@@ -6,6 +6,7 @@ layers are alike, without it too; the live names of the plain-torch layers are a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
@@ -13,7 +14,22 @@ from types import MappingProxyType
 
 from flagscale_convert.architecture import Architecture, LatentAttention
 from flagscale_convert.errors import Unsupported
+from flagscale_convert.multimodal import Multimodal
 from flagscale_convert.rules import Copy, Gated, Qkv, Rule, Size, Vocab
+from flagscale_convert.towers import (
+    LLAVA,
+    LLAVA_ONEVISION,
+    LLAVA_ONEVISION_TOWER,
+    LLAVA_TOWER,
+    QWEN2_5_VL,
+    QWEN2_5_VL_TOWER,
+    QWEN3_OMNI,
+    QWEN3_OMNI_TOWERS,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    QWEN3_VL_TOWER,
+    under,
+)
 
 __all__ = ["ENTRY_POINTS", "FAMILIES", "Family", "Fused"]
 
@@ -353,7 +369,25 @@ def _fused(block: str, gate: str, up: str, down: str) -> tuple[Fused, ...]:
     )
 
 
+def _in_qwen3_vl(name: str) -> str:
+    return re.sub(r"^model\.", "model.language_model.", name)
+
+
+# What transformers calls these tensors in memory, since 4.52 and since 5; files have the names of the hub.
+_LLAVA_PREFIXES = (
+    (r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
+# The numbers from 0 on, which old files have.
+_POSITION_IDS = "vision_tower.vision_model.embeddings.position_ids"
 _LOGITS = "logits of Megatron 0.16.1 and 0.19.2 and transformers 5.24, both directions"
+_PARTS = (
+    "bits there and back, TP 2 and PP 2 included, and what transformers 5.24 computes from an image"
+    " before and after"
+)
+_NO_MEGATRON = "; unproven against Megatron, whose classes for it are in no wheel"
 _DENSE_LAYOUTS = "1 rank and TP2 x PP2"
 _EXPERT_LAYOUTS = "1 rank, TP2 x PP2 and PP2 x EP2"
 
@@ -376,10 +410,20 @@ class Family:
     fused: tuple[Fused, ...] = ()
     like: str = ""
     """The built-in family whose configuration it has on both sides; others' families need one."""
+    is_fused_in_files: bool = False
+    """True when published files have its experts fused, as (experts, inputs, outputs)."""
     own_code: tuple[str, ...] = ()
     """Modules beside published weights (`auto_map`) known to compute what the transformers class does."""
     dropped: tuple[str, ...] = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
     """Hugging Face tensors that carry nothing: they follow from the configuration."""
+    unused: tuple[str, ...] = ()
+    """Hugging Face tensors that no output depends on, and that Megatron's model has no place for."""
+    beyond: tuple[str, ...] = ()
+    """What stands before the names of tensors of a larger model that are no part of this one."""
+    multimodal: Multimodal | None = None
+    """What it has beyond a language model; None for most."""
+    prefixes: tuple[tuple[str, str], ...] = ()
+    """Patterns of names other versions of transformers gave its tensors, and what stands for them here."""
 
     @property
     def base(self) -> str:
@@ -437,6 +481,85 @@ _BUILT_IN = {
             fused=_fused("mlp", "gate_proj", "up_proj", "down_proj"),
             own_code=("configuration_deepseek", "modeling_deepseek"),
         ),
+        Family(
+            "qwen2_5_vl",
+            "Qwen2_5_VLForConditionalGeneration",
+            "qwen2_5_vl",
+            "Qwen2.5-VL",
+            _PARTS + _NO_MEGATRON,
+            rules=(*under(_DENSE, str, "language_model."), *QWEN2_5_VL_TOWER),
+            like="qwen2",
+            multimodal=QWEN2_5_VL,
+            prefixes=((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual.")),
+        ),
+        Family(
+            "llava",
+            "LlavaForConditionalGeneration",
+            "llava",
+            "LLaVA-1.5",
+            f"{_PARTS}; Megatron 0.19.2's own LLaVAModel loads it and computes the same, one rank",
+            rules=(*under(_DENSE, "language_model.".__add__, "language_model."), *LLAVA_TOWER),
+            like="llama",
+            multimodal=LLAVA,
+            prefixes=_LLAVA_PREFIXES,
+            # Features are taken from a layer before the last; the norm behind the last one serves nothing.
+            unused=(
+                *(f"vision_tower.vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")),
+                _POSITION_IDS,
+            ),
+            dropped=("language_model.model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+        ),
+        Family(
+            "llava_onevision",
+            "LlavaOnevisionForConditionalGeneration",
+            "llava_onevision",
+            "LLaVA-OneVision",
+            _PARTS + _NO_MEGATRON,
+            rules=(*under(_DENSE, "language_model.".__add__, "language_model."), *LLAVA_ONEVISION_TOWER),
+            like="qwen2",
+            multimodal=LLAVA_ONEVISION,
+            prefixes=_LLAVA_PREFIXES,
+            unused=(_POSITION_IDS,),
+        ),
+        Family(
+            "qwen3_vl",
+            "Qwen3VLForConditionalGeneration",
+            "qwen3_vl",
+            "Qwen3-VL (dense)",
+            _PARTS + _NO_MEGATRON,
+            rules=(*under(_DENSE, _in_qwen3_vl, "language_model."), *QWEN3_VL_TOWER),
+            like="qwen3",
+            multimodal=QWEN3_VL,
+        ),
+        Family(
+            "qwen3_vl_moe",
+            "Qwen3VLMoeForConditionalGeneration",
+            "qwen3_vl_moe",
+            "Qwen3-VL-30B-A3B, 235B-A22B",
+            _PARTS + _NO_MEGATRON,
+            rules=(*under(_QWEN3_MOE, _in_qwen3_vl, "language_model."), *QWEN3_VL_TOWER),
+            fused=tuple(
+                Fused(_in_qwen3_vl(one.name), tuple(map(_in_qwen3_vl, one.parts)))
+                for one in _fused("mlp", "gate_proj", "up_proj", "down_proj")
+            ),
+            is_fused_in_files=True,
+            like="qwen3_moe",
+            multimodal=QWEN3_VL_MOE,
+        ),
+        Family(
+            "qwen3_omni_thinker",
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+            "qwen3_omni_moe_thinker",
+            "Qwen3-Omni's thinker",
+            _PARTS + _NO_MEGATRON,
+            rules=(*under(_QWEN3_MOE, str, "thinker.language_model."), *QWEN3_OMNI_TOWERS),
+            other_architectures=("Qwen3OmniMoeForConditionalGeneration",),
+            fused=_fused("mlp", "gate_proj", "up_proj", "down_proj"),
+            like="qwen3_moe",
+            multimodal=QWEN3_OMNI,
+            prefixes=((r"^thinker\.", ""),),
+            beyond=("talker.", "code2wav."),
+        ),
     )
 }
 
@@ -453,10 +576,11 @@ def _with_installed(built_in: Mapping[str, Family]) -> Mapping[str, Family]:
         where = f"entry point {entry.name} of {ENTRY_POINTS} ({entry.value})"
         if not isinstance(family, Family):
             raise Unsupported(f"{where}: is a {type(family).__name__}: a flagscale_convert.Family is needed")
-        if family.name in known or family.like not in built_in:
+        alone = [name for name, one in built_in.items() if not one.like]
+        if family.name in known or family.like not in alone:
             raise Unsupported(
                 f"{where}: family {family.name} like {family.like or None}: its name must be new"
-                f" and it must be like one of {', '.join(built_in)}: uninstall or mend the package"
+                f" and it must be like one of {', '.join(alone)}: uninstall or mend the package"
             )
         known[family.name] = family
     return MappingProxyType(known)

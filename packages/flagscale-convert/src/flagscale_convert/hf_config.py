@@ -15,6 +15,13 @@ from flagscale_convert.errors import Unsupported
 from flagscale_convert.experts import CONFIG_FIELDS, read_config_experts, write_config_experts
 from flagscale_convert.families import FAMILIES, Family
 from flagscale_convert.latent import LATENT_FIELDS, read_config_latent, read_mtp_layers, write_config_latent
+from flagscale_convert.multimodal import (
+    Sections,
+    read_config_mrope,
+    read_sections,
+    write_config_mrope,
+    write_sections,
+)
 from flagscale_convert.rope import read_config_rope, write_config_rope
 from flagscale_convert.tensors import TORCH_NAMES
 
@@ -107,6 +114,10 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
     """
     family = _family(config, where)
     notes: list[str] = []
+    sections = None
+    if family.multimodal is not None:
+        sections = read_sections(config, family.multimodal, where=where, notes=notes)
+        config = sections.text
     _check_fields(config, family, where, notes)
     theta, scaling = read_config_rope(config, where=where, notes=notes)
     heads = _positive(config, "num_attention_heads", where)
@@ -117,8 +128,9 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
             f"{where}: num_key_value_heads ({kv_heads}): must divide num_attention_heads ({heads})"
         )
     latent = read_config_latent(config, family.base, where=where, notes=notes)
+    head_size = _head_size(config, family, latent, where, notes)
     vocab = _positive(config, "vocab_size", where)
-    is_tied = config.get("tie_word_embeddings")
+    is_tied = config.get("tie_word_embeddings") if sections is None else sections.is_tied
     if is_tied is None:
         notes.append("tie_word_embeddings: absent, false assumed")
     return ReadConfig(
@@ -129,7 +141,7 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
             ffn_size=_positive(config, "intermediate_size", where),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_size=_head_size(config, family, latent, where, notes),
+            head_size=head_size,
             vocab_size=vocab,
             padded_vocab_size=-(-vocab // vocab_divisor) * vocab_divisor,
             norm_epsilon=_number(config, "rms_norm_eps", 1e-6, where, notes),
@@ -143,9 +155,17 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
             experts=read_config_experts(config, family.base, where=where, notes=notes),
             latent=latent,
             mtp_layers=0 if latent is None else read_mtp_layers(config, where=where),
+            mrope_section=read_config_mrope(config, family.multimodal, head_size, where=where),
+            **_towers(sections),
         ),
         tuple(notes),
     )
+
+
+def _towers(sections: Sections | None) -> dict[str, Any]:
+    if sections is None:
+        return {}
+    return {"vision": sections.vision, "audio": sections.audio, "outer": sections.outer}
 
 
 def _head_size(
@@ -241,8 +261,7 @@ def write_config(arch: Architecture, *, dtype: str, tokens: Mapping[str, Any]) -
         tokens: `bos_token_id`, `eos_token_id`, `pad_token_id` as far as known.
     """
     family = FAMILIES[arch.family]
-    config: dict[str, Any] = {
-        "architectures": [family.architecture],
+    text: dict[str, Any] = {
         "attention_bias": False,
         "attention_dropout": 0.0,
         "head_dim": arch.head_size,
@@ -251,7 +270,6 @@ def write_config(arch: Architecture, *, dtype: str, tokens: Mapping[str, Any]) -
         "initializer_range": arch.init_std,
         "intermediate_size": arch.ffn_size,
         "max_position_embeddings": arch.max_positions,
-        "model_type": family.model_type,
         "num_attention_heads": arch.num_heads,
         "num_hidden_layers": arch.num_layers,
         "num_key_value_heads": arch.num_kv_heads,
@@ -267,5 +285,14 @@ def write_config(arch: Architecture, *, dtype: str, tokens: Mapping[str, Any]) -
         **tokens,
     }
     if arch.latent is not None:
-        del config["head_dim"]  # transformers takes it for the rotary part's
+        del text["head_dim"]  # transformers takes it for the rotary part's
+    if family.multimodal is not None:
+        text |= write_config_mrope(arch, family.multimodal)
+        # The class decides by its own types; what every family has stands outside as well, as published.
+        text = {
+            **write_sections(arch, dict(sorted(text.items())), family.multimodal),
+            **tokens,
+            "torch_dtype": TORCH_NAMES[dtype],
+        }
+    config = {**text, "architectures": [family.architecture], "model_type": family.model_type}
     return dict(sorted(config.items()))

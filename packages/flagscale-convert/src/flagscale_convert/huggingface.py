@@ -7,6 +7,7 @@ must be loaded whole, so they are refused with the way to turn them into safeten
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -161,6 +162,28 @@ class HuggingFaceSource:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Name every tensor, in the order of the files."""
         return self._tensors
+
+    def rename(self, patterns: Sequence[tuple[str, str]]) -> None:
+        """Take tensors under the names one version of transformers gave them for those of another.
+
+        Args:
+            patterns: regular expressions and what stands for them; each is tried on every name, in order.
+
+        Raises:
+            SourceDamaged: two tensors would have one name.
+        """
+        for pattern, replacement in patterns:
+            compiled = re.compile(pattern)
+            for name in list(self._tensors):
+                new = compiled.sub(replacement, name)
+                if new == name:
+                    continue
+                if new in self._tensors:
+                    raise SourceDamaged(
+                        f"{self.directory}: `{name}` and `{new}` are the same tensor: the model was"
+                        " saved by two versions of transformers: remove one of the two"
+                    )
+                self._tensors[new], self._places[new] = self._tensors.pop(name), self._places.pop(name)
 
     def divide(self, name: str, parts: Sequence[str], *, shape: tuple[int, ...]) -> bool:
         """Take a tensor as equal parts that lie one behind the other.

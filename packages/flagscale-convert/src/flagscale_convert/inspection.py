@@ -133,8 +133,12 @@ def _understand(
         name: str(value) if name == "rope_scaling" and value is not None else value
         for name in arch.__slots__
         for value in (getattr(arch, name),)
-        if name not in ("experts", "latent")
+        if name not in ("experts", "latent", "vision", "audio", "outer")
     }
+    for kind, tower in (("vision", arch.vision), ("audio", arch.audio)):
+        if tower is not None:
+            described |= {f"{kind}_{name}": value for name, value in tower.fields.items()}
+    described |= arch.outer
     if arch.latent is not None:
         described |= {f"latent_{name}": value for name, value in asdict(arch.latent).items()}
     if arch.experts is not None:

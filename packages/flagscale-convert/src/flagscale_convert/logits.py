@@ -27,8 +27,11 @@ _CHILD = """
 import sys
 import numpy
 import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+named = AutoConfig.from_pretrained(sys.argv[1]).architectures
+kind = getattr(transformers, (named or [""])[0], AutoModelForCausalLM)
+model = kind.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
 vocabulary = model.config.get_text_config().vocab_size
 tokens = torch.randint(0, vocabulary, (2, int(sys.argv[3])), generator=torch.Generator().manual_seed(17))
 with torch.no_grad():

@@ -16,7 +16,9 @@ from flagscale_convert.errors import Unsupported
 from flagscale_convert.experts import read_args_experts, write_args_experts
 from flagscale_convert.families import FAMILIES
 from flagscale_convert.latent import read_args_latent, read_args_mtp_layers, write_args_latent
+from flagscale_convert.multimodal import read_args_mrope, read_args_sections, write_args_sections
 from flagscale_convert.rope import read_args_rope, write_args_rope
+from flagscale_convert.tensors import TensorInfo
 
 __all__ = ["ReadArgs", "read_args", "write_args"]
 
@@ -39,7 +41,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "no_rope_freq": (None,),
     "normalization": ("RMSNorm",),
     "openai_gelu": (False, None),
-    "position_embedding_type": ("rope", "yarn"),
+    "position_embedding_type": ("rope", "yarn", "mrope"),
     "qk_l2_norm": (False, None),
     "quick_geglu": (False, None),
     "rotary_interleaved": (False, None),
@@ -65,7 +67,12 @@ class ReadArgs:
 
 
 def read_args(
-    args: Mapping[str, Any], *, where: str, vocab_size: int | None = None, family: str | None = None
+    args: Mapping[str, Any],
+    *,
+    where: str,
+    vocab_size: int | None = None,
+    family: str | None = None,
+    tensors: Mapping[str, TensorInfo] | None = None,
 ) -> ReadArgs:
     """Understand saved arguments.
 
@@ -75,6 +82,7 @@ def read_args(
         vocab_size: the true vocabulary if known from elsewhere (a tokenizer, the command line).
         family: which of the families with this configuration it is; by default what a conversion noted, else
             the built-in one.
+        tensors: of the checkpoint, by which a tower is noticed and measured where no argument tells of it.
 
     Raises:
         Unsupported: no arguments, another architecture, or a value that contradicts another.
@@ -112,15 +120,23 @@ def read_args(
         else _expert_family(experts, has_bias=has_bias, has_norm=has_norm, where=where)
     )
     ffn_size = _positive(args, "ffn_hidden_size", where)
+    chosen = _chosen(base, family or args.get(_FAMILY) or _noticed(base, args, tensors or {}), where)
+    towers = FAMILIES[chosen].multimodal
+    head_size = _head_size(args, latent, where)
+    vision, audio, outer = (
+        (None, None, {})
+        if towers is None
+        else read_args_sections(args, towers, tensors or {}, where=where, notes=notes)
+    )
     return ReadArgs(
         Architecture(
-            family=_chosen(base, family or args.get(_FAMILY), where),
+            family=chosen,
             num_layers=_positive(args, "num_layers", where),
             hidden_size=hidden,
             ffn_size=experts.ffn_size if experts is not None and base == "mixtral" else ffn_size,
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_size=_head_size(args, latent, where),
+            head_size=head_size,
             vocab_size=_true_vocabulary(args, vocab_size, padded, where, notes),
             padded_vocab_size=padded,
             norm_epsilon=_number(args, "layernorm_epsilon", 1e-5, notes),
@@ -134,6 +150,10 @@ def read_args(
             experts=experts,
             latent=latent,
             mtp_layers=read_args_mtp_layers(args, latent, where=where),
+            mrope_section=read_args_mrope(args, towers, head_size, where=where, notes=notes),
+            vision=vision,
+            audio=audio,
+            outer=outer,
         ),
         tuple(notes),
         knows_vocabulary=bool(vocab_size or args.get("vocab_size")),
@@ -151,6 +171,19 @@ def _chosen(base: str, family: str | None, where: str) -> str:
             " these, or install the package that brings the family"
         )
     return family
+
+
+def _noticed(base: str, args: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Tell a family with towers by a tensor that no other has, or by positions of three axes."""
+    for name, family in FAMILIES.items():
+        towers = family.multimodal
+        if towers is None or family.base != base:
+            continue
+        if towers.mark in tensors or (
+            not tensors and towers.has_mrope and args.get("position_embedding_type") == "mrope"
+        ):
+            return name
+    return None
 
 
 def _head_size(args: Mapping[str, Any], latent: LatentAttention | None, where: str) -> int:
@@ -287,4 +320,5 @@ def write_args(
         "vocab_size": arch.vocab_size,
         **write_args_rope(arch),
         **write_args_latent(arch),
+        **write_args_sections(arch, FAMILIES[arch.family].multimodal),
     }

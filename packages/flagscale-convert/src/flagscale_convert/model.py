@@ -12,18 +12,19 @@ from flagscale_convert.cast import Cast
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.families import FAMILIES, Family
 from flagscale_convert.fp8 import Dequantised, read_block_size
+from flagscale_convert.fused_experts import Divided, Transposed
 from flagscale_convert.hf_config import read_config
 from flagscale_convert.huggingface import CONFIG, HuggingFaceSource, read_json
 from flagscale_convert.locate import Opened
 from flagscale_convert.megatron_args import read_args
 from flagscale_convert.megatron_source import MegatronSource
 from flagscale_convert.rules import Binding, bind
-from flagscale_convert.tensors import Source, TensorInfo
+from flagscale_convert.tensors import Source, TensorInfo, format_bytes
 from flagscale_convert.tokenizer import find_tokenizer
 
-__all__ = ["Model", "require_fit", "understand"]
+__all__ = ["Model", "fused_parts", "require_fit", "understand"]
 
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,18 @@ def _understand_huggingface(
     config = read_json(where)
     read = read_config(config, where=str(where), vocab_divisor=vocab_divisor)
     notes = list(read.notes)
+    files.rename(FAMILIES[read.architecture.family].prefixes)
     arch = _without_absent_mtp(read.architecture, files, notes)
     family = FAMILIES[arch.family]
     bindings = bind(family.rules, arch)
-    _divide_fused(files, arch, family, bindings)
     source: Source = files
+    if family.is_fused_in_files:
+        source = _divided(files, arch, family)
+    else:
+        _divide_fused(files, arch, family, bindings)
     block = read_block_size(config, where=str(where))
     if block is not None:
-        source = Dequantised(files, block, dtype, where=str(opened.directory))
+        source = Dequantised(source, block, dtype, where=str(opened.directory))
         notes.append(f"quantization_config: fp8 weights are dequantised to {dtype}")
     source = _with_float32(source, _pinned_names(bindings, is_megatron=False))
     infos = source.tensors()
@@ -134,12 +139,25 @@ def _understand_huggingface(
         notes.append(
             f"{len(dropped)} tensors of rotary frequencies left out: they follow from the configuration"
         )
-    must_equal = _copies(bindings, infos)
-    if arch.is_tied and _HEAD in infos:
-        dropped.add(_HEAD)
-        must_equal += ((_HEAD, _EMBEDDING),)
+    unused = set(family.unused) & set(infos)
+    if unused:
+        dropped |= unused
+        notes.append(f"{', '.join(sorted(unused))}: left out: no output depends on them")
+    beyond = {name for name in infos if name.startswith(family.beyond)} if family.beyond else set()
+    if beyond:
+        dropped |= beyond
+        parts = sorted({name.partition(".")[0] for name in beyond})
+        size = format_bytes(sum(infos[name].size_bytes for name in beyond))
         notes.append(
-            f"{_HEAD} left out: tie_word_embeddings is true, so it must equal {_EMBEDDING} (will be checked)"
+            f"{', '.join(parts)}: {len(beyond)} tensors ({size}) left out: no part of {family.models}"
+        )
+    must_equal = _copies(bindings, infos)
+    head, embedding = (_name_of(family, megatron) for megatron in (_HEAD, _EMBEDDING))
+    if arch.is_tied and head in infos:
+        dropped.add(head)
+        must_equal += ((head, embedding),)
+        notes.append(
+            f"{head} left out: tie_word_embeddings is true, so it must equal {embedding} (will be checked)"
         )
     return Model(
         architecture=arch,
@@ -153,6 +171,13 @@ def _understand_huggingface(
         must_equal=must_equal,
         knows_vocabulary=True,
         tokenizer_places=(opened.directory,),
+    )
+
+
+def _name_of(family: Family, megatron: str) -> str:
+    """Give the Hugging Face name of one of the language model's own tensors."""
+    return next(
+        (rule.hf[0] for rule in family.rules if rule.megatron.endswith(megatron) and not rule.is_copy), ""
     )
 
 
@@ -178,6 +203,43 @@ def _copies(bindings: Sequence[Binding], infos: Mapping[str, TensorInfo]) -> tup
         for binding in bindings
         if binding.is_copy and binding.hf[0] in infos
     )
+
+
+def fused_parts(arch: Architecture, family: Family) -> dict[str, tuple[str, ...]]:
+    """Name the parts of every tensor that is fused over the experts, expert by expert."""
+    if arch.experts is None:
+        return {}
+    return {
+        fused.name.format(i=layer): tuple(
+            part.format(i=layer, e=expert) for expert in range(arch.experts.count) for part in fused.parts
+        )
+        for fused in family.fused
+        for layer in range(arch.num_layers)
+        if arch.has_experts(layer)
+    }
+
+
+def _divided(files: HuggingFaceSource, arch: Architecture, family: Family) -> Source:
+    """Take fused tensors, in either order of their axes, as the matrices that the rules name."""
+    parts = fused_parts(arch, family)
+    infos = files.tensors()
+    shapes = {
+        name: shape
+        for binding in bind(family.rules, arch)
+        for name, shape in zip(binding.hf, binding.part_shapes, strict=True)
+    }
+    found, transposed = {}, set()
+    for whole, names in parts.items():
+        if whole not in infos or arch.experts is None:
+            continue
+        rows, columns = shapes[names[0]]
+        plain = (arch.experts.count, len(names) // arch.experts.count * rows, columns)
+        if infos[whole].shape == (plain[0], plain[2], plain[1]) != plain:
+            transposed.add(whole)
+        elif infos[whole].shape != plain:
+            continue  # compared with the rules, it is named as unknown and its parts as missing
+        found[whole] = names
+    return Divided(Transposed(files, transposed), found)
 
 
 def _divide_fused(
@@ -216,7 +278,9 @@ def _understand_megatron(
         if found is not None and found.num_tokens is not None:
             given = found.num_tokens
             notes.append(f"vocab_size: {given}, from the tokenizer in {found.directory}")
-    read = read_args(saved, where=str(opened.directory), vocab_size=given, family=asked)
+    read = read_args(
+        saved, where=str(opened.directory), vocab_size=given, family=asked, tensors=source.tensors()
+    )
     arch = read.architecture
     family = FAMILIES[arch.family]
     bindings = bind(family.rules, arch, source.tensors())

@@ -22,7 +22,7 @@ from flagscale_convert.errors import SourceDamaged, SourceNotFound, Unsupported
 from flagscale_convert.megatron_source import CommonState, MegatronSource
 from flagscale_convert.parallel import ParallelLayout, RankPlace
 from flagscale_convert.positioned import PositionedFiles
-from flagscale_convert.sharding import EXPERT, Cut, cut_of
+from flagscale_convert.sharding import EXPERT, LAYER, TOWER, Cut, cut_of
 from flagscale_convert.tensors import TensorInfo
 
 __all__ = ["FILE_NAMES", "MpRankSource"]
@@ -31,7 +31,9 @@ FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")
 _FOLDER = re.compile(r"mp_rank_\d{2,}(?:_\d{3,})?(?:_\d{3,})?")
 _CHUNK = re.compile(r"model(\d*)")
 _PREFIX = re.compile(r"^(?:module\.)+")
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
+_LEGACY = re.compile(
+    r"^(?:language_model(?:$|\.encoder\.|\.embedding\.(?!word_embeddings\.weight$))|encoder\.)"
+)
 _SEQUENTIAL = re.compile(r"^(.+\.mlp\.experts\.)local_experts\.(\d+)\.(.+)$")
 _GROUPED = re.compile(r"^(.+\.mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))(\d+)$")
 _TRANSPOSED = re.compile(r"\.mlp\.experts\.weight[12]$")
@@ -221,15 +223,13 @@ class MpRankSource(MegatronSource):
                     number = rank.place.expert_tensor if EXPERT.match(logical) else rank.place.tensor
                     slices = found.setdefault(logical, {}).setdefault(number, [])
                     slices.append(_Slice(rank.file, payload.offset, info))
-        if (
-            not self.common.args.get("untie_embeddings_and_output_weights", True)
-            and _WORD_EMBEDDINGS in found
-        ):
-            # The last stage keeps a copy of the embedding that is trained along.
-            for number, slices in found.pop("output_layer.weight", {}).items():
-                found[_WORD_EMBEDDINGS].setdefault(number, []).extend(slices)
+        if not self.common.args.get("untie_embeddings_and_output_weights", True):
+            _join_tied(found)
+        shapes = {
+            logical: next(iter(slices_of.values()))[0].info.shape for logical, slices_of in found.items()
+        }
         for logical, slices_of in sorted(found.items(), key=lambda pair: _order(pair[0])):
-            self._assemble(logical, slices_of)
+            self._assemble(logical, slices_of, shapes)
 
     def _first_layers(self, ranks: list[_Rank]) -> dict[tuple[int, int], int]:
         """Give the number of the first layer of each stage and chunk."""
@@ -237,10 +237,10 @@ class MpRankSource(MegatronSource):
         for rank in ranks:
             for chunk, state in enumerate(rank.chunks):
                 layers = {
-                    int(match[1])
+                    int(match["layer"])
                     for key in state
                     if isinstance(key, str)
-                    if (match := _LAYER.match(_PREFIX.sub("", key)))
+                    if (match := LAYER.match(_PREFIX.sub("", key))) and not TOWER.match(key)
                 }
                 if layers != set(range(len(layers))):
                     raise SourceDamaged(
@@ -263,7 +263,7 @@ class MpRankSource(MegatronSource):
             if not isinstance(live, str):
                 continue
             name = _PREFIX.sub("", live)
-            if name.startswith(("language_model", "encoder.")) or _TRANSPOSED.search(name):
+            if _LEGACY.match(name) or _TRANSPOSED.search(name):
                 raise Unsupported(
                     f"{self.directory / rank.file}: `{live}`: only models of megatron-core whose experts are"
                     " separate or Transformer Engine's are read: load it with its own Megatron and save it as"
@@ -272,9 +272,9 @@ class MpRankSource(MegatronSource):
             if name.endswith("_extra_state"):
                 self._extra_states.append(name)
                 continue
-            layered = _LAYER.match(name)
-            if layered is not None:
-                name = f"decoder.layers.{first_layer + int(layered[1])}.{layered[2]}"
+            layered = LAYER.match(name)
+            if layered is not None and not TOWER.match(name):
+                name = f"{layered['stack']}{first_layer + int(layered['layer'])}.{layered['rest']}"
             name = name.replace(".mtp_model_layer.", ".transformer_layer.")
             yield self._expert_name(name, rank.place.expert), record, live
 
@@ -293,7 +293,9 @@ class MpRankSource(MegatronSource):
         assert grouped is not None  # noqa: S101 - one of the two matched
         return f"{grouped[1]}experts.{first + int(grouped[3])}.{grouped[2]}"
 
-    def _assemble(self, logical: str, slices_of: Mapping[int, list[_Slice]]) -> None:
+    def _assemble(
+        self, logical: str, slices_of: Mapping[int, list[_Slice]], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
         is_expert = EXPERT.match(logical) is not None
         ranks = self.layout.expert_tensor if is_expert else self.layout.tensor_model_parallel_size
         missing = [str(number) for number in range(ranks) if number not in slices_of]
@@ -303,9 +305,9 @@ class MpRankSource(MegatronSource):
             )
         parts = [slices_of[number][0] for number in range(ranks)]
         if len({slice_.info for slices in slices_of.values() for slice_ in slices}) > 1:
-            shapes = sorted({str(list(part.info.shape)) for slices in slices_of.values() for part in slices})
-            raise SourceDamaged(f"{self.directory}: `{logical}`: slices differ ({', '.join(shapes)})")
-        cut = cut_of(logical, self.common.args.get("transformer_impl"))
+            found = sorted({str(list(part.info.shape)) for slices in slices_of.values() for part in slices})
+            raise SourceDamaged(f"{self.directory}: `{logical}`: slices differ ({', '.join(found)})")
+        cut = cut_of(logical, self.common.args.get("transformer_impl"), shapes)
         part = parts[0].info
         axis = 1 if cut is Cut.COLUMNS else 0
         boxes: tuple[Box, ...]
@@ -332,12 +334,20 @@ class MpRankSource(MegatronSource):
         )
 
 
-def _order(logical: str) -> tuple[int, int, str]:
+def _join_tied(found: dict[str, dict[int, list[_Slice]]]) -> None:
+    """Take the copy of the embedding that the last stage keeps, and trains along, for the embedding."""
+    for embedding in [name for name in found if name.endswith(_WORD_EMBEDDINGS)]:
+        output = embedding.replace(_WORD_EMBEDDINGS, "output_layer.weight")
+        for number, slices in found.pop(output, {}).items():
+            found[embedding].setdefault(number, []).extend(slices)
+
+
+def _order(logical: str) -> tuple[int, str, int, str]:
     """Sort in the order of the model."""
-    layered = _LAYER.match(logical)
+    layered = LAYER.match(logical)
     if layered is not None:
-        return 1, int(layered[1]), layered[2]
-    return (0 if logical.startswith("embedding.") else 2), 0, logical
+        return 1, layered["stack"], int(layered["layer"]), layered["rest"]
+    return (0 if "embedding." in logical else 2), "", 0, logical
 
 
 def _box(part: _Slice, skip_rows: int, first_row: int, column: int, rows: int) -> Box:

@@ -20,7 +20,7 @@ from flagscale_convert.errors import Unsupported
 from flagscale_convert.layout import FilePlan, Item
 from flagscale_convert.parallel import ParallelLayout, RankPlace
 from flagscale_convert.pickling import dump
-from flagscale_convert.sharding import EXPERT, Cut, cut_of
+from flagscale_convert.sharding import EXPERT, LAYER, TOWER, Cut, cut_of
 from flagscale_convert.tensors import Source, TensorInfo
 from flagscale_convert.torch_zip import ArchiveFrame
 
@@ -28,13 +28,16 @@ __all__ = ["Implementation", "Slices", "lay_out_mp_rank"]
 
 Implementation = Literal["transformer_engine", "local"]
 """Megatron's `--transformer-impl`."""
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+_EVERYWHERE = frozenset({"image_newline"})
+"""What the model has on every stage, whatever else the stage has."""
 _LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
     "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
 }
 _STATEFUL = re.compile(r"^(.+\.(?:linear_\w+|eh_proj))\.weight\d*$")
 
@@ -120,6 +123,7 @@ def lay_out_mp_rank(  # noqa: PLR0913 - one caller, most by keyword
     layout.check(arch)
     naming = _Live(arch, layout, implementation, grouped_experts, is_legacy)
     infos = source.tensors()
+    shapes = {logical: info.shape for logical, info in infos.items()}
     slices: dict[str, _Slice] = {}
     files = []
     for place in layout.places():
@@ -129,7 +133,7 @@ def lay_out_mp_rank(  # noqa: PLR0913 - one caller, most by keyword
         for chunk in range(layout.virtual_pipeline_model_parallel_size or 1):
             state: dict[str, Any] = {}
             for live, logical in naming.names(infos, place, chunk):
-                slice_ = _slice(logical, infos[logical], layout, place, implementation)
+                slice_ = _slice(logical, shapes, infos[logical].dtype, layout, place, implementation)
                 key = f"{path}:{chunk}:{live}"
                 slices[key] = slice_
                 state[live] = pickled_tensor(slice_.info.dtype, slice_.info.shape, key=str(len(items)))
@@ -179,16 +183,28 @@ class _Live:
         is_last = place.pipeline == len(stages) - 1 and chunk == len(stages[0]) - 1
         has_mtp = any(name.startswith("mtp.") for name in infos)
         for logical in infos:
-            layered = _LAYER.match(logical)
-            if layered is not None and int(layered[1]) in layers:
-                here = f"decoder.layers.{int(layered[1]) - layers.start}.{self._live(layered[2])}"
-                yield from ((live, logical) for live in self._own_expert(here, place))
-            elif logical == _EMBEDDING and (is_first or (is_last and has_mtp)):
-                yield logical, logical
-            elif layered is None and logical != _EMBEDDING and is_last:
+            layered = LAYER.match(logical)
+            if TOWER.match(logical) or logical in _EVERYWHERE:
+                if is_first or logical in _EVERYWHERE:
+                    yield self._live(logical), logical
+            elif layered is not None:
+                if int(layered["layer"]) in layers:
+                    number = int(layered["layer"]) - layers.start
+                    here = f"{layered['stack']}{number}.{self._live(layered['rest'])}"
+                    yield from ((live, logical) for live in self._own_expert(here, place))
+            elif logical.endswith(_EMBEDDING):
+                yield from self._embedding(logical, is_first=is_first, is_last=is_last, has_mtp=has_mtp)
+            elif is_last:
                 yield from ((live, logical) for live in self._own_expert(self._live(logical), place))
+
+    def _embedding(
+        self, logical: str, *, is_first: bool, is_last: bool, has_mtp: bool
+    ) -> Iterator[tuple[str, str]]:
+        """Give the names a chunk has for the embedding; a tied output layer elsewhere is a copy of it."""
+        if is_first or (is_last and has_mtp):
+            yield logical, logical
         if is_last and not is_first and self.arch.is_tied:
-            yield _OUTPUT, _EMBEDDING
+            yield logical.replace(_EMBEDDING, _OUTPUT), logical
 
     def _live(self, rest: str) -> str:
         if not self.is_legacy:
@@ -215,12 +231,18 @@ class _Live:
 
 
 def _slice(
-    logical: str, info: TensorInfo, layout: ParallelLayout, place: RankPlace, implementation: Implementation
+    logical: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    layout: ParallelLayout,
+    place: RankPlace,
+    implementation: Implementation,
 ) -> _Slice:
+    info = TensorInfo(dtype, shapes[logical])
     is_expert = EXPERT.match(logical) is not None
     ranks = layout.expert_tensor if is_expert else layout.tensor_model_parallel_size
     rank = place.expert_tensor if is_expert else place.tensor
-    cut = cut_of(logical, implementation)
+    cut = cut_of(logical, implementation, shapes)
     if ranks == 1 or cut is Cut.WHOLE:
         return _Slice(logical, ((0, info.rows),), 0, info)
     axis, parts = (1, ranks) if cut is Cut.COLUMNS else (0, 2 * ranks if cut is Cut.HALVES else ranks)

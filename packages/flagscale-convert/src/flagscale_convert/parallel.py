@@ -167,6 +167,11 @@ class ParallelLayout:
                 f"expert_model_parallel_size ({size}): must divide the {arch.experts.count} experts"
             )
         tensor = self.tensor_model_parallel_size
+        if arch.vision is not None and arch.vision.num_heads % tensor:
+            raise Unsupported(
+                f"tensor_model_parallel_size ({tensor}): must divide the {arch.vision.num_heads} attention"
+                " heads of the vision tower"
+            )
         if arch.num_heads % tensor:
             raise Unsupported(
                 f"tensor_model_parallel_size ({tensor}): must divide the {arch.num_heads} attention heads"

@@ -16,13 +16,14 @@ from flagscale_convert.arrange import as_canonical, as_huggingface, as_megatron
 from flagscale_convert.cast import Cast
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.fp8 import Dequantised
+from flagscale_convert.fused_experts import Joined, Transposed
 from flagscale_convert.hf_config import write_config
 from flagscale_convert.huggingface import CONFIG
 from flagscale_convert.layout import FilePlan, lay_out_safetensors
 from flagscale_convert.locate import TRACKER, open_checkpoint
 from flagscale_convert.megatron_args import write_args
 from flagscale_convert.megatron_source import MegatronSource
-from flagscale_convert.model import Model, understand
+from flagscale_convert.model import Model, fused_parts, understand
 from flagscale_convert.mp_rank_layout import Implementation
 from flagscale_convert.parallel import ParallelLayout
 from flagscale_convert.rules import Binding, bind
@@ -257,11 +258,13 @@ def _padded(arch: Architecture, multiple: int) -> Architecture:
 
 def _view(model: Model, written: Sequence[Binding], to: Format) -> Source:
     """See the source as the destination will have it, dtype and ranks apart."""
+    if to == "hf":
+        return _as_files(
+            as_huggingface(model.source, model.bindings) if model.is_megatron else _only_bound(model), model
+        )
     if model.is_megatron:
-        if to == "hf":
-            return as_huggingface(model.source, model.bindings)
         return as_canonical(model.source, model.bindings, written)
-    return _only_bound(model.source, model) if to == "hf" else as_megatron(model.source, written)
+    return as_megatron(model.source, written)
 
 
 def _is_stacked(arch: Architecture, layers: Layers) -> bool:
@@ -273,9 +276,18 @@ def _is_stacked(arch: Architecture, layers: Layers) -> bool:
     return arch.is_uniform and layers != "per-layer"
 
 
-def _only_bound(view: Source, model: Model) -> Source:
+def _only_bound(model: Model) -> Source:
     """Leave out of a Hugging Face source what carries nothing, by seeing it through the rules and back."""
-    return as_huggingface(as_megatron(view, model.bindings), model.bindings)
+    return as_huggingface(as_megatron(model.source, model.bindings), model.bindings)
+
+
+def _as_files(view: Source, model: Model) -> Source:
+    """Fuse experts where a family's files have them so."""
+    experts = model.architecture.experts
+    if not model.family.is_fused_in_files or experts is None:
+        return view
+    parts = fused_parts(model.architecture, model.family)
+    return Transposed(Joined(view, parts, experts.count), parts.keys())
 
 
 @dataclass(kw_only=True)

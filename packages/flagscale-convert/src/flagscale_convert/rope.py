@@ -54,7 +54,8 @@ def read_config_rope(
             f"{where}: partial_rotary_factor ({rope['partial_rotary_factor']}): only 1 has an equal in"
             " Megatron's models of these families"
         )
-    if kind == "default":
+    # Which frequencies turn with which axis is told elsewhere; how fast they turn is the same.
+    if kind in ("default", "mrope"):
         return float(theta), None
     own = {"linear": frozenset(), "llama3": frozenset(_LLAMA3_BANDS), "yarn": _YARN_FIELDS}.get(kind)
     if own is None:

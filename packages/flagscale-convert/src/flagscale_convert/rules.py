@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
-from flagscale_convert.architecture import Architecture
+from flagscale_convert.architecture import Architecture, Tower
 from flagscale_convert.tensors import TensorInfo
 
-__all__ = ["Binding", "Copy", "Gated", "Op", "Qkv", "Rule", "Span", "Vocab", "bind"]
+__all__ = ["Binding", "Copy", "Gated", "Op", "Qkv", "Rule", "Span", "TowerQkv", "Vocab", "bind"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class Span:
 
 
 Size = Callable[[Architecture], int]
-Layers = Literal["all", "dense", "experts", "mtp"]
+Columns = Callable[[Architecture], int | tuple[int, ...]]
+Layers = Literal["all", "dense", "experts", "mtp", "vision", "deepstack", "audio"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,39 @@ class Qkv(Op):
 
 
 @dataclass(frozen=True, slots=True)
+class TowerQkv(Op):
+    """A tower's fused projection: for each head its query, its key, its value.
+
+    On the other side they are three tensors, or one with all queries first.
+    """
+
+    tower: Callable[[Architecture], Tower | None]
+    parts: Literal[1, 3]
+
+    def part_rows(self, arch: Architecture) -> tuple[int, ...]:
+        """Query, key and value, or all of them."""
+        tower = self.tower(arch)
+        return () if tower is None else (tower.hidden_size * 3 // self.parts,) * self.parts
+
+    def spans(self, arch: Architecture) -> tuple[Span, ...]:
+        """Interleave by head."""
+        tower = self.tower(arch)
+        if tower is None:
+            return ()
+        heads, size = tower.num_heads, tower.hidden_size // tower.num_heads
+        return tuple(
+            Span(
+                kind if self.parts != 1 else 0,
+                (head if self.parts != 1 else kind * heads + head) * size,
+                (head * 3 + kind) * size,
+                size,
+            )
+            for head in range(heads)
+            for kind in range(3)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One correspondence; `{i}` in the names is the layer, `{e}` the expert.
 
@@ -123,19 +158,22 @@ class Rule:
     """The parts, in the operation's order."""
     megatron: str
     op: Op
-    columns: Size | None = None
-    """Second axis of every part and of the whole; None for vectors."""
+    columns: Columns | None = None
+    """Second axis of every part and of the whole, or all behind the first; None for vectors."""
     aliases: tuple[str, ...] = ()
     """Other names of the whole seen in checkpoints; read, never written."""
     twins: tuple[str, ...] = ()
     """Other names some layer flavour asks for; read, and written as a second name of the same bytes."""
     layers: Layers = "all"
-    """In which layers it holds; `all` leaves out `mtp`."""
+    """In which layers it holds: of the language model (`all` leaves out `mtp`) or of a tower; `deepstack`
+    are the mergers that take features from between a tower's layers."""
     when: Callable[[Architecture], bool] = lambda _arch: True
     is_copy: bool = False
     """True for a second Hugging Face name of what another rule maps: written, on reading only compared."""
     is_float32: bool = False
     """True for values that are float32 whatever the rest of the model is cast to."""
+    shape: Callable[[Architecture], tuple[int, ...]] | None = None
+    """Shape of the whole where it has its one part's elements in another shape; for small tensors only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +188,8 @@ class Binding:
     whole_shape: tuple[int, ...]
     is_copy: bool = False
     is_float32: bool = False
+    is_reshaped: bool = False
+    """True when part and whole have the same bytes in different shapes."""
 
 
 def bind(
@@ -163,17 +203,34 @@ def bind(
         present: names in the Megatron checkpoint to read, by which a rule chooses among its aliases.
     """
     applicable = [rule for rule in rules if rule.when(arch) and (rule.layers != "mtp" or arch.mtp_layers)]
-    layered = [index for index, rule in enumerate(applicable) if _is_layered(rule)]
-    first, last = (layered[0], layered[-1]) if layered else (0, -1)
-    bound = [_bind(rule, arch, present) for rule in applicable[:first]]
-    bound += [
+    return tuple(
         _bind(rule, arch, present, layer, expert)
-        for layer in range(arch.num_layers + arch.mtp_layers)
-        for rule in applicable[first : last + 1]
-        if _holds(rule, arch, layer)
+        for stack, together in groupby(applicable, _stack)
+        for rules_of_stack in [tuple(together)]
+        for layer in range(_depth(stack, arch))
+        for rule in rules_of_stack
+        if stack != "decoder" or _holds(rule, arch, layer)
         for expert in _experts(rule, arch)
-    ]
-    return tuple(bound + [_bind(rule, arch, present) for rule in applicable[last + 1 :]])
+    )
+
+
+def _stack(rule: Rule) -> str:
+    """Name the layers a rule is repeated over; empty when it holds once."""
+    if not _is_layered(rule):
+        return ""
+    return rule.layers if rule.layers in ("vision", "deepstack", "audio") else "decoder"
+
+
+def _depth(stack: str, arch: Architecture) -> int:
+    if stack == "decoder":
+        return arch.num_layers + arch.mtp_layers
+    if stack == "audio":
+        return 0 if arch.audio is None else arch.audio.depth
+    if stack and arch.vision is None:
+        return 0
+    if stack == "deepstack" and arch.vision is not None:
+        return len(arch.vision.fields["deepstack_visual_indexes"])
+    return arch.vision.depth if stack and arch.vision is not None else 1
 
 
 def _is_layered(rule: Rule) -> bool:
@@ -201,7 +258,8 @@ def _bind(
     def named(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(name.format(i=layer, k=layer - arch.num_layers, e=expert) for name in names)
 
-    columns = () if rule.columns is None else (rule.columns(arch),)
+    trailing = () if rule.columns is None else rule.columns(arch)
+    columns = trailing if isinstance(trailing, tuple) else (trailing,)
     twins = named(rule.twins)
     names = (*named((rule.megatron, *rule.aliases)), *twins)
     return Binding(
@@ -210,7 +268,8 @@ def _bind(
         twins=twins,
         spans=rule.op.spans(arch),
         part_shapes=tuple((rows, *columns) for rows in rule.op.part_rows(arch)),
-        whole_shape=(rule.op.whole_rows(arch), *columns),
+        whole_shape=(rule.op.whole_rows(arch), *columns) if rule.shape is None else rule.shape(arch),
         is_copy=rule.is_copy,
         is_float32=rule.is_float32,
+        is_reshaped=rule.shape is not None,
     )

@@ -23,9 +23,12 @@ FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "generation_config.json",
 )
-"""Every file of a model directory that belongs to its tokenizer or to generation."""
+"""Every file of a model directory that belongs to its tokenizer, its other inputs or to generation."""
 _CORE = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _IDS = ("bos", "eos", "pad")
 

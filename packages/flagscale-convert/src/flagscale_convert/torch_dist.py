@@ -30,8 +30,11 @@ from flagscale_convert.tensors import DTYPES, TensorInfo
 __all__ = ["COMMON_STATE", "TorchDistSource"]
 
 COMMON_STATE = "common_state/shard_0_1"
-_PREFIX = re.compile(r"^(?:model\.|module\.)+(?=decoder\.|embedding\.|output_layer\.|mtp\.)")
-_STACKED = re.compile(r"^decoder\.layers\.(?!\d+\.)(?P<rest>.+)$")
+_PREFIX = re.compile(
+    r"^(?:model\.|module\.)+(?=decoder\.|embedding\.|output_layer\.|mtp\."
+    r"|language_model\.|vision_model\.|vision_projection\.|audio_model\.|thinker\.|image_newline$)"
+)
+_STACKED = re.compile(r"^(?P<stack>(?:\w+\.)*decoder\.layers\.)(?!\d+\.)(?P<rest>.+)$")
 _GROUPED = re.compile(r"^(?P<head>.+\.mlp\.experts\.experts\.)(?P<rest>linear_fc[12]\..+)$")
 _OPTIMIZER = re.compile(r"^(?:optimizer\b|chained_\d+\.|opt_param_scheduler)")
 
@@ -120,7 +123,7 @@ class TorchDistSource(MegatronSource):
         if stacked is not None and info.shape:
             self.is_stacked = True
             parts = [
-                (f"decoder.layers.{layer}.{stacked['rest']}", (layer,)) for layer in range(info.shape[0])
+                (f"{stacked['stack']}{layer}.{stacked['rest']}", (layer,)) for layer in range(info.shape[0])
             ]
         if _GROUPED.match(logical) and len(info.shape) > len(parts[0][1]):
             parts = [

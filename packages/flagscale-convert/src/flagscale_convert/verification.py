@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -23,6 +24,8 @@ __all__ = ["Difference", "Mode", "VerifyReport", "first_difference", "verify"]
 Mode = Literal["cover", "bitwise", "stats", "logits"]
 _LOGIT_TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, that float32 arithmetic explains."""
+_TEXT_LAYER = re.compile(r"(?:^|\.)(?:model|language_model)\.layers\.(\d+)\.")
+"""A layer of a language model, under its Hugging Face name; towers have other names for theirs."""
 _WEIGHTS = (".safetensors", ".distcp", ".pt")
 _BUFFER_BYTES = 8 << 20
 
@@ -166,9 +169,8 @@ def _first_layers(infos: Mapping[str, TensorInfo], num_layers: int | None) -> di
     """Leave out the layers behind the first ones."""
 
     def is_kept(name: str) -> bool:
-        head, _, rest = name.partition("model.layers.")
-        number = rest.partition(".")[0]
-        return num_layers is None or head != "" or not number.isdecimal() or int(number) < num_layers
+        layered = _TEXT_LAYER.search(name)
+        return num_layers is None or layered is None or int(layered[1]) < num_layers
 
     return {name: info for name, info in infos.items() if is_kept(name)}
 

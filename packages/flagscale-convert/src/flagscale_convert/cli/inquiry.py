@@ -195,6 +195,6 @@ def _families(arguments: argparse.Namespace) -> int:
         )
         return 0
     for family in FAMILIES.values():
-        print(f"{family.name:<11} {family.architecture:<21} {family.models}")
-        print(f"{'':<11} proven by {family.proven_by}")
+        print(f"{family.name:<18} {family.architecture:<42} {family.models}")
+        print(f"{'':<18} proven by {family.proven_by}")
     return 0
