@@ -159,6 +159,7 @@ def _add_data_verbs(verbs: Any) -> None:
     verb.add_argument("prefix", type=Path, metavar="PREFIX", help="path without .bin and .idx")
     verb.add_argument("--tokenizer", type=Path, metavar="DIR", help="show text, and check the ids against it")
     verb.add_argument("--count", action="store_true", help="read every id, for the highest and the ends")
+    verb.add_argument("--check", action="store_true", help="compare both files with their checksums")
     verb.add_argument("--json", action="store_true", help="print JSON")
     verb = _verb(verbs, "merge", _merge, "Join datasets to one.")
     verb.add_argument("inputs", nargs="+", type=Path, metavar="PREFIX", help="paths without .bin and .idx")
@@ -409,6 +410,7 @@ def _tokenize(given: argparse.Namespace) -> int:
         eod=given.eod,
         append_eod=not given.no_eod,
         overwrite=given.overwrite,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     if given.json:
         _print_json(asdict(made))
@@ -424,7 +426,7 @@ def _tokenize(given: argparse.Namespace) -> int:
 def _inspect(given: argparse.Namespace) -> int:
     from flagscale_train.data import inspect
 
-    facts = inspect(given.prefix, tokenizer=given.tokenizer, count=given.count)
+    facts = inspect(given.prefix, tokenizer=given.tokenizer, count=given.count, check=given.check)
     if given.json:
         _print_json(asdict(facts))
         return 0
@@ -439,6 +441,8 @@ def _inspect(given: argparse.Namespace) -> int:
         print(f"  {facts.num_eod:,} ends of documents")
     if facts.made_by is not None:
         print(f"  made with {facts.made_by.tokenizer} ({facts.made_by.vocab_size:,} tokens)")
+    if facts.is_checked:
+        print("  both files have the checksums they were written with")
     if facts.text is not None:
         print(f"  begins: {json.dumps(facts.text, ensure_ascii=False)}")
     return 0
