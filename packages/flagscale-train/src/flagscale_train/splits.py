@@ -24,11 +24,17 @@ _PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
 def named(options: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Yield option and prefix of every dataset that Megatron options name, without the weights."""
     for option in ("data_path", *_PER_SPLIT):
-        words = options.get(option) or ()
-        words = words.split() if isinstance(words, str) else [str(word) for word in words]
-        # Either prefixes alone, or weights and prefixes in turn.
-        weighted = len(words) > 1 and len(words) % 2 == 0 and all(_is_number(word) for word in words[::2])
-        yield from ((option, word) for word in (words[1::2] if weighted else words))
+        yield from ((option, prefix) for prefix, _ in _blend(options, option))
+
+
+def _blend(options: Mapping[str, Any], option: str) -> list[tuple[str, float | None]]:
+    """Return prefixes and their weights, None where they have none."""
+    words = options.get(option) or ()
+    words = words.split() if isinstance(words, str) else [str(word) for word in words]
+    # Either prefixes alone, or weights and prefixes in turn.
+    if len(words) > 1 and len(words) % 2 == 0 and all(_is_number(word) for word in words[::2]):
+        return [(prefix, float(weight)) for weight, prefix in zip(words[::2], words[1::2], strict=True)]
+    return [(word, None) for word in words]
 
 
 def _is_number(word: str) -> bool:
@@ -53,7 +59,8 @@ def shares(split: str, count: int) -> tuple[int | None, ...]:
     if not 0 < len(parts) <= 3 or not sum(parts):
         raise ValueError(f"{split!r} is not up to three numbers, one of them above 0")
     parts += [0.0] * (3 - len(parts))
-    bounds = accumulate((part / sum(parts) for part in parts), initial=0.0)
+    *_, total = accumulate(parts)  # not sum(), which rounds better than Megatron
+    bounds = accumulate((part / total for part in parts), initial=0.0)
     return tuple(
         None if last <= first else round(last * count) - round(first * count)
         for first, last in pairwise(bounds)
@@ -71,12 +78,16 @@ def conflicts(options: Mapping[str, Any], counts: Mapping[str, int]) -> list[str
         One sentence for each problem.
     """
     per_split = [option for option in _PER_SPLIT if options.get(option)]
-    if per_split and (options.get("data_path") or options.get("split")):
-        other = "data_path" if options.get("data_path") else "split"
-        problem = f"{other}: {options[other]}: {per_split[0]} names the data of one split already"
-        return [f"{problem}: give either data_path and split, or {', '.join(_PER_SPLIT)}"]
+    if per_split and options.get("split"):
+        problem = f"split: {options['split']}: {per_split[0]} names the data of one split already"
+        return [f"{problem}: remove the split, or give data_path alone"]
     split = str(options.get("split") or DEFAULT)
-    problems = []
+    problems = [
+        f"{option}: weight {weight:g} of {prefix}: must be above 0: leave the dataset out"
+        for option in ("data_path", *_PER_SPLIT)
+        for prefix, weight in _blend(options, option)
+        if weight is not None and not weight > 0
+    ]
     for option, prefix in named(options):
         count = counts.get(prefix)
         if count == 0:
