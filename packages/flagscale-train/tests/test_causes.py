@@ -17,8 +17,8 @@ CUDA_MEMORY = (
 )
 WATCHDOG = (
     "[rank1]:[E1128 10:11:12.131415161 ProcessGroupNCCL.cpp:689] [Rank 1] Watchdog caught collective "
-    "operation timeout: WorkNCCL(SeqNum=158046, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, Timeout(ms)=600000) ran "
-    "for 600012 milliseconds before timing out."
+    "operation timeout: WorkNCCL(SeqNum=158046, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, Timeout(ms)=600000) "
+    "ran for 600012 milliseconds before timing out."
 )
 
 ERRORS = {

@@ -9,7 +9,7 @@ from flagscale_hw import detect
 from flagscale_train.findings import examine
 from flagscale_train.logits import reference_options
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.every_megatron]
 
 TOLERANCE = 1e-5
 VOCAB = 128
@@ -103,6 +103,51 @@ FAMILIES = {
             "moe_router_topk": 2,
             "moe_ffn_hidden_size": 112,
             **RENORMALISED,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "intermediate_size": 112,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 40,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "num_nextn_predict_layers": 0,
+        },
+        {
+            "untie_embeddings_and_output_weights": True,
+            "multi_latent_attention": True,
+            "qk_layernorm": True,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_head_dim": 16,
+            "qk_pos_emb_head_dim": 8,
+            "v_head_dim": 12,
+            "rope_type": "rope",
+            "num_experts": 8,
+            "moe_layer_freq": "[0]*1+[1]*2",
+            "moe_router_topk": 4,
+            "moe_ffn_hidden_size": 40,
+            "moe_shared_expert_intermediate_size": 40,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_topk_scaling_factor": 2.5,
+            "moe_router_enable_expert_bias": True,
+            "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2,
+            "moe_router_load_balancing_type": "none",
         },
     ),
 }
