@@ -35,6 +35,7 @@ ERRORS = {
     "rank 0: Refusal: a checkpoint of another model: num_layers: 3: it has 2": "other-model",
     "rank 0: RuntimeError: PytorchStreamReader failed reading zip archive: failed finding central "
     "directory": "truncated-file",
+    "rank 0: CheckpointingException: Common file /c/release/common.pt does not exist": "newer-checkpoint",
     "rank 0: IndexError: index out of range in self": "vocabulary",
     "rank 0: AcceleratorError: CUDA error: device-side assert triggered": "vocabulary",
     "rank 0: OSError: [Errno 28] No space left on device": "disk-full",

@@ -101,6 +101,14 @@ _TABLE: tuple[tuple[Cause, tuple[str, ...]], ...] = (
     ),
     (
         Cause(
+            "newer-checkpoint",
+            "the checkpoint was written for a newer Megatron than the one installed",
+            "convert it again with `flagscale-convert run ... --megatron-version 0.17`, or update megatron-core",
+        ),
+        (r"Common file .* does not exist",),
+    ),
+    (
+        Cause(
             "truncated-file",
             "a file, of a checkpoint most likely, is cut off or damaged",
             "delete the checkpoint that holds it: the newest one that is whole is taken then",
