@@ -103,7 +103,7 @@ _TABLE: tuple[tuple[Cause, tuple[str, ...]], ...] = (
         Cause(
             "newer-checkpoint",
             "the checkpoint was written for a newer Megatron than the one installed",
-            "convert it again with `flagscale-convert run ... --megatron-version 0.17`, or update megatron-core",
+            "convert it with `flagscale-convert run ... --megatron-version 0.17`, or update megatron-core",
         ),
         (r"Common file .* does not exist",),
     ),
