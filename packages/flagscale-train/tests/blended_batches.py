@@ -44,7 +44,7 @@ def _work(job):
     from megatron.core import parallel_state
     from safetensors.torch import save_file
 
-    from flagscale_train.worker import datasets, session, settings
+    from flagscale_train.worker import datasets, refusal, session, settings
 
     sys.argv = ["worker", *job["argv"]]
     args = session.prepare(settings.Settings.from_environment())()
@@ -53,7 +53,11 @@ def _work(job):
     )
     parallel_state.initialize_model_parallel()
     saved = {}
-    built = datasets.provide(job["samples"])
+    try:
+        built = datasets.provide(job["samples"])
+    except refusal.Refusal as refused:
+        Path(job["out"]).with_suffix(".refused").write_text(str(refused))
+        return
     for name, dataset in zip(("train", "valid", "test"), built, strict=True):
         samples = [dataset[number] for number in range(len(dataset or ()))]
         for key in samples[0] if samples else ():

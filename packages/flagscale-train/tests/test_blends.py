@@ -58,6 +58,7 @@ def place(tmp_path_factory, write_experiment):
     cases = {
         "weighted": ([f"{data}=[3,{a},1,{b}]"], [80, 12, 0], False),
         "unweighted": ([f"{data}=[{a},{b}]"], [20, 2, 0], False),
+        "too short": ([f"{data}=[{a},{b}]"], [2000, 2, 0], False),
         "per split": (
             [*no_split, f"+train.data.train_data_path=[1,{a},1,{c}]", f"+train.data.valid_data_path={b}"],
             [40, 8, 0],
@@ -165,6 +166,12 @@ def test_without_weights_every_token_is_used_once(place):
     samples = samples_of(place, "unweighted")
     assert len(samples["train.tokens"]) == 20
     assert not any(name.startswith("test") for name in samples)
+
+
+def test_a_blend_that_is_too_short_is_refused_before_the_first_step(place):
+    said = (place / "too short.refused").read_text()
+    count = sum((sum(map(len, made[:bound])) - 1) // LENGTH for made, bound in ((A, 36), (B, 27)))
+    assert f"gives {count} samples for train, and 2000 are asked for: give weights" in said
 
 
 def test_each_split_has_its_own_data(place):
