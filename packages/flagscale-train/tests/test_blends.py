@@ -5,6 +5,8 @@ import random
 import subprocess
 import sys
 from array import array
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,9 @@ from flagscale_train.plan import options_for
 pytestmark = [pytest.mark.megatron, pytest.mark.every_megatron, pytest.mark.filterwarnings("ignore")]
 
 EOD = 511
-"""The end of a document for a NullTokenizer of 512 tokens."""
+"""The end of a document for a NullTokenizer of 512 tokens, the last of which older Megatrons add."""
+MEGATRON = tuple(map(int, version("megatron-core").split(".")[:2])) if find_spec("megatron") else (0, 19)
+TOKENIZER = f"train.data.tokenizer.vocab_size={512 - (MEGATRON < (0, 18))}"
 LENGTH = 32
 RESET = [
     f"+train.data.{name}=true" for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
@@ -100,7 +104,7 @@ def place(tmp_path_factory, write_experiment):
 
 
 def job(experiment, out, overrides, samples, losses):
-    found = load(experiment, overrides, task="train")
+    found = load(experiment, [*overrides, TOKENIZER], task="train")
     findings = examine(found)
     assert findings.problems == ()
     options = options_for(found, detect(), findings)

@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
 
@@ -14,7 +15,7 @@ pytestmark = [pytest.mark.megatron, pytest.mark.every_megatron]
 
 TOLERANCE = 1e-5
 VOCAB = 128
-MEGATRON = tuple(map(int, version("megatron-core").split(".")[:2]))
+MEGATRON = tuple(map(int, version("megatron-core").split(".")[:2])) if find_spec("megatron") else (0, 19)
 NULL_TOKENS = VOCAB - (MEGATRON < (0, 18))
 """Of the NullTokenizer, to which older Megatrons add one."""
 COMMON = {
