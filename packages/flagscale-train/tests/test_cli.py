@@ -187,7 +187,7 @@ def test_the_flags_are_these():
             "--tokenizer",
             "--workers",
         ],
-        "inspect": ["--count", "--json", "--tokenizer"],
+        "inspect": ["--check", "--count", "--json", "--tokenizer"],
         "merge": ["--output", "--overwrite"],
         "train-tokenizer": ["--json", "--key", "--output", "--overwrite", "--vocab-size"],
     }

@@ -13,7 +13,7 @@ from flagscale_hw import detect
 from flagscale_train.findings import Findings
 from flagscale_train.logits import reference_options
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.every_megatron]
 
 RECIPES = Path(str(files("flagscale_train.recipes")))
 SCRIPTED = ("llava1_5", "llava_onevision", "qwen2_5_vl", "rwkv")

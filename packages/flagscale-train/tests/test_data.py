@@ -50,6 +50,10 @@ def decoded(tokenizer, prefix):
     return texts
 
 
+def files_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def tokenize(*words):
     return main(["data", "tokenize", *map(str, words)])
 
@@ -164,9 +168,16 @@ def test_wrong_words(corpus, tokenizer, tmp_path, capsys):
 def test_what_exists_is_kept_unless_told(corpus, tokenizer, tmp_path, capsys):
     words = [corpus, "--tokenizer", tokenizer, "--output", tmp_path / "d"]
     assert tokenize(*words) == 0
-    assert tokenize(*words) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert tokenize(*words, "--overwrite") == 0
+    before = files_below(tmp_path)
+    assert tokenize(*words) == 0
+    assert "nothing remains" in capsys.readouterr().err
+    assert tokenize(*words, "--no-eod") == 2
+    assert "made from other inputs, or with other options" in (said := capsys.readouterr().err)
+    assert "--overwrite" in said
+    assert files_below(tmp_path) == before
+    assert tokenize(*words, "--no-eod", "--overwrite") == 0
+    assert files_below(tmp_path).keys() == before.keys()
+    assert (tmp_path / "d.bin").read_bytes() != before[tmp_path / "d.bin"]
     words = ["data", "train-tokenizer", str(corpus), "--vocab-size", "300", "--output", str(tokenizer)]
     assert main(words) == 2
     assert main([*words, "--overwrite"]) == 0

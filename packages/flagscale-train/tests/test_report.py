@@ -72,6 +72,33 @@ def test_the_page_tells_of_both_runs(experiment):
     assert len(marks) == len(charts), "where the second run resumed"
 
 
+PHONE_PX = 360
+MARGINS_PX = 2 * 16
+
+
+def test_the_page_fits_a_phone(experiment):
+    """What no browser is at hand to show: nothing is wider than the screen, nothing is too small to read."""
+    raw = report(experiment).read_text(encoding="utf-8")
+    page = Page(raw)
+    assert ("meta", {"name": "viewport", "content": "width=device-width,initial-scale=1"}) in page.elements
+    for attributes in (attributes for _, attributes in page.elements):
+        assert not {"width", "height", "style"} & attributes.keys(), "sizes are the style sheet's"
+    style = re.search("<style>(.*?)</style>", raw, re.DOTALL)[1]
+    for unwanted in ("url(", "@import", "px;width"):
+        assert unwanted not in style
+    for name, value in re.findall(r"[;{ ](width|min-width|height):([^;}]+)", style):
+        assert value in {"100%", "auto"} or (name == "min-width" and float(value[:-3]) * 16 < PHONE_PX / 3)
+    # Columns of charts and cards shrink to one where a screen has no room for two.
+    assert "minmax(min(100%,26rem),1fr)" in style
+    assert "body{overflow-wrap:anywhere}" in style, "long paths and option names"
+    narrow, size = re.search(r"@media\(max-width:(\d+)rem\).*svg text\{font-size:(\d+)px\}", style).groups()
+    assert int(narrow) * 16 >= PHONE_PX
+    for tag, attributes in page.elements:
+        if tag == "svg":
+            width = float(attributes["viewbox"].split()[2])
+            assert int(size) * (PHONE_PX - MARGINS_PX) / width >= 10, "labels of at least 10 px"
+
+
 def test_a_step_that_was_no_number_is_told(experiment):
     events = max((experiment / "runs").glob("[0-9]*")) / "events.jsonl"
     records = [json.loads(line) for line in events.read_text().splitlines()]

@@ -128,7 +128,12 @@ def _add_look_verbs(verbs: Any) -> None:
     verb = _verb(verbs, "status", _status, "Say how a run stands and what happened.")
     _experiment(verb, _TARGET)
     verb.add_argument("--json", action="store_true", help="print JSON")
-    verb = _verb(verbs, "logs", _logs, "Print what the processes of a run wrote.")
+    verb = _verb(
+        verbs,
+        "logs",
+        _logs,
+        "Print what the processes of a run wrote, the first error of a failed one first.",
+    )
     _experiment(verb, _TARGET)
     verb.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
     verb = _verb(verbs, "report", _report_page, "Write one HTML page on a training, with its curves.")
@@ -159,6 +164,7 @@ def _add_data_verbs(verbs: Any) -> None:
     verb.add_argument("prefix", type=Path, metavar="PREFIX", help="path without .bin and .idx")
     verb.add_argument("--tokenizer", type=Path, metavar="DIR", help="show text, and check the ids against it")
     verb.add_argument("--count", action="store_true", help="read every id, for the highest and the ends")
+    verb.add_argument("--check", action="store_true", help="compare both files with their checksums")
     verb.add_argument("--json", action="store_true", help="print JSON")
     verb = _verb(verbs, "merge", _merge, "Join datasets to one.")
     verb.add_argument("inputs", nargs="+", type=Path, metavar="PREFIX", help="paths without .bin and .idx")
@@ -309,8 +315,15 @@ def _report(ended: TrainStatus) -> int:
         print(f"stopped after step {ended.progress.iteration}; the same command resumes")
         return 0
     print(f"error: the run {ended.run.state}: {ended.what_happened}", file=sys.stderr)
+    for line in _cause_lines(ended):
+        print(line, file=sys.stderr)
     print(f"see `flagscale-train logs {where}`; after mending it the same command resumes", file=sys.stderr)
     return ended.run.exit_code
+
+
+def _cause_lines(ended: TrainStatus) -> list[str]:
+    cause = ended.cause
+    return [f"likely cause: {cause.likely}", f"what to do: {cause.advice}"] if cause else []
 
 
 def _next_after(checkpoint: Path, *more: str) -> None:
@@ -341,7 +354,7 @@ def _status(given: argparse.Namespace) -> int:
         _print_json(now.to_dict())
         return now.run.exit_code
     print(f"{now.name}: {now.run.state}: {now.run_dir}")
-    for line in (now.what_happened, step_line(now.progress, is_over=now.run.is_over)):
+    for line in (now.what_happened, *_cause_lines(now), step_line(now.progress, is_over=now.run.is_over)):
         if line:
             print(f"  {line}")
     held_out, checkpoint = now.progress.validation, now.progress.checkpoint
@@ -357,13 +370,25 @@ def _status(given: argparse.Namespace) -> int:
 
 
 def _logs(given: argparse.Namespace) -> int:
-    from flagscale_train.runs import find
+    from flagscale_train.runs import find, status
 
     found = find(given.source, given.overrides)
     has_many = len(found.folders()) > 1
+    was_over = _first_error(status(found))
     for line in found.logs(follow=given.follow):
         print(f"{line.process}: {line.text}" if has_many else line.text, flush=given.follow)
+    if given.follow and not was_over:
+        _first_error(status(found))
     return 0
+
+
+def _first_error(now: TrainStatus) -> bool:
+    """Print what a failed run failed by, and return whether it did."""
+    if now.run.state != "failed":
+        return False
+    lines = [f"first error: {now.what_happened}", *_cause_lines(now), "---"]
+    print("\n".join(lines), flush=True)
+    return True
 
 
 def _list(given: argparse.Namespace) -> int:
@@ -409,6 +434,7 @@ def _tokenize(given: argparse.Namespace) -> int:
         eod=given.eod,
         append_eod=not given.no_eod,
         overwrite=given.overwrite,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     if given.json:
         _print_json(asdict(made))
@@ -424,7 +450,7 @@ def _tokenize(given: argparse.Namespace) -> int:
 def _inspect(given: argparse.Namespace) -> int:
     from flagscale_train.data import inspect
 
-    facts = inspect(given.prefix, tokenizer=given.tokenizer, count=given.count)
+    facts = inspect(given.prefix, tokenizer=given.tokenizer, count=given.count, check=given.check)
     if given.json:
         _print_json(asdict(facts))
         return 0
@@ -439,6 +465,8 @@ def _inspect(given: argparse.Namespace) -> int:
         print(f"  {facts.num_eod:,} ends of documents")
     if facts.made_by is not None:
         print(f"  made with {facts.made_by.tokenizer} ({facts.made_by.vocab_size:,} tokens)")
+    if facts.is_checked:
+        print("  both files have the checksums they were written with")
     if facts.text is not None:
         print(f"  begins: {json.dumps(facts.text, ensure_ascii=False)}")
     return 0

@@ -9,7 +9,7 @@ One line per event, each an object with `event` (its kind) and `time` (unix seco
   not a number or infinite, and so are null
 - `eval`: iteration, split (`validation` or `test`), loss
 - `checkpoint`: iteration, path, verified, save_time_s
-- `error`: rank, type, text (the first one written is the first cause)
+- `error`: rank, type, text (the first one that does not only tell of a lost peer is the first cause)
 - `end`: iteration, reason (`finished`, `stopped`, `interrupted by a limit`)
 
 Losses are what the step itself computed, with all digits: Megatron's own log line is a mean over steps, and
@@ -117,6 +117,16 @@ def follow(path: Path) -> Iterator[dict[str, Any] | None]:
             yield None
 
 
+def _is_earlier(error: Mapping[str, Any], known: Mapping[str, Any] | None) -> bool:
+    """Whether an error is nearer to the cause than the one known: a rank may first tell of a lost peer."""
+    from flagscale_hw.cause import is_consequence
+
+    if known is None:
+        return True
+    echoes = [is_consequence(f"{one.get('type')}: {one.get('text')}") for one in (known, error)]
+    return echoes == [True, False]
+
+
 @dataclass
 class Progress:
     """What the events so far say, folded into the figures people ask for."""
@@ -154,7 +164,7 @@ class Progress:
             case "checkpoint":
                 self.checkpoint = event
             case "error":
-                self.error = self.error or event
+                self.error = event if _is_earlier(event, self.error) else self.error
             case "notice":
                 self.notices.append(str(event.get("text", "")))
             case "end":

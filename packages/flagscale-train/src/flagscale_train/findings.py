@@ -8,26 +8,38 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flagscale_train import splits
 from flagscale_train.checkpoints import choose
-from flagscale_train.data.encode import facts_file
-from flagscale_train.data.indexed import files_of
+from flagscale_train.data.facts import Tokenized
+from flagscale_train.data.indexed import IndexedDataset, Sizes, files_of
 from flagscale_train.data.vocabulary import Vocabulary
 from flagscale_train.errors import InvalidInput
 
 if TYPE_CHECKING:
     from flagscale_config import Experiment
 
-__all__ = ["OPTIONAL", "Findings", "examine", "prefixes"]
+__all__ = ["OPTIONAL", "Findings", "examine"]
 
 OPTIONAL = ("transformer_engine", "apex", "tensorboard", "nvidia_resiliency_ext")
 """Packages whose presence changes the plan."""
 
-_SPLITS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+_COUNTED_TOKENS = 1 << 22
+"""So many ids of a dataset of other tools are read to find the highest: a tenth of a second."""
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """What is known of one dataset."""
+
+    prefix: str
+    num_sequences: int
+    max_token: int | None
 
 
 @dataclass(frozen=True)
@@ -58,15 +70,20 @@ def examine(experiment: Experiment) -> Findings:
             "'flagscale-train[megatron]'"
         )
     vocabulary = _tokenizer(options, base, problems)
-    look_at = _chats if options.get("sft") else _dataset
-    max_tokens = [look_at(prefix, base, problems) for prefix in prefixes(options)]
     if options.get("sft"):
+        for _, name in splits.named(options):
+            _chats(name, base, problems)
         _chat_template(options, base, problems)
+        datasets = []
+    else:
+        looked = [_dataset(option, prefix, base, problems) for option, prefix in splits.named(options)]
+        datasets = [one for one in looked if one is not None]
+        problems += splits.conflicts(options, {one.prefix: one.num_sequences for one in datasets})
     _explicit_load(experiment, base, problems)
     return Findings(
         installed=frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is not None),
         tokenizer_vocab_size=vocabulary.size if vocabulary else _null_vocab_size(options),
-        data_max_token=max((token for token in max_tokens if token is not None), default=None),
+        data_max_token=max((one.max_token for one in datasets if one.max_token is not None), default=None),
         problems=tuple(problems),
     )
 
@@ -97,36 +114,30 @@ def _null_vocab_size(options: Mapping[str, Any]) -> int | None:
     return int(size) + (version < (0, 18))
 
 
-def prefixes(options: Mapping[str, Any]) -> Iterable[str]:
-    """Yield the data sets that Megatron options name, without their weights."""
-    for name in _SPLITS:
-        words = options.get(name) or ()
-        words = words.split() if isinstance(words, str) else [str(word) for word in words]
-        # Either prefixes alone, or weights and prefixes in turn.
-        weighted = len(words) > 1 and len(words) % 2 == 0 and all(_is_number(word) for word in words[::2])
-        yield from words[1::2] if weighted else words
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _dataset(prefix: str, base: Path, problems: list[str]) -> int | None:
-    """Check that both files of a dataset are there; return the highest id if the data say it."""
+def _dataset(option: str, prefix: str, base: Path, problems: list[str]) -> _Dataset | None:
+    """Check that a dataset is there and not damaged; return what is known of it."""
     path = base / prefix
     missing = [str(file) for file in files_of(path) if not file.exists()]
     if missing:
-        problems.append(f"data_path: {prefix}: {missing[0]} is missing: give the path without .bin or .idx")
+        problems.append(f"{option}: {prefix}: {missing[0]} is missing: give the path without .bin or .idx")
         return None
     try:
-        facts = json.loads(facts_file(path).read_text(encoding="utf-8"))
-        return int(facts["max_token"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # made by other tools
+        sizes = Sizes.glance(path)
+        return _Dataset(prefix, sizes.num_sequences, _max_token(path, sizes))
+    except InvalidInput as error:
+        problems.append(f"{option}: {error}")
+        return None
+
+
+def _max_token(path: Path, sizes: Sizes) -> int | None:
+    """Return the highest id: as said when the dataset was made, else counted where that takes no time."""
+    said = Tokenized.read(path)
+    if said is not None:
+        return said.max_token
+    if sizes.num_tokens > _COUNTED_TOKENS:
+        return None
+    dataset = IndexedDataset.open(path)
+    return max((max(array(dataset.typecode, piece)) for piece in dataset.pieces()), default=None)
 
 
 def _chats(name: str, base: Path, problems: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import flagscale_hw as hw
 from flagscale_train.data.indexed import files_of
 from flagscale_train.errors import InvalidInput, NotFound
-from flagscale_train.findings import prefixes
+from flagscale_train.splits import named
 
 if TYPE_CHECKING:
     from flagscale_config import Experiment
@@ -125,7 +125,7 @@ def _paths(experiment: Experiment) -> tuple[str, ...]:
     """Return the data files that every host reads."""
     options: Mapping[str, Any] = experiment.train.options if experiment.train else {}
     base = Path(experiment.cwd)
-    return tuple(str(file) for prefix in prefixes(options) for file in files_of(base / prefix))
+    return tuple(str(file) for _, prefix in named(options) for file in files_of(base / prefix))
 
 
 def promised_nodes(experiment: Experiment, *, chip: str) -> tuple[Node, ...]:

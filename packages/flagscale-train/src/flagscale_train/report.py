@@ -32,13 +32,15 @@ h1{font-size:1.4rem;margin:0}h2{font-size:1.05rem;margin:1.2rem 0 .3rem}
 .cards div{border:1px solid var(--line);border-radius:.5rem;padding:.4rem .7rem}
 .cards b{display:block;font-size:1.15rem}.cards span,.none,.dim{color:var(--dim)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:0 1.5rem}
-svg{width:100%;height:auto}svg text{font-size:12px;fill:var(--dim)}
+body{overflow-wrap:anywhere}svg{width:100%;height:auto;overflow:visible}
+svg text{font-size:12px;fill:var(--dim)}
 .grid{stroke:var(--line)}.mark{stroke:var(--b);stroke-dasharray:4 3}
 .line{fill:none;stroke-width:1.6}.line.s0{stroke:var(--a)}.line.s1{stroke:var(--b)}
 .dot.s0{fill:var(--a)}.dot.s1{fill:var(--b)}
 table{border-collapse:collapse;font-size:.85rem}td{padding:.15rem .8rem .15rem 0;vertical-align:top}
-td{overflow-wrap:anywhere}td:first-child{white-space:nowrap;color:var(--dim)}
+td:first-child{white-space:nowrap;color:var(--dim)}
 .bad{color:var(--bad)}details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
+@media(max-width:40rem){td:first-child{white-space:normal;min-width:5.5rem}svg text{font-size:21px}}
 """
 
 

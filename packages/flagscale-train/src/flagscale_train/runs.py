@@ -13,12 +13,13 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flagscale_hw as hw
 from flagscale_config import load
+from flagscale_train.causes import Cause, abort, explain
 from flagscale_train.checkpoints import choose
 from flagscale_train.errors import InvalidInput, NotFound
 from flagscale_train.events import FILE_NAME, Progress, read
@@ -58,6 +59,8 @@ class TrainStatus:
     progress: Progress
     killed: str = ""
     """The rank that a signal ended, as a sentence; empty if none was."""
+    aborted: str = ""
+    """What a process said that ended itself without an exception; empty if none did."""
 
     @property
     def what_happened(self) -> str:
@@ -66,10 +69,15 @@ class TrainStatus:
         if self.run.state != "failed" or not _OWN_FAILURE.match(self.run.reason):
             return self.run.reason  # ended from outside: what the ranks said then are consequences
         if self.killed:
-            return self.killed
+            return f"{self.killed}: {self.aborted}" if self.aborted else self.killed
         if error is not None:
             return f"rank {error.get('rank')}: {error.get('type')}: {error.get('text')}"
         return self.run.reason
+
+    @property
+    def cause(self) -> Cause | None:
+        """What is likely behind a failure; None where nothing failed, or the error is not a known one."""
+        return explain(self.what_happened) if self.run.state == "failed" else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON."""
@@ -78,6 +86,7 @@ class TrainStatus:
             "run_dir": str(self.run_dir),
             "name": self.name,
             "what_happened": self.what_happened,
+            "cause": asdict(self.cause) if self.cause else None,
             **self.run.to_dict(),
             # A run that was cut off has steps left, but no time.
             "progress": progress | ({"remaining_s": None} if self.run.is_over else {}),
@@ -253,7 +262,10 @@ def status(target: str | os.PathLike[str] | hw.Run, overrides: Sequence[str] = (
     found = target if isinstance(target, hw.Run) else find(target, overrides)
     now = found.status()
     progress = Progress.of(events_of(found))
-    return TrainStatus(found.dir, found.name, now, progress, _killed(found) if now.state == "failed" else "")
+    killed = _killed(found) if now.state == "failed" else ""
+    # Who is killed by another says nothing more; who aborts has said why.
+    aborted = abort(_logs_of(found)) if "SIGABRT" in killed else ""
+    return TrainStatus(found.dir, found.name, now, progress, killed, aborted)
 
 
 def events_of(found: hw.Run) -> list[dict[str, Any]]:
@@ -263,8 +275,11 @@ def events_of(found: hw.Run) -> list[dict[str, Any]]:
 
 
 def _killed(found: hw.Run) -> str:
-    logs = sorted(log for folder in found.folders() for log in (folder / "logs").glob("train*.log"))
-    return next((text for text in map(hw.killed_rank, logs) if text), "")
+    return next((text for text in map(hw.killed_rank, _logs_of(found)) if text), "")
+
+
+def _logs_of(found: hw.Run) -> list[Path]:
+    return sorted(log for folder in found.folders() for log in (folder / "logs").glob("train*.log"))
 
 
 def logs(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import glob
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -40,27 +42,38 @@ class Corpus:
         """Size of all files on disk."""
         return sum(path.stat().st_size for path in self.files)
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, skip: int = 0) -> Iterator[Document]:
         """Yield every document, empty ones too.
+
+        Args:
+            skip: leave out so many at the beginning; their lines are found but not parsed.
 
         Raises:
             InvalidInput: a file is not UTF-8, a line is not a JSON object, or it has no text under the key.
         """
+        for read in islice(self._entries(), skip, None):
+            yield read()
+
+    def _entries(self) -> Iterator[Callable[[], Document]]:
+        """Yield what reads each document."""
         for path in self.files:
             if _suffix(path) in _LINES:
                 yield from self._lines(path)
             elif path.suffix.lower() == ".parquet":
                 yield from self._rows(path)
             else:
-                yield _whole(path)
+                yield partial(_whole, path)
 
-    def _lines(self, path: Path) -> Iterator[Document]:
+    def _lines(self, path: Path) -> Iterator[Callable[[], Document]]:
         with _open(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield Document(self._text(line, f"{path}:{number}"), len(line))
+                    yield partial(self._line, line, path, number)
 
-    def _rows(self, path: Path) -> Iterator[Document]:
+    def _line(self, line: bytes, path: Path, number: int) -> Document:
+        return Document(self._text(line, f"{path}:{number}"), len(line))
+
+    def _rows(self, path: Path) -> Iterator[Callable[[], Document]]:
         table = _parquet(path)
         names = table.schema_arrow.names
         if self.key not in names:
@@ -76,7 +89,8 @@ class Corpus:
         for batch in table.iter_batches(batch_size=1024, columns=[self.key]):
             for text in batch.column(0).to_pylist():
                 done += 1
-                yield Document(text or "", size * done // count - size * (done - 1) // count)
+                share = size * done // count - size * (done - 1) // count
+                yield partial(Document, text or "", share)
 
     def _text(self, line: bytes, where: str) -> str:
         try:

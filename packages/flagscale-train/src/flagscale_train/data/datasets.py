@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from flagscale_train.data.encode import Tokenized, facts_file
-from flagscale_train.data.indexed import DTYPES, IndexedDataset, IndexedWriter, files_of
+from flagscale_train.data.facts import Tokenized, facts_file
+from flagscale_train.data.indexed import DTYPES, Checksums, IndexedDataset, IndexedWriter, files_of, prefix_of
 from flagscale_train.data.progress import Progress
 from flagscale_train.data.vocabulary import Vocabulary, library
 from flagscale_train.data.writing import require_writable, saying_why
@@ -41,10 +41,17 @@ class DatasetFacts:
     """What `data tokenize` wrote beside it."""
     text: str | None
     """Beginning of the first document, where a tokenizer was given."""
+    is_checked: bool = False
+    """Whether both files were compared with their checksums."""
 
 
 def inspect(
-    prefix: Path, *, tokenizer: Path | None = None, count: bool = False, num_ids: int = 64
+    prefix: Path,
+    *,
+    tokenizer: Path | None = None,
+    count: bool = False,
+    check: bool = False,
+    num_ids: int = 64,
 ) -> DatasetFacts:
     """Check that a dataset is whole, and say what is in it.
 
@@ -52,13 +59,18 @@ def inspect(
         prefix: path without `.bin` and `.idx`.
         tokenizer: directory with a `tokenizer.json`, to show text and to check the ids.
         count: read every id, for the highest one and the ends of documents.
+        check: read both files whole and compare them with the checksums beside them.
         num_ids: how many ids of the first document to show as text.
 
     Raises:
-        InvalidInput: a file is missing or damaged, or ids are beyond the tokenizer's vocabulary.
+        InvalidInput: a file is missing or damaged, ids are beyond the tokenizer's vocabulary, or there are no
+            checksums to check against.
     """
+    if check:
+        _check(prefix_of(prefix))
     dataset = IndexedDataset.open(prefix)
-    made_by = _made_by(dataset.prefix)
+    made_by = Tokenized.read(dataset.prefix)
+    _compare_counts(dataset, made_by)
     vocabulary = Vocabulary.read(tokenizer) if tokenizer else None
     eod = vocabulary.eod if vocabulary else made_by.eod if made_by else None
     max_token, num_eod = _counted(dataset, eod) if count else (made_by.max_token if made_by else None, None)
@@ -81,7 +93,54 @@ def inspect(
         num_eod=num_eod,
         made_by=made_by,
         text=_beginning(dataset, vocabulary, num_ids) if vocabulary and dataset.num_documents else None,
+        is_checked=check,
     )
+
+
+def _check(prefix: Path) -> None:
+    """Compare both files with their checksums; the error names the one that is damaged."""
+    said = Tokenized.read(prefix)
+    if said is None or not said.bin_sha256:
+        raise InvalidInput(
+            f"--check: {facts_file(prefix)}: says no checksums, as `data tokenize` and `data merge` write: "
+            "make the dataset again, or leave --check out"
+        )
+    try:
+        total = sum(path.stat().st_size for path in files_of(prefix))
+        with Progress("checking", total) as progress:
+            found = Checksums.of(prefix, progress.advance)
+    except OSError as error:
+        raise InvalidInput(f"{error.filename}: {error.strerror}: copy or make it again") from None
+    ids, index = files_of(prefix)
+    _compare(ids, found.bin, said.bin_sha256)
+    _compare(index, found.idx, said.idx_sha256)
+
+
+def _compare(path: Path, found: str, said: str) -> None:
+    if found != said:
+        raise InvalidInput(
+            f"{path}: damaged: its SHA-256 is {found[:16]}..., the .json beside it says {said[:16]}...: copy "
+            "or make it again"
+        )
+
+
+def _refuse_damaged(prefix: Path, said: Tokenized | None, ids_sha256: str) -> None:
+    """What is copied must be what was written; a new checksum would hide the damage."""
+    if said is not None and said.bin_sha256:
+        ids, index = files_of(prefix)
+        _compare(ids, ids_sha256, said.bin_sha256)
+        _compare(index, hashlib.sha256(index.read_bytes()).hexdigest(), said.idx_sha256)
+
+
+def _compare_counts(dataset: IndexedDataset, said: Tokenized | None) -> None:
+    if said is None:
+        return
+    for name, found in (("num_documents", dataset.num_documents), ("num_tokens", dataset.num_tokens)):
+        if getattr(said, name) != found:
+            raise InvalidInput(
+                f"{facts_file(dataset.prefix)}: {name}: {getattr(said, name)}: the dataset has {found}: they "
+                "do not belong together: copy or make them again"
+            )
 
 
 def merge(inputs: Sequence[Path], output: Path, *, overwrite: bool = False) -> Tokenized | None:
@@ -108,22 +167,29 @@ def merge(inputs: Sequence[Path], output: Path, *, overwrite: bool = False) -> T
     if output.absolute() in {dataset.prefix.absolute() for dataset in datasets}:
         raise InvalidInput(f"--output: {output}: is one of the inputs: give another")
     _require_same("type of ids", {dataset.prefix: DTYPES[dataset.typecode] for dataset in datasets})
-    facts = {dataset.prefix: _made_by(dataset.prefix) for dataset in datasets}
-    _require_same("tokenizer", {prefix: one.tokenizer_sha256 for prefix, one in facts.items() if one})
-    joined = _joined(output, [one for one in facts.values() if one]) if all(facts.values()) else None
+    facts = [Tokenized.read(dataset.prefix) for dataset in datasets]
+    known = [(dataset, one) for dataset, one in zip(datasets, facts, strict=True) if one]
+    for dataset, one in known:
+        _compare_counts(dataset, one)
+    _require_same("tokenizer", {dataset.prefix: one.tokenizer_sha256 for dataset, one in known})
+    joined = _joined(output, [one for _, one in known]) if all(facts) else None
     require_writable(output)
     total = sum(dataset.num_tokens * dataset.item_size for dataset in datasets)
-    facts_file(output).unlink(missing_ok=True)
     with (
         saying_why(output),
         Progress("merging", total) as progress,
         IndexedWriter(output, datasets[0].typecode) as writer,
     ):
-        for dataset in datasets:
-            for num_bytes in writer.add_dataset(dataset):
-                progress.advance(num_bytes)
-    if joined is not None:
-        facts_file(output).write_text(json.dumps(asdict(joined), indent=2) + "\n", encoding="utf-8")
+        for dataset, made_by in zip(datasets, facts, strict=True):
+            ids = hashlib.sha256()
+            for piece in writer.add_dataset(dataset):
+                ids.update(piece)
+                progress.advance(len(piece))
+            _refuse_damaged(dataset.prefix, made_by, ids.hexdigest())
+        if joined is not None:
+            sums = writer.seal()
+            joined = replace(joined, bin_sha256=sums.bin, idx_sha256=sums.idx)
+            writer.describe(joined.to_json())
     return joined
 
 
@@ -133,22 +199,14 @@ def _require_same(what: str, values: dict[Path, str]) -> None:
         raise InvalidInput(f"data merge: {what}: {listed}: all must have the same: tokenize them alike")
 
 
-def _made_by(prefix: Path) -> Tokenized | None:
-    """Read what stands beside a dataset; None if it was made by another tool."""
-    try:
-        said = json.loads(facts_file(prefix).read_text(encoding="utf-8"))
-        return Tokenized(**{field.name: said[field.name] for field in fields(Tokenized)})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _joined(output: Path, parts: Sequence[Tokenized]) -> Tokenized:
     sums = {
         name: sum(getattr(part, name) for part in parts)
         for name in ("num_documents", "num_tokens", "num_empty", "num_bytes")
     }
     highest = max(part.max_token for part in parts)
-    return Tokenized(**(asdict(parts[0]) | sums | {"prefix": str(output), "max_token": highest}))
+    new = {"prefix": str(output), "max_token": highest, "request_sha256": ""}
+    return Tokenized(**(asdict(parts[0]) | sums | new))
 
 
 def _counted(dataset: IndexedDataset, eod: int | None) -> tuple[int | None, int | None]:

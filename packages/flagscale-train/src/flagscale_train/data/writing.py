@@ -33,15 +33,15 @@ def require_writable(output: Path, option: str = "--output") -> None:
         Path(name).unlink()
     except OSError as error:
         if error.errno in _FULL:
-            raise _full(output, error) from error
+            raise TrainError(f"{output}: {error.strerror}: nothing was done: make room") from error
         raise InvalidInput(
             f"{option}: {output}: cannot be written ({error.strerror}): give a path that can be written"
         ) from error
 
 
 @contextmanager
-def saying_why(output: Path) -> Iterator[None]:
-    """Turn a full disk into an error that says so.
+def saying_why(output: Path, kept: str = "nothing was kept: make room and run again") -> Iterator[None]:
+    """Turn a full disk into an error that says so, what of `output` was kept, and what to do.
 
     Raises:
         TrainError: the disk is full.
@@ -50,9 +50,5 @@ def saying_why(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise _full(output, error) from error
+            raise TrainError(f"{output}: {error.strerror}: {kept}") from error
         raise
-
-
-def _full(output: Path, error: OSError) -> TrainError:
-    return TrainError(f"{output}: {error.strerror}: nothing was kept: make room and run again")

@@ -42,9 +42,22 @@ def provide(num_samples: list[int], vp_stage: int | None = None) -> Any:  # noqa
     """
     args = get_args()
     built = _chats(num_samples) if args.trains_on_chats else _documents(num_samples)
+    _refuse_too_few(built, num_samples)
     if built[1] is None:
         args.eval_iters = 0  # Megatron would ask the validation set that is not there for batches
     return built
+
+
+def _refuse_too_few(built: Iterable[Any], num_samples: Sequence[int | None]) -> None:
+    """A blend without weights is read once; where that is too little the training would end in its midst."""
+    for dataset, wanted, split in zip(built, num_samples, Split, strict=True):
+        there = wanted if dataset is None or isinstance(dataset, list) else len(dataset)
+        if wanted is not None and there is not None and there < wanted:
+            raise Refusal(
+                f"data_path: without weights each dataset is read once, which gives {there} samples for "
+                f"{split.name}, and {wanted} are asked for: give weights (1 for each repeats all alike), "
+                "more data, or fewer steps"
+            )
 
 
 def _documents(num_samples: list[int]) -> Any:
