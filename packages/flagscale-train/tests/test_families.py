@@ -3,11 +3,7 @@
 import json
 
 import pytest
-
-from flagscale_config import load, render_megatron
-from flagscale_hw import detect
-from flagscale_train.findings import examine
-from flagscale_train.logits import reference_options
+from trainings import logits_job
 
 pytestmark = pytest.mark.megatron
 
@@ -171,7 +167,6 @@ def logits(tmp_path_factory, run_forked):
 
     root = tmp_path_factory.mktemp("families")
     tokens = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(9))
-    (root / "tokens.json").write_text(json.dumps(tokens.tolist()))
     theirs, jobs = {}, []
     for name, (kind, given, options) in FAMILIES.items():
         folder = root / name
@@ -179,7 +174,9 @@ def logits(tmp_path_factory, run_forked):
         with torch.no_grad():
             theirs[name] = model(tokens).logits
         convert(make_plan(folder / "hf", folder / "megatron", to="torch_dist"))
-        jobs.append(_job(folder, _experiment(folder, given, options), root / "tokens.json"))
+        experiment = _experiment(folder, given, options)
+        checkpoint = folder / "megatron"
+        jobs.append(logits_job(experiment, folder, [], checkpoint=checkpoint, tokens=tokens.tolist()))
     run_forked(root, jobs)
     return {name: (load_file(root / name / "logits")["logits"], theirs[name]) for name in FAMILIES}
 
@@ -194,21 +191,6 @@ def _experiment(folder, given, options):
     path = folder / "conf" / "tiny.yaml"
     path.write_text(EXPERIMENT.format(folder=folder))
     return path
-
-
-def _job(folder, experiment, tokens):
-    found = load(experiment, [], task="train")
-    options = reference_options(found, detect(), examine(found))
-    options |= {"load": str(folder / "megatron"), "no_load_optim": True, "no_load_rng": True}
-    own = [f"--flagscale-tokens={tokens}", f"--flagscale-output={folder / 'logits'}"]
-    return {
-        "name": folder.name,
-        "entry": "logits",
-        "processes": 1,
-        "argv": [*own, *render_megatron(options)],
-        "env": {"FLAGSCALE_PLATFORM": "cpu", "FLAGSCALE_EVENTS": str(folder / "events.jsonl")},
-        "log": str(folder / "log"),
-    }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
