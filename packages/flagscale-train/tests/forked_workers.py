@@ -9,7 +9,7 @@ train. Ends with the number of jobs that did not end as they must.
 
 import json
 import os
-import socket
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -37,19 +37,29 @@ def main(path):
     )
 
     entries = {"session": session.main, "logits": logits.main}
+    from torch.distributed import TCPStore
+
     failed = 0
     for job in jobs:
-        port = _free_port()
-        workers = [_fork(job, rank, port, entries[job["entry"]]) for rank in range(job["processes"])]
-        has_failed = max(os.waitpid(worker, 0)[1] for worker in workers) > 0
-        failed += has_failed != job.get("fails", False)
+        # The parent keeps the store, as torchrun does: a port that is only looked up can be taken by another
+        # process before the first worker listens on it, and the other workers would wait for ever.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        workers = [_fork(job, rank, store.port, entries[job["entry"]]) for rank in range(job["processes"])]
+        failed += _any_failed(workers) != job.get("fails", False)
     return failed
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _any_failed(workers):
+    """Wait for all; when one fails, kill the others, who would wait for it."""
+    has_failed, alive = False, set(workers)
+    while alive:
+        worker, status = os.wait()
+        alive.discard(worker)
+        if status and not has_failed:
+            has_failed = True
+            for other in alive:
+                os.kill(other, signal.SIGKILL)
+    return has_failed
 
 
 def _fork(job, rank, port, work):
@@ -70,6 +80,7 @@ def _fork(job, rank, port, work):
             LOCAL_WORLD_SIZE=count,
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
         )
         sys.argv = ["flagscale_train.worker", *job["argv"]]
         if "plant" in job:
