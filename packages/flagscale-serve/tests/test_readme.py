@@ -45,3 +45,15 @@ def test_the_python_runs(shell, model_dir, capsys, monkeypatch):
         exec(code, {})
     assert capsys.readouterr().out.startswith("user=Hello t=0 n=512 m=tiny-qwen3")
     assert flagscale_serve.plan is not None
+
+
+def test_the_application_is_planned(shell):
+    (text,) = re.findall(r"```yaml\n(.*?)```", readme(), re.DOTALL)
+    (shell.home / "application.yaml").write_text(text)
+    classes = [
+        f"class {name}:\n    def forward(self, text):\n        return text\n" for name in ("Clean", "Tell")
+    ]
+    (shell.home / "mine.py").write_text("\n\n".join(classes))
+    done = shell("plan", "application.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "tell <- clean" in done.stdout

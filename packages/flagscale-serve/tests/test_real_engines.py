@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,50 +24,14 @@ NUM_TOKENS = 24
 READY_S = 400
 
 
-def descendants(pid: int) -> set[int]:
-    """Return every process below one, as the kernel tells it now."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
-
-
-def everybody(status: dict) -> set[int]:
-    recorded = json.loads((Path(status["run_dir"]) / "supervisor.json").read_text())
-    return descendants(recorded["guardian"]["pid"])
-
-
-def make_model(python: str, folder: Path) -> tuple[Path, dict]:
-    model = folder / "model"
-    script = Path(__file__).parent / "engines" / "tiny_model.py"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([python, script, model, PROMPT, str(NUM_TOKENS)], check=True, env=env)
-    return model, json.loads((folder / "expected.json").read_text())
+@pytest.fixture(scope="module")
+def for_transformers(real_model, tmp_path_factory):
+    return real_model(sys.executable, tmp_path_factory.mktemp("transformers"), PROMPT, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")
-def for_transformers(tmp_path_factory):
-    return make_model(sys.executable, tmp_path_factory.mktemp("transformers"))
-
-
-@pytest.fixture(scope="module")
-def vllm_python():
-    python = os.environ.get("FLAGSCALE_TEST_VLLM_PYTHON")
-    if not python:
-        pytest.fail("FLAGSCALE_TEST_VLLM_PYTHON is not set: name a Python that has vLLM")
-    return python
-
-
-@pytest.fixture(scope="module")
-def for_vllm(tmp_path_factory, vllm_python):
-    return make_model(vllm_python, tmp_path_factory.mktemp("vllm"))
+def for_vllm(real_model, tmp_path_factory, vllm_python):
+    return real_model(vllm_python, tmp_path_factory.mktemp("vllm"), PROMPT, NUM_TOKENS)
 
 
 def ask(status: dict, path: str, **more: object) -> httpx.Response:
@@ -89,7 +54,7 @@ def check_answers(shell, status: dict, expected: dict) -> None:
     assert status["instances"][0]["model"] in [one["id"] for one in models["data"]]
 
 
-def check_stop(shell, alive, status: dict) -> None:
+def check_stop(shell, alive, everybody, status: dict) -> None:
     pids = everybody(status)
     assert len(pids) >= 3
     assert shell("stop").returncode == 0
@@ -98,7 +63,7 @@ def check_stop(shell, alive, status: dict) -> None:
 
 
 @pytest.mark.transformers
-def test_transformers_serves_what_the_model_says(shell, for_transformers, alive):
+def test_transformers_serves_what_the_model_says(shell, for_transformers, alive, everybody):
     model, expected = for_transformers
     shell.env["FLAGSCALE_SERVE_PYTHON"] = sys.executable
     done = shell("run", model, "--detach", "--timeout", READY_S)
@@ -108,11 +73,13 @@ def test_transformers_serves_what_the_model_says(shell, for_transformers, alive)
     check_answers(shell, status, expected)
     refused = ask(status, "completions", prompt="x", model="another")
     assert refused.status_code == 400
-    check_stop(shell, alive, status)
+    check_stop(shell, alive, everybody, status)
 
 
 @pytest.mark.transformers
-def test_transformers_is_stopped_in_the_middle_of_an_answer(shell, for_transformers, alive, serve_file):
+def test_transformers_is_stopped_in_the_middle_of_an_answer(
+    shell, for_transformers, alive, everybody, serve_file
+):
     """Left alone, the server waits for the answer to end, which takes longer than anybody waits."""
     model, _ = for_transformers
     shell.env["FLAGSCALE_SERVE_PYTHON"] = sys.executable
@@ -128,6 +95,27 @@ def test_transformers_is_stopped_in_the_middle_of_an_answer(shell, for_transform
     assert not [pid for pid in pids if alive(pid)]
     asking.communicate(timeout=30)
     assert asking.returncode == 4
+
+
+@pytest.mark.transformers
+def test_llama_cpp_serves_what_the_model_says(shell, for_transformers, alive, everybody):
+    """llama.cpp's own server, by the wheel xllamacpp, on the same numbers."""
+    model, expected = for_transformers
+    engines = Path(__file__).parent / "engines"
+    file = shell.home / "tiny.gguf"
+    subprocess.run([sys.executable, engines / "gguf_model.py", model, file], check=True)
+    program = shell.home / "bin" / "llama-server"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\n{(engines / 'llama_server.py').read_text()}")
+    program.chmod(0o755)
+    shell.env["PATH"] = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    done = shell("run", file, "--detach", "--timeout", READY_S)
+    assert done.returncode == 0, done.stderr
+    status = shell.the_status()
+    assert status["instances"][0]["engine"] == "llama_cpp"
+    check_answers(shell, status, expected)
+    assert status["instances"][0]["load"]["waiting"] == 0
+    check_stop(shell, alive, everybody, status)
 
 
 VLLM_FILE = """
@@ -159,7 +147,7 @@ def check_bench(shell) -> None:
 
 
 @pytest.mark.vllm
-def test_vllm_serves_what_the_model_says(vllm_shell, for_vllm, alive, serve_file):
+def test_vllm_serves_what_the_model_says(vllm_shell, for_vllm, alive, everybody, serve_file):
     model, expected = for_vllm
     done = vllm_shell("run", serve_file(VLLM_FILE.format(model=model)), "--detach", "--timeout", READY_S)
     assert done.returncode == 0, done.stderr
@@ -168,11 +156,13 @@ def test_vllm_serves_what_the_model_says(vllm_shell, for_vllm, alive, serve_file
     check_answers(vllm_shell, status, expected)
     assert ask(status, "completions", prompt="x", model="another").status_code == 404
     check_bench(vllm_shell)
-    check_stop(vllm_shell, alive, status)
+    check_stop(vllm_shell, alive, everybody, status)
 
 
 @pytest.mark.vllm
-def test_vllm_killed_leaves_no_orphaned_engine(vllm_shell, for_vllm, alive, serve_file, eventually):
+def test_vllm_killed_leaves_no_orphaned_engine(
+    vllm_shell, for_vllm, alive, everybody, serve_file, eventually
+):
     """The engine core of a killed API server lives on for ever when nobody looks after it."""
     model, _ = for_vllm
     path = serve_file(VLLM_FILE.format(model=model))
@@ -186,8 +176,9 @@ def test_vllm_killed_leaves_no_orphaned_engine(vllm_shell, for_vllm, alive, serv
 
 
 @pytest.mark.vllm
-def test_vllm_that_cannot_start_gives_its_first_cause(vllm_shell, for_vllm, serve_file):
-    model, _ = for_vllm
+def test_vllm_that_cannot_start_gives_its_first_cause(vllm_shell, for_vllm, serve_file, tmp_path):
+    model = tmp_path / "broken"
+    shutil.copytree(for_vllm[0], model)
     path = serve_file(VLLM_FILE.format(model=model) + "    tokenizer: /no/such/tokenizer\n", name="bad")
     done = vllm_shell("run", path, "--detach", "--timeout", READY_S)
     assert done.returncode == 2

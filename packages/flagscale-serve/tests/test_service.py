@@ -130,7 +130,6 @@ def test_two_instances_cannot_have_one_port(serve_file):
 
 REFUSED = {
     "Ray's environment": ("runner:\n  runtime_env: {pip: [x]}", "experiment.runner.runtime_env: {'pip'"),
-    "composition": ("runner:\n  deploy:\n    enable_composition: true", "enable_composition: True"),
     "after the stop": ("cmds:\n  after_stop: rm -f x", "experiment.cmds.after_stop: 'rm -f x'"),
 }
 

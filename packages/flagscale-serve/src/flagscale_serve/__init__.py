@@ -24,13 +24,9 @@ from flagscale_serve.metrics import Load
 from flagscale_serve.model import Model, read_model
 from flagscale_serve.plan import plan
 from flagscale_serve.runs import (
-    InstanceStatus,
     Options,
     Prepared,
-    ServiceStatus,
     check,
-    find_run,
-    list_runs,
     logs,
     prepare,
     run,
@@ -40,6 +36,8 @@ from flagscale_serve.runs import (
     wait_ready,
 )
 from flagscale_serve.service import Instance, Service, of_experiment, of_model
+from flagscale_serve.state import InstanceStatus, ServiceStatus, list_runs
+from flagscale_serve.targets import find_run
 from flagscale_serve.tune import Trial, Tuned, parse_space, tune
 
 __all__ = [

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from flagscale_serve.application import ENGINE as APPLICATION
 from flagscale_serve.errors import InvalidService, NotServing, RequestFailed
-from flagscale_serve.runs import InstanceStatus, find_run, status_of, vllm_python
+from flagscale_serve.state import InstanceStatus, status_of, vllm_python
+from flagscale_serve.targets import find_run
 
 if TYPE_CHECKING:
     import httpx
@@ -99,6 +101,7 @@ def find_server(target: str | None, model: str | None = None, overrides: Sequenc
 
     Raises:
         NotServing: there is none, it is not ready, or it serves several models and none was named.
+        InvalidService: it is a composed application.
     """
     if target is not None and target.startswith(("http://", "https://")):
         base = target.rstrip("/")
@@ -110,6 +113,11 @@ def find_server(target: str | None, model: str | None = None, overrides: Sequenc
     if instance is None or not instance.is_ready:
         raise NotServing(
             f"{now.run_dir}: not ready: it is {now.state}{f' ({now.reason})' if now.reason else ''}"
+        )
+    if instance.engine == APPLICATION:
+        raise InvalidService(
+            f"{now.run_dir}: {instance.model}: a composed application, which is no language model: POST its "
+            f"fields to {instance.url}"
         )
     if instance.url is None:
         raise NotServing(f"{now.run_dir}: the port of {instance.name} is not known")

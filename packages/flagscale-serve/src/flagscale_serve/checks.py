@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -12,14 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from flagscale_serve import router
+from flagscale_serve.application import INSTALL, MODULES, Application
 from flagscale_serve.engines import Engine, engine_named
 from flagscale_serve.errors import EngineMissing, InvalidModel, InvalidService
 from flagscale_serve.model import Model, read_gguf_model, read_model
 from flagscale_serve.service import Front, Instance, Service
 
-__all__ = ["check_addresses", "check_engines", "check_models", "check_router", "has_modules"]
+__all__ = [
+    "check_addresses",
+    "check_disk",
+    "check_engines",
+    "check_models",
+    "check_ray",
+    "check_router",
+    "has_modules",
+]
 
 _TIMEOUT_S = 60.0
+_LEAST_FREE_BYTES = 64 << 20
 # Finds without importing: an import of an engine takes seconds, and can fail for reasons of the machine.
 _LOOK = """
 import importlib.metadata, importlib.util, json, sys
@@ -67,13 +78,12 @@ def _model_of(instance: Instance, service: Service) -> Model:
     )
 
 
-def check_addresses(service: Service) -> None:
-    """Make sure that this machine can listen on every instance's host; an engine finds out after a minute.
+def check_addresses(doors: Sequence[Instance | Front | Application]) -> None:
+    """Make sure that this machine can listen on every host; an engine finds out after a minute.
 
     Raises:
         InvalidService: the host is no address of this machine, or a name that nobody knows.
     """
-    doors: list[Instance | Front] = [*service.instances, *service.fronts]
     for door in doors:
         try:
             family, kind, *_, address = socket.getaddrinfo(door.host, 0, type=socket.SOCK_STREAM)[0]
@@ -127,6 +137,37 @@ def check_router(service: Service, python: str) -> None:
                 f"{service.fronts[0].name}: several instances behind one address need a router, which "
                 f"{python} does not have: install it there with `{router.INSTALL}`"
             )
+
+
+def check_ray(application: Application, python: str) -> None:
+    """Ask the Python that should run an application whether it has Ray Serve.
+
+    Raises:
+        EngineMissing: it has not.
+    """
+    wanted = json.dumps({"modules": MODULES, "distributions": []})
+    found = _ask((*application.shell, python, "-c", _LOOK, wanted), python, application)
+    if found["missing"]:
+        raise EngineMissing(
+            f"{application.source}: a composed application runs on Ray Serve: {python} (Python "
+            f"{found['python']}) has no {', '.join(found['missing'])}: install it there with `{INSTALL}`, or "
+            "name the Python that has it with --python"
+        )
+
+
+def check_disk(folder: Path) -> None:
+    """Make sure that logs and state can be written where a run will live.
+
+    Raises:
+        InvalidService: the file system is full, or nearly.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < _LEAST_FREE_BYTES:
+        raise InvalidService(
+            f"run directory {folder}: {free >> 20} MiB free: logs and state need "
+            f"{_LEAST_FREE_BYTES >> 20} MiB: make room, or choose another place with --run-dir"
+        )
 
 
 def has_modules(python: str, modules: Sequence[str]) -> bool:
@@ -186,7 +227,7 @@ def _look(start: Sequence[str], engine: Engine, service: Service) -> str:
     return str(next(iter(found["versions"].values()), "unknown"))
 
 
-def _ask(argv: Sequence[str], python: str, service: Service) -> dict[str, Any]:
+def _ask(argv: Sequence[str], python: str, service: Service | Application) -> dict[str, Any]:
     try:
         done = subprocess.run(
             argv,

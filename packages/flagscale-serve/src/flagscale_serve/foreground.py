@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import flagscale_hw as hw
+from flagscale_serve.application import ENGINE as APPLICATION
 from flagscale_serve.bench import Measured
 from flagscale_serve.generate import Progress as Batch
 from flagscale_serve.progress import Phases, Tail
-from flagscale_serve.runs import InstanceStatus, ServiceStatus
+from flagscale_serve.state import InstanceStatus, ServiceStatus
 from flagscale_serve.tune import Trial
 
 __all__ = ["StartLog", "batch_progress", "level_text", "ready_text", "trial_text"]
@@ -107,6 +108,9 @@ def ready_text(status: ServiceStatus, seconds: float) -> str:
     for one in status.instances:
         if one.behind is not None:
             continue  # its router is what people ask
+        if one.engine == APPLICATION:
+            lines += [f"ready after {seconds:.1f} s: {one.url}", f"its fields: curl {one.url}"]
+            continue
         lines.append(f"ready after {seconds:.1f} s: {one.url}  model {one.model}")
         if one.has_chat_template:
             path, asked = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from flagscale_hw import Machine, Plan, Probe, Process, StopPolicy, env, runtime
+from flagscale_serve.application import compose, plan_application
 from flagscale_serve.engines import ENGINES, Context, Rendered, Seat, default_engine, engine_named
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.fit import fit
@@ -21,7 +22,7 @@ from flagscale_serve.model import Model
 from flagscale_serve.placing import Berth, place
 from flagscale_serve.router import ENGINE as ROUTER
 from flagscale_serve.router import router_argv
-from flagscale_serve.service import Front, Instance, Service, absolute, of_experiment
+from flagscale_serve.service import Front, Instance, Service, absolute, is_composed, of_experiment
 
 if TYPE_CHECKING:
     from flagscale_config import Experiment
@@ -76,6 +77,10 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     """
     if isinstance(what, Service):
         service = what
+    elif is_composed(what):
+        return plan_application(
+            compose(what), machine, python=python, ready_timeout_s=ready_timeout_s, max_restarts=max_restarts
+        )
     else:
         if not nodes and (what.runner.hostfile or what.runner.docker or what.runner.type == "cloud"):
             raise InvalidService(

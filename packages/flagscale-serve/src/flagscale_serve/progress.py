@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flagscale_serve.application import ENGINE as APPLICATION
 from flagscale_serve.engines import engine_named
 from flagscale_serve.router import ENGINE as ROUTER
 
 __all__ = ["Phases", "Tail", "details"]
 
+_FIRST = {ROUTER: "waiting for the instances", APPLICATION: "starting Ray and the classes"}
 _TAIL_BYTES = 256 * 1024
 _MAX_DETAILS = 3
 _LINE_LIMIT = 300
@@ -47,9 +49,8 @@ class Phases:
     """Follows one instance from its first log line to its first token."""
 
     def __init__(self, engine: str) -> None:
-        is_router = engine == ROUTER
-        self._known = () if is_router else engine_named(engine).phases
-        self.current = "waiting for the instances" if is_router else "importing the engine"
+        self._known = () if engine in _FIRST else engine_named(engine).phases
+        self.current = _FIRST.get(engine, "importing the engine")
         """What it is doing now, as a clause for people."""
         self.last_line = ""
         """Its latest log line that is not blank."""

@@ -25,7 +25,18 @@ if TYPE_CHECKING:
     from flagscale_config import Experiment
     from flagscale_config.experiment import Resources, ServeInstance
 
-__all__ = ["Front", "Instance", "Service", "absolute", "of_experiment", "of_model", "served_name"]
+__all__ = [
+    "Front",
+    "Instance",
+    "Service",
+    "absolute",
+    "is_composed",
+    "of_experiment",
+    "of_model",
+    "port_of",
+    "served_name",
+    "shell_words",
+]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 # Settled by the service, so that they are never rendered a second time from the engine's options.
@@ -126,9 +137,18 @@ class Service:
         The text is the user's own, run by bash in the engine's process; the engine then replaces the shell,
         so that signals reach it. Our own words are never shell text: they follow as arguments.
         """
-        if not self.before_start:
-            return ()
-        return ("bash", "-c", f'{self.before_start}\nexec "$@"', "bash")
+        return shell_words(self.before_start)
+
+
+def shell_words(before_start: str) -> tuple[str, ...]:
+    """Return the words in front of a command that run a user's shell text first; see `Service.shell`."""
+    return ("bash", "-c", f'{before_start}\nexec "$@"', "bash") if before_start else ()
+
+
+def is_composed(experiment: Experiment) -> bool:
+    """Tell whether a file asks for a graph of the user's own classes, which `application.py` reads."""
+    by_item = any(item.module or item.depends for item in experiment.serve)
+    return by_item or experiment.runner.deploy.enable_composition
 
 
 def of_model(path: str, *, cwd: str, engine: str) -> Service:
@@ -155,6 +175,10 @@ def of_experiment(experiment: Experiment, *, default_engine: str, engine: str | 
         raise InvalidService(
             f"{where}: experiment.task.type: {experiment.task.type!r}: flagscale-serve runs files whose "
             "task type is `serve` and that have a `serve` list: choose another file or another tool"
+        )
+    if is_composed(experiment):
+        raise InvalidService(
+            f"{where}: a composed application is no service of models: `plan` and `run` take the file itself"
         )
     _refuse_unsupported(experiment, where)
     names = _unique(item.serve_id for item in experiment.serve)
@@ -304,7 +328,7 @@ def _instance(item: ServeInstance, name: str, where: str, cwd: str, engine: str)
         model=model,
         served_names=_names(settled.get("served_model_name"), model, asked),
         host=str(settled.get("host") or "127.0.0.1"),
-        port=_port(settled.get("port"), f"{where}.engine_args.port"),
+        port=port_of(settled.get("port"), f"{where}.engine_args.port"),
         api_key=_api_key(settled.get("api_key"), f"{where}.engine_args.api_key"),
         engine=engine,
         options=_without_ours(options),
@@ -361,7 +385,12 @@ def _api_key(value: Any, where: str) -> str | None:
     return str(keys[0]) if keys and keys[0] else None
 
 
-def _port(value: Any, where: str) -> int | None:
+def port_of(value: Any, where: str) -> int | None:
+    """Read a port; None is any free one.
+
+    Raises:
+        InvalidService: it is no whole number in 1..65535.
+    """
     if value is None:
         return None
     try:
@@ -400,7 +429,7 @@ def _unique(serve_ids: Iterable[str]) -> list[str]:
 
 def _with_public_port(first: Instance, experiment: Experiment, where: str) -> Instance:
     """Let `deploy.port` be the first instance's port, and refuse two different wishes."""
-    public = _port(experiment.runner.deploy.port, f"{where}: experiment.runner.deploy.port")
+    public = port_of(experiment.runner.deploy.port, f"{where}: experiment.runner.deploy.port")
     if public is None or public == first.port:
         return first
     if first.port is not None:
@@ -456,27 +485,16 @@ def _num_devices(resources: Resources, where: str) -> int | None:
 
 def _refuse_unsupported(experiment: Experiment, where: str) -> None:
     """Refuse what this version would otherwise have to ignore."""
-    runner, deploy = experiment.runner, experiment.runner.deploy
+    runner = experiment.runner
     asked: list[tuple[str, Any, str]] = [
         ("runner.runtime_env", runner.runtime_env, "Ray: set variables in experiment.envs"),
         ("runner.cli_args.model_path", runner.cli_args.model_path, "use serve[0].engine_args.model"),
         ("runner.cli_args.engine_args", runner.cli_args.engine_args, "use serve[0].engine_args"),
         ("cmds.after_stop", experiment.cmds.after_stop, "commands after the stop: remove it"),
-        (
-            "runner.deploy.enable_composition",
-            deploy.enable_composition,
-            "composed applications: serve each model by itself",
-        ),
     ]
     for key, value, what in asked:
         if value:
             given = dict(value) if isinstance(value, Mapping) else value
             raise InvalidService(
                 f"{where}: experiment.{key}: {given!r}: not supported by this version: {what}"
-            )
-    for index, item in enumerate(experiment.serve):
-        if item.module or item.depends:
-            raise InvalidService(
-                f"{where}: serve[{index}]: an item with module or depends is part of a composed "
-                "application: not supported by this version: serve each model by itself"
             )

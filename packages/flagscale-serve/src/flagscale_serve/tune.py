@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flagscale_serve.bench import Measured, Workload, bench
+from flagscale_serve.bench import Measured, Workload, bench, profile_of
 from flagscale_serve.errors import InvalidService, ServeError
 from flagscale_serve.runs import Options, check, prepare, start, wait_ready
 
@@ -108,7 +108,7 @@ def tune(  # noqa: PLR0913 - what people set on a search
         overrides: Hydra overrides of the file.
         space: option of `engine_args` -> values to try.
         folder: takes the journal and the best file; an earlier journal of the same search is gone on with.
-        workload: the load of each trial.
+        workload: the load of each trial; None: the file's profile, where it has one.
         slo: bound -> seconds.
         options: how to start.
         generator: what makes the load; see `bench`.
@@ -121,7 +121,7 @@ def tune(  # noqa: PLR0913 - what people set on a search
         target=_as_file(target, folder),
         overrides=tuple(overrides),
         folder=folder,
-        workload=workload or Workload(),
+        workload=workload or profile_of(target, overrides),
         slo=dict(slo or {}),
         wish=options or Options(),
         generator=generator,

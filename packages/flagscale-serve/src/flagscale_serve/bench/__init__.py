@@ -19,6 +19,7 @@ from flagscale_serve.bench.page import render_page
 from flagscale_serve.chat import Server, find_server, listed_model
 from flagscale_serve.checks import has_modules
 from flagscale_serve.errors import InvalidService
+from flagscale_serve.targets import file_of
 
 __all__ = [
     "GENERATORS",
@@ -30,12 +31,42 @@ __all__ = [
     "measure",
     "parse_slo",
     "percentile",
+    "profile_of",
 ]
 
 GENERATORS = {"vllm": vllm_client.GENERATOR, "own": client.GENERATOR}
 """What people choose -> what makes the load."""
 # Engines that refuse the fields which `vllm bench serve` sends.
 _STRICT = frozenset({"transformers"})
+
+
+def profile_of(target: str | None, overrides: Sequence[str] = ()) -> Workload:
+    """Return the load that a serve file says it is tuned for: the `profile` of its first item.
+
+    Args:
+        target: serve file or recipe; anything else has no profile.
+        overrides: Hydra overrides of the file.
+
+    Raises:
+        ConfigError: the file is wrong.
+        InvalidService: the lengths of its profile are spread, which no generator here does.
+    """
+    experiment = file_of(target, overrides) if target is not None else None
+    profile = experiment.serve[0].profile if experiment is not None and experiment.serve else None
+    if profile is None:
+        return Workload()
+    # All lengths alike: 1 in vLLM's older generator, for which the files were written, and 0 in newer ones.
+    if profile.range_ratio not in (0, 1):
+        raise InvalidService(
+            f"{target}: serve[0].profile.range_ratio: {profile.range_ratio:g}: lengths are all alike here: "
+            "set it to 1"
+        )
+    return Workload(
+        prefix_len=profile.prefix_len,
+        input_len=profile.input_len,
+        output_len=profile.output_len,
+        num_requests=profile.num_prompts,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +133,7 @@ def bench(  # noqa: PLR0913 - what people set on a benchmark
     Args:
         target: address of any OpenAI-compatible server, or what `find_run` takes.
         overrides: Hydra overrides of a serve file.
-        workload: the load; its concurrency is replaced.
+        workload: the load; its concurrency is replaced. None: the file's profile, where it has one.
         concurrencies: levels, in the order in which they are run.
         slo: bound (`BOUNDS`) -> seconds.
         generator: key of `GENERATORS`; None takes `vllm bench serve` where it works, else our own.
@@ -124,7 +155,7 @@ def bench(  # noqa: PLR0913 - what people set on a benchmark
     key = api_key or os.environ.get("OPENAI_API_KEY")
     chosen = _choose(server, generator, python)
     name = server.model or listed_model(server, key)
-    base, began = workload or Workload(), time.time()
+    base, began = workload or profile_of(target, overrides), time.time()
     levels: list[Measured] = []
     for number, concurrency in enumerate(concurrencies):
         # Another seed each time: a prompt that was seen before would come from the prefix cache.

@@ -73,11 +73,18 @@ async def _measure(server: Server, model: str, workload: Workload, api_key: str 
         headers=headers, limits=limits, timeout=timeout, trust_env=not server.is_local
     ) as client:
         url = f"{server.url}/completions"
-        words = await _words_per_prompt(client, url, model, workload.input_len)
+        words_per_token = await _words_per_token(client, url, model)
+        words = max(1, round(workload.input_len * words_per_token))
+        # Not of the seed: every load of a sweep shares it, as the requests of one purpose do.
+        prefix = _text(random.Random(0), round(workload.prefix_len * words_per_token))  # noqa: S311
         chance = random.Random(workload.seed)  # noqa: S311 - words, no secret
         total = workload.num_warmups + workload.num_requests
         bodies = [
-            {"model": model, "prompt": _text(chance, words), "max_tokens": workload.output_len}
+            {
+                "model": model,
+                "prompt": f"{prefix} {_text(chance, words)}".lstrip(),
+                "max_tokens": workload.output_len,
+            }
             for _ in range(total)
         ]
         await _ask_all(client, url, iter(bodies[: workload.num_warmups]), workload.concurrency)
@@ -91,8 +98,8 @@ def _text(chance: random.Random, words: int) -> str:
     return " ".join(chance.choices(_WORDS, k=words))
 
 
-async def _words_per_prompt(client: httpx.AsyncClient, url: str, model: str, input_len: int) -> int:
-    """Ask how many tokens some words are, and find the number of words for `input_len` tokens."""
+async def _words_per_token(client: httpx.AsyncClient, url: str, model: str) -> float:
+    """Ask how many tokens some words are."""
     import httpx
 
     text = _text(random.Random(0), _CALIBRATION)  # noqa: S311
@@ -104,7 +111,7 @@ async def _words_per_prompt(client: httpx.AsyncClient, url: str, model: str, inp
     if response.status_code != 200:
         raise RequestFailed(f"{url}: HTTP {response.status_code}: {message_of(response.text)}")
     tokens = (response.json().get("usage") or {}).get("prompt_tokens") or _CALIBRATION
-    return max(1, round(input_len * _CALIBRATION / tokens))
+    return float(_CALIBRATION / tokens)
 
 
 async def _ask_all(

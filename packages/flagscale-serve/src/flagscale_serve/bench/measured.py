@@ -31,6 +31,8 @@ class Workload:
 
     input_len: int = 512
     """Tokens of each prompt, 1 or more."""
+    prefix_len: int = 0
+    """Tokens more in front of it, the same ones in every prompt."""
     output_len: int = 128
     """Tokens of each answer, 1 or more; fewer where the engine cannot be told to go on."""
     concurrency: int = 32
@@ -45,6 +47,8 @@ class Workload:
         for name in ("input_len", "output_len", "concurrency", "num_requests"):
             if getattr(self, name) < 1:
                 raise InvalidService(f"{name}: {getattr(self, name)}: at least 1 is needed: raise it")
+        if self.prefix_len < 0:
+            raise InvalidService(f"prefix_len: {self.prefix_len}: 0 or more is needed: raise it")
 
 
 @dataclass(frozen=True, kw_only=True)

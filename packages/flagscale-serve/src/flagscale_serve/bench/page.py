@@ -72,8 +72,9 @@ def render_page(done: Benched) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(done.model)} under load</title><style>{_STYLE}</style></head><body>
 <h1>{escape(done.model)} under load</h1>
-<p>{escape(done.url)}; random prompts of {load.input_len} tokens, answers of {load.output_len}; load by
-{escape(levels[0].generator)}. {escape(f"SLO: {slo}." if slo else "No SLO was given.")}</p>
+<p>{escape(done.url)}; random prompts of {load.prefix_len + load.input_len} tokens, answers of
+{load.output_len}; load by {escape(levels[0].generator)}.
+{escape(f"SLO: {slo}." if slo else "No SLO was given.")}</p>
 <p>Best: {best.goodput(done.slo):.2f} requests/s{" within the SLO" if slo else ""} at
 {best.workload.concurrency} at a time, {best.output_tokens_per_s:.0f} output tokens/s.</p>
 <div class="plots">{"".join(plots)}</div>

@@ -76,6 +76,7 @@ def _argv(server: Server, model: str, workload: Workload, python: str, result: P
         *("--served-model-name", model),
         *("--dataset-name", "random", "--random-range-ratio", "0", "--seed", str(workload.seed)),
         *("--random-input-len", str(workload.input_len), "--random-output-len", str(workload.output_len)),
+        *("--random-prefix-len", str(workload.prefix_len)),
         *("--num-prompts", str(workload.num_requests), "--max-concurrency", str(workload.concurrency)),
         *("--num-warmups", str(workload.num_warmups)),
         *("--ignore-eos", "--temperature", "0", "--disable-tqdm", "--ready-check-timeout-sec", "0"),

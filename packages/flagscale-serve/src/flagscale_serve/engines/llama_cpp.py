@@ -67,6 +67,9 @@ class LlamaCpp:
             version=context.version,
             ignored=(*_SIZES, "data_parallel_size", "dtype"),  # a GGUF file has one number format, its own
         )
+        # It answers to every name and shows the alphabetically first: of names that nobody chose, a path.
+        is_chosen = instance.model not in instance.served_names
+        names = instance.served_names if is_chosen else instance.served_names[:1]
         # Not on the command line, where everybody on the machine can read it.
         env = {"LLAMA_API_KEY": instance.api_key} if instance.api_key is not None else {}
         argv = (
@@ -74,7 +77,7 @@ class LlamaCpp:
             "--model",
             instance.model,
             "--alias",
-            ",".join(instance.served_names),
+            ",".join(names),
             "--host",
             instance.host,
             "--port",

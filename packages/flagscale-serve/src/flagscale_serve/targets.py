@@ -1,0 +1,197 @@
+"""What a target means: a serve file, a recipe's name, a model directory, a run directory or a run's id.
+
+What does not live here: how a run stands (`state.py`), starting what a target means (`runs.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flagscale_hw as hw
+from flagscale_serve.engines import default_engine, engine_named
+from flagscale_serve.errors import InvalidService, NotServing
+from flagscale_serve.hosts import Node, find_nodes, promised_nodes
+from flagscale_serve.router import DISTRIBUTION
+from flagscale_serve.service import Service, absolute, is_composed, of_experiment, of_model, served_name
+from flagscale_serve.state import list_runs
+
+__all__ = ["Target", "file_of", "find_run", "read_target"]
+
+_TASK = "serve"
+
+
+def find_run(target: str | None, overrides: Sequence[str] = (), *, alive: bool = False) -> hw.Run:
+    """Find the run that a target means.
+
+    Args:
+        target: run directory, run id, serve file, recipe or model directory; None: the only one alive.
+        overrides: Hydra overrides of the file.
+        alive: with no target, do not fall back on the latest one that has ended.
+
+    Raises:
+        NotServing: there is none, or several could be meant.
+    """
+    if target is None:
+        return _only_run(alive=alive)
+    path = Path(target)
+    if (path / "plan.json").is_file():
+        return hw.open_run(path.absolute())
+    for known in reversed(list_runs()):
+        if Path(known.run_dir).name == target:
+            return hw.open_run(Path(known.run_dir))
+    if path.is_dir() or path.suffix == ".gguf":
+        return _run_of_model(path.resolve())
+    experiment = _load(target, overrides)
+    latest = Path(experiment.exp_dir) / "runs" / "latest"
+    if not (latest / "plan.json").is_file():
+        raise NotServing(
+            f"{target}: no run yet in {latest.parent}: start one with `flagscale-serve run {target}`"
+        )
+    return hw.open_run(latest.resolve())
+
+
+def _only_run(*, alive: bool) -> hw.Run:
+    known = list_runs()
+    living = [one for one in known if not one.is_over]
+    if len(living) > 1:
+        ids = ", ".join(Path(one.run_dir).name for one in living)
+        raise NotServing(f"{len(living)} services are running ({ids}): say which one")
+    chosen = living or ([] if alive else list(known[-1:]))
+    if not chosen:
+        raise NotServing("no service is running: start one with `flagscale-serve run FILE_OR_MODEL_DIR`")
+    return hw.open_run(Path(chosen[0].run_dir))
+
+
+def _run_of_model(path: Path) -> hw.Run:
+    of_it = [one for one in list_runs() if any(Path(i.model_dir).resolve() == path for i in one.instances)]
+    if not of_it:
+        raise NotServing(
+            f"{path}: no run of this model is known: start one with `flagscale-serve run {path}`"
+        )
+    living = [one for one in of_it if not one.is_over]
+    return hw.open_run(Path((living or of_it)[-1].run_dir))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a target means: a serve file, or a model by its path."""
+
+    path: str
+    experiment: Any
+    """The loaded file; None for a model."""
+    given_python: str | None
+    engine: str | None
+    """Wins over the file's."""
+
+    @property
+    def python(self) -> str:
+        """The engine's interpreter; after the user's own shell text it is the `python` on the path."""
+        chosen = self.given_python or os.environ.get("FLAGSCALE_SERVE_PYTHON")
+        has_shell = self.experiment is not None and bool((self.experiment.cmds.before_start or "").strip())
+        if chosen is None:
+            if self.experiment is not None and self.experiment.runner.docker:
+                return "python3"  # of the container, whose paths are its own
+            return "python" if has_shell else sys.executable
+        if "/" in chosen:
+            # Not resolved: the link in a virtual environment is what makes it one.
+            return str(Path(chosen).absolute())
+        return chosen if has_shell else shutil.which(chosen) or chosen
+
+    @property
+    def is_composed(self) -> bool:
+        """Tell whether it is an application of the user's own classes."""
+        return self.experiment is not None and is_composed(self.experiment)
+
+    @property
+    def is_cloud(self) -> bool:
+        """Tell whether a cluster chooses the hosts."""
+        return self.experiment is not None and self.experiment.runner.type == "cloud"
+
+    def nodes(self, machine: hw.Machine) -> tuple[Node, ...]:
+        """Look at the hosts; none where everything runs here."""
+        if self.experiment is None:
+            return ()
+        if self.is_cloud:
+            return promised_nodes(self.experiment, machine)
+        task = self.experiment.task.backend
+        names = {self.engine or item.engine or task or "vllm" for item in self.experiment.serve}
+        packages = [word for name in sorted(names) for word in engine_named(name).distributions]
+        copies = [item.resources.num_replicas for item in self.experiment.serve]
+        if self.experiment.runner.deploy.prefill_decode_disaggregation or set(copies) - {1, None}:
+            packages.append(DISTRIBUTION)
+        return find_nodes(self.experiment, python=self.python, packages=packages)
+
+    @property
+    def home(self) -> Path:
+        """The directory in which its runs live."""
+        if self.experiment is None:
+            return _state_dir() / served_name(str(absolute(self.path, str(Path.cwd()))))
+        return Path(self.experiment.exp_dir) / "runs"
+
+    def service(self, machine: hw.Machine) -> Service:
+        """Return the service that is asked for."""
+        default = default_engine(machine.chip).name
+        if self.experiment is None:
+            is_gguf = self.path.endswith(".gguf")
+            engine = self.engine or ("llama_cpp" if is_gguf else default)
+            return of_model(self.path, cwd=str(Path.cwd()), engine=engine)
+        return of_experiment(self.experiment, default_engine=default, engine=self.engine)
+
+
+def read_target(
+    target: str, overrides: Sequence[str], *, python: str | None = None, engine: str | None = None
+) -> Target:
+    """Read what should be started.
+
+    Raises:
+        ConfigError: the file or an override is wrong.
+        InvalidService: there is no such thing, or overrides of a model.
+    """
+    path = Path(target)
+    if path.is_dir() or path.suffix == ".gguf":
+        if overrides:
+            raise InvalidService(
+                f"{target}: {overrides[0]}: overrides belong to a serve file: a model takes "
+                "options such as --port"
+            )
+        return Target(target, None, python, engine)
+    return Target(target, _load(target, overrides), python, engine)
+
+
+def file_of(target: str, overrides: Sequence[str] = ()) -> Any:
+    """Return the experiment of a serve file or recipe; None where the target is something else.
+
+    Raises:
+        ConfigError: the file or an override is wrong.
+    """
+    from flagscale_config import load, recipes
+
+    is_file = Path(target).is_file() and Path(target).suffix in (".yaml", ".yml")
+    return load(target, overrides, task=_TASK) if is_file or target in recipes(_TASK) else None
+
+
+def _load(target: str, overrides: Sequence[str]) -> Any:
+    from flagscale_config import load, recipes
+
+    is_file = Path(target).exists() or Path(target).suffix in (".yaml", ".yml")
+    if not is_file and target not in recipes(_TASK):
+        raise InvalidService(
+            f"{target}: no such model directory, serve file, recipe or run: give the path of a directory "
+            "with config.json, of a FlagScale serve file (.yaml), or a name that `flagscale-config "
+            "recipes` lists"
+        )
+    return load(target, overrides, task=_TASK)
+
+
+def _state_dir() -> Path:
+    own = os.environ.get("FLAGSCALE_STATE_DIR")
+    if own:
+        return Path(own).absolute() / "serve"
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "flagscale" / "serve"
