@@ -267,8 +267,8 @@ def engines(session: nox.Session) -> None:
 def megatron017(session: nox.Session) -> None:
     """The chosen few of the engine tests on the oldest Megatron supported, which is called differently."""
     older = [word for word in ENGINES if not word.startswith("megatron-core") and word != ROUTER]
-    needed = sources([*closure("train"), "convert"])  # its weights are what the families compute with
-    session.install(TORCH, "megatron-core==0.17.1", *needed, *older, *TEST_TOOLS)
+    ours = [*closure("train"), "convert"]  # whose weights families and adapters compute with
+    session.install(TORCH, "megatron-core==0.17.1", *sources(ours), *older, "peft>=0.17,<1", *TEST_TOOLS)
     tests_of_train = "packages/flagscale-train/tests"
     session.run("pytest", "-q", REPEATABLE, tests_of_train, "-m", "every_megatron", *session.posargs)
 

@@ -102,6 +102,7 @@ def test_adapters_are_options_of_every_version(tiny):
             "+train.model.lora_target_modules=[q_proj,w1]",
             "w1: no such layer; use some of down_proj, gate_proj",
         ),
+        ("+train.model.lora_target_modules=[q_a_proj]", "q_a_proj: no such layer"),
         ("+train.model.finetune=true", "name the model's weights by pretrained_checkpoint"),
         ("+train.model.lora_in_init_method=kaimig", "did you mean kaiming?"),
     ):

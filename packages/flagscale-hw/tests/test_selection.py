@@ -77,11 +77,12 @@ def test_all_is_well_on_an_npu(frameworks):
     frameworks.torch(backends=("gloo", "hccl")).write("torch_npu", NPU)
     frameworks.write("megatron/plugin/__init__").write("megatron/__init__")
     frameworks.write("megatron/plugin/platform", PLATFORM.format(name="npu"))
+    frameworks.write("megatron/core/package_info", '__version__ = "0.17.1"')
     frameworks.write("transformer_engine/__init__").write("transformer_engine/plugin")
     found = frameworks.ask("train", "ascend")
     assert [finding.code for finding in found.values() if not finding.is_good] == []
     assert "would select npu (8 devices)" in found["HW401"].text
-    assert "the platform npu" in found["HW403"].text
+    assert found["HW403"].text == "Megatron-LM-FL 0.17.1 would select the platform npu"
     assert "with FlagOS dispatch" in found["HW404"].text
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from flagscale_train.data.indexed import IndexedWriter
 
+sys.path.append(str(Path(__file__).parent))  # for `trainings`, which tests share
 VOCAB = 512
 
 EXPERIMENT = """

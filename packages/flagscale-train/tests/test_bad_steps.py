@@ -1,17 +1,16 @@
 """Steps that are no good, planted into real training on the CPU: left out, rolled back, or the run's end."""
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
+from trainings import events, train_job
 
-from flagscale_config import load, render_megatron
-from flagscale_hw import detect
+import flagscale_hw as hw
+from flagscale_config import load
+from flagscale_train import plan
 from flagscale_train.checkpoints import choose
 from flagscale_train.findings import examine
-from flagscale_train.plan import options_for, plan
+from flagscale_train.hosts import Node
 
 pytestmark = pytest.mark.megatron
 
@@ -41,39 +40,11 @@ def place(tmp_path_factory, write_experiment, run_forked):
 
 
 def job(experiment, folder, overrides, planted, fails):
-    found = load(
-        experiment,
-        [
-            f"experiment.exp_dir={folder}",
-            f"train.model.train_iters={STEPS}",
-            "train.model.eval_iters=0",
-            *overrides,
-        ],
-        task="train",
-    )
-    machine = detect()
-    options = options_for(found, machine, examine(found))
-    options.pop("tensorboard_dir", None)
-    words = list(render_megatron(options))
-    if "exit_duration_in_mins" in options:
-        words[words.index("--exit-duration-in-mins") + 1] = "-1"
-    folder.mkdir(parents=True)
-    process = plan(found, machine).processes[0]
-    return {
-        "name": folder.name,
-        "entry": "session",
-        "processes": 1,
-        "argv": words,
-        "env": {**process.env, "FLAGSCALE_EVENTS": str(folder / "events.jsonl")},
-        "log": str(folder / "log"),
-        "fails": fails,
-        **({"plant": planted} if planted else {}),
-    }
-
-
-def events(folder, kind):
-    lines = (folder / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
+    words = [f"train.model.train_iters={STEPS}", "train.model.eval_iters=0", *overrides]
+    made = train_job(experiment, folder, words)
+    if "--exit-duration-in-mins" in made["argv"]:
+        made["argv"][made["argv"].index("--exit-duration-in-mins") + 1] = "-1"
+    return {**made, "fails": fails, **({"plant": planted} if planted else {})}
 
 
 def test_a_step_that_is_no_number_is_left_out_and_the_rest_trains_on(place):
@@ -146,15 +117,15 @@ sys.meta_path.insert(0, Planter())
 """
 
 
-def test_a_run_rolls_back_past_the_bad_data_and_keeps_the_newest_checkpoints_alone(
+def test_two_hosts_roll_back_past_the_bad_data_and_keep_the_newest_checkpoints_alone(
     tmp_path, write_experiment
 ):
-    experiment = write_experiment(tmp_path)
     (tmp_path / "plant").mkdir()
     (tmp_path / "plant" / "sitecustomize.py").write_text(PLANT)
+    paths = [str(tmp_path / "plant"), *filter(None, [os.environ.get("PYTHONPATH")])]
     words = [
-        "experiment.runner.nproc_per_node=2",
-        f"+experiment.envs.PYTHONPATH={tmp_path / 'plant'}",
+        "experiment.runner.nproc_per_node=1",
+        f"+experiment.envs.PYTHONPATH='{os.pathsep.join(paths)}'",
         f"train.model.train_iters={STEPS}",
         "train.model.eval_iters=0",
         "train.system.checkpoint.save_interval=2",
@@ -162,19 +133,23 @@ def test_a_run_rolls_back_past_the_bad_data_and_keeps_the_newest_checkpoints_alo
         f"{CHECKPOINTS}keep_last=2",
         f"{BAD_STEPS}action=roll_back",
     ]
-    argv = [sys.executable, "-m", "flagscale_train.cli", "run", str(experiment), *words]
-    environment = {**os.environ, "FLAGSCALE_STATE_DIR": str(tmp_path / "state")}
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run_dir = (tmp_path / "exp" / "runs" / "latest").resolve()
+    experiment = load(write_experiment(tmp_path), words, task="train")
+    # Two hosts that are this one: each has a supervisor and a torchrun of its own.
+    targets = [hw.Target(name=name, transport="local", address="127.0.0.1") for name in ("one", "two")]
+    nodes = [Node(target=target, machine=hw.detect(), interface="lo") for target in targets]
+    planned = plan(experiment, hw.detect(), nodes=nodes, findings=examine(experiment))
+    run = hw.launch(planned, tmp_path / "run")
+    ended = run.wait(timeout_s=300)
+    assert ended.state == "succeeded", "\n".join(line.text for line in run.logs())[-3000:]
+    first_host = tmp_path / "run" / "hosts" / "one"
     # Step 7 was bad; the newest whole checkpoint was that of step 6 or, while 6 was being written, of step 4.
-    (rolled,) = (event["text"] for event in events(run_dir, "notice") if "rolling back" in event["text"])
+    (rolled,) = (event["text"] for event in events(first_host, "notice") if "rolling back" in event["text"])
     first = int(rolled.partition("iter_")[2][:7]) + 1
     assert first in (5, 7)
     assert f"leaving out the data of steps {first} to 7" in rolled
-    trained = [step["iteration"] for step in events(run_dir, "step")]
+    trained = [step["iteration"] for step in events(first_host, "step")]
     assert trained == [*range(1, 7), *range(8, STEPS + 1)]
-    saved = events(run_dir, "checkpoint")
+    saved = events(first_host, "checkpoint")
     assert all(event["verified"] for event in saved)
     assert saved[-1]["iteration"] == STEPS
     kept = sorted(path.name for path in (tmp_path / "exp" / "checkpoints").glob("iter_*"))

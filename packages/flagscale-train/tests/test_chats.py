@@ -194,11 +194,14 @@ def test_sequences_keep_chats_apart_and_come_in_the_same_order_again(renderer, t
             assert not visible[first:last, :first].any()
             assert not visible[first:last, last:].any()
             assert sample["position_ids"][first:last].tolist() == list(range(last - first))
-            size = int(sample["loss_mask"][first:last].sum())
-            if size:
-                seen.append(sample["tokens"][first:last].tolist())
-                assert sample["labels"][first : last - 1].tolist() == seen[-1][1:]
-    assert sorted(seen) == sorted(ids[:-1].tolist() for ids, _ in (chats[index] for index in range(30)))
+            here = [sample[name][first:last].tolist() for name in ("tokens", "labels", "loss_mask")]
+            if any(here[-1]):
+                seen.append(here)
+    whole = [chats[index] for index in range(30)]
+    # A place counts where the token that it predicts is of an answer.
+    assert sorted(seen) == sorted(
+        [ids[:-1].tolist(), ids[1:].tolist(), counts[1:].tolist()] for ids, counts in whole
+    )
     order = [ours[index]["tokens"].tolist() for index in range(2 * count)]
     assert order[:count] != order[count:], "every epoch has an order of its own"
     assert sorted(order[:count]) == sorted(order[count:])

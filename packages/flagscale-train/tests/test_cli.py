@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -36,7 +37,7 @@ def _as_if_installed(monkeypatch):
     monkeypatch.setattr(
         findings.importlib.util,
         "find_spec",
-        lambda name: True if name in ("torch", "megatron") else real(name),
+        lambda name: ModuleSpec(name, None) if name in ("torch", "megatron") else real(name),
     )
 
 

@@ -5,11 +5,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
-
-from flagscale_config import load, render_megatron
-from flagscale_hw import detect
-from flagscale_train.findings import examine
-from flagscale_train.logits import reference_options
+from trainings import logits_job
 
 pytestmark = [pytest.mark.megatron, pytest.mark.every_megatron]
 
@@ -223,7 +219,6 @@ def logits(tmp_path_factory, run_forked):
 
     root = tmp_path_factory.mktemp("families")
     tokens = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(9))
-    (root / "tokens.json").write_text(json.dumps(tokens.tolist()))
     theirs, jobs = {}, []
     for name, (kind, given, options) in FAMILIES.items():
         folder = root / name
@@ -231,9 +226,10 @@ def logits(tmp_path_factory, run_forked):
         with torch.no_grad():
             theirs[name] = model(tokens).logits
         installed = ".".join(map(str, MEGATRON))
-        target = folder / "megatron"
-        convert(make_plan(folder / "hf", target, to="torch_dist", megatron_version=installed))
-        jobs.append(_job(folder, _experiment(folder, given, options), root / "tokens.json"))
+        checkpoint = folder / "megatron"
+        convert(make_plan(folder / "hf", checkpoint, to="torch_dist", megatron_version=installed))
+        experiment = _experiment(folder, given, options)
+        jobs.append(logits_job(experiment, folder, [], checkpoint=checkpoint, tokens=tokens.tolist()))
     run_forked(root, jobs)
     return {name: (load_file(root / name / "logits")["logits"], theirs[name]) for name in FAMILIES}
 
@@ -248,21 +244,6 @@ def _experiment(folder, given, options):
     path = folder / "conf" / "tiny.yaml"
     path.write_text(EXPERIMENT.format(folder=folder))
     return path
-
-
-def _job(folder, experiment, tokens):
-    found = load(experiment, [], task="train")
-    options = reference_options(found, detect(), examine(found))
-    options |= {"load": str(folder / "megatron"), "no_load_optim": True, "no_load_rng": True}
-    own = [f"--flagscale-tokens={tokens}", f"--flagscale-output={folder / 'logits'}"]
-    return {
-        "name": folder.name,
-        "entry": "logits",
-        "processes": 1,
-        "argv": [*own, *render_megatron(options)],
-        "env": {"FLAGSCALE_PLATFORM": "cpu", "FLAGSCALE_EVENTS": str(folder / "events.jsonl")},
-        "log": str(folder / "log"),
-    }
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,15 +4,10 @@ Everything is fp32 on the CPU. Losses are near 6, so 1e-5 is two units of the la
 """
 
 import json
-from pathlib import Path
+from importlib.metadata import version
 
 import pytest
-
-from flagscale_config import load, render_megatron
-from flagscale_hw import detect
-from flagscale_train.findings import examine
-from flagscale_train.logits import reference_options
-from flagscale_train.plan import options_for, plan
+from trainings import curve, logits_job, train_job, worst
 
 pytestmark = [
     pytest.mark.megatron,
@@ -47,12 +42,10 @@ model:
   hidden_size: 64
   ffn_hidden_size: 112
   num_attention_heads: 4
-  group_query_attention: true
-  num_query_groups: 2
-  kv_channels: 24
   qk_layernorm: true
+{attention}
   normalization: RMSNorm
-  norm_epsilon: 1.0e-5
+  norm_epsilon: 1.0e-6
   swiglu: true
   disable_bias_linear: true
   position_embedding_type: rope
@@ -75,6 +68,53 @@ data:
   split: 1,0,0
   tokenizer: {{tokenizer_type: HuggingFaceTokenizer, tokenizer_model: {folder}/hf, vocab_size: 384}}
 """
+MODELS = {
+    "qwen3": (
+        {"head_dim": 24, "num_key_value_heads": 2, "tie_word_embeddings": True},
+        "  group_query_attention: true\n  num_query_groups: 2\n  kv_channels: 24",
+    ),
+    "deepseek_v3": (
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+            "tie_word_embeddings": False,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5,
+        },
+        """\
+  multi_latent_attention: true
+  q_lora_rank: 24
+  kv_lora_rank: 16
+  qk_head_dim: 16
+  qk_pos_emb_head_dim: 8
+  v_head_dim: 12
+  rope_type: rope
+  no_rope_fusion: true
+  untie_embeddings_and_output_weights: true
+  moe_layer_freq: "[0]*1+[1]*1"
+  num_experts: 4
+  moe_router_topk: 2
+  moe_ffn_hidden_size: 32
+  moe_shared_expert_intermediate_size: 32
+  moe_router_load_balancing_type: none
+  moe_router_score_function: sigmoid
+  moe_router_enable_expert_bias: true
+  moe_router_bias_update_rate: 0.1
+  moe_router_topk_scaling_factor: 1.5""",
+    ),
+}
+"""What is not the same in both models: for transformers, and as lines for Megatron."""
 EXPERIMENT = """
 defaults: [_self_, {{train: tiny}}]
 experiment:
@@ -114,6 +154,8 @@ TRAININGS = {
 PARTS = [*LORA, *TENSOR, "+train.model.lora_target_modules=[q_proj,v_proj,up_proj,down_proj]"]
 ADAPTED = {"one": LORA, "parts": PARTS}
 """Trainings whose adapters are exported."""
+EVERY_MEGATRON = ("lora-one", "lora-sequence", "lora-resumed", "lora-one-logits")
+"""What the session of the older Megatron trains too."""
 
 
 def chats():
@@ -159,7 +201,7 @@ def make_tokenizer(folder, template):
     return tokenizer
 
 
-def write_all(folder):
+def write_all(folder, kind="qwen3"):
     """Write a random model with its tokenizer, the same for Megatron, the chats and the experiment."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -167,10 +209,11 @@ def write_all(folder):
     from flagscale_convert import convert, make_plan
 
     tokenizer = make_tokenizer(folder, PLAIN)
+    described, attention = MODELS[kind]
     config = AutoConfig.for_model(
-        "qwen3", vocab_size=384, hidden_size=64, num_hidden_layers=2, intermediate_size=112, head_dim=24,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH, rms_norm_eps=1e-5,
-        rope_theta=10000.0, tie_word_embeddings=True,
+        kind, vocab_size=384, hidden_size=64, num_hidden_layers=2, intermediate_size=112,
+        num_attention_heads=4, max_position_embeddings=LENGTH, rms_norm_eps=1e-6, rope_theta=10000.0,
+        **described,
     )  # fmt: skip
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config).float().eval()
@@ -180,78 +223,43 @@ def write_all(folder):
             parameter.copy_(1 + noise / 4 if "norm" in name else noise / 12)
     model.save_pretrained(folder / "hf")
     tokenizer.save_pretrained(folder / "hf")
-    convert(make_plan(folder / "hf", folder / "megatron", to="torch_dist"))
+    wanted = ".".join(version("megatron-core").split(".")[:2])
+    convert(make_plan(folder / "hf", folder / "megatron", to="torch_dist", megatron_version=wanted))
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats()))
     (folder / "conf" / "train").mkdir(parents=True)
-    values = {"folder": folder, "length": LENGTH, "sequences": SEQUENCES}
+    values = {"folder": folder, "length": LENGTH, "sequences": SEQUENCES, "attention": attention}
     (folder / "conf" / "train" / "tiny.yaml").write_text(TRAIN.format(**values))
     path = folder / "conf" / "tiny.yaml"
     path.write_text(EXPERIMENT.format(**values))
     return path
 
 
-def job(experiment, folder, overrides):
-    """Describe one training in the words the plan gives its workers."""
-    found = load(experiment, [f"experiment.exp_dir={folder}", *overrides], task="train")
-    machine = detect()
-    options = options_for(found, machine, examine(found))
-    options.pop("tensorboard_dir", None)
-    folder.mkdir(parents=True, exist_ok=True)
-    process = plan(found, machine).processes[0]
-    return {
-        "name": folder.name,
-        "entry": "session",
-        "processes": found.runner.nproc_per_node or 1,
-        "argv": list(render_megatron(options)),
-        "env": {**process.env, "FLAGSCALE_EVENTS": str(folder / "events.jsonl")},
-        "log": str(folder / "log"),
-    }
-
-
-def logits_job(experiment, folder, overrides):
-    """Describe the computation of logits by one process from what was trained in `folder`."""
-    found = load(experiment, [f"experiment.exp_dir={folder}", *overrides], task="train")
-    options = reference_options(found, detect(), examine(found))
-    options |= {"load": str(folder / "checkpoints"), "no_load_optim": True, "no_load_rng": True}
-    tokens = folder.parent / "tokens.json"
-    tokens.write_text(json.dumps(TOKENS))
-    return {
-        "name": f"{folder.name}-logits",
-        "entry": "logits",
-        "processes": 1,
-        "argv": [
-            f"--flagscale-tokens={tokens}",
-            f"--flagscale-output={folder / 'logits'}",
-            *render_megatron(options),
-        ],
-        "env": {"FLAGSCALE_PLATFORM": "cpu"},
-        "log": str(folder / "logits.log"),
-    }
+def of_every_megatron(name):
+    return pytest.param(name, marks=pytest.mark.every_megatron) if name in EVERY_MEGATRON else name
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, run_forked):
-    """Train everything, and return the folder of it all."""
+def place(request, tmp_path_factory, run_forked):
+    """Train everything, or only what the chosen tests of every Megatron ask for; return the folder of it."""
     folder = tmp_path_factory.mktemp("tuning")
     experiment = write_all(folder)
-    jobs = [job(experiment, folder / name, words) for name, words in TRAININGS.items()]
+    jobs = [train_job(experiment, folder / name, words) for name, words in TRAININGS.items()]
     # The second run resumes where the first one saved.
     jobs += [
-        job(experiment, folder / "lora-resumed", [*LORA, f"train.model.train_iters={n}"]) for n in (2, 3)
+        train_job(experiment, folder / "lora-resumed", [*LORA, f"train.model.train_iters={n}"])
+        for n in (2, 3)
     ]
-    jobs.append(job(experiment, folder / "lora-parts", PARTS))
-    jobs += [logits_job(experiment, folder / f"lora-{name}", words) for name, words in ADAPTED.items()]
+    jobs.append(train_job(experiment, folder / "lora-parts", PARTS))
+    jobs += [adapted_logits(experiment, folder / f"lora-{name}", words) for name, words in ADAPTED.items()]
+    chosen = [item for item in request.session.items if item.path == request.path]
+    if all(item.get_closest_marker("every_megatron") for item in chosen):
+        jobs = [job for job in jobs if job["name"] in EVERY_MEGATRON]
     run_forked(folder, jobs)
     return folder
 
 
-def events(folder: Path, kind):
-    lines = (folder / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
-def curve(folder):
-    return [(step["iteration"], step["loss"], step["grad_norm"]) for step in events(folder, "step")]
+def adapted_logits(experiment, folder, words):
+    return logits_job(experiment, folder, words, checkpoint=folder / "checkpoints", tokens=TOKENS)
 
 
 def mean_loss(model, folder):
@@ -285,15 +293,13 @@ def test_the_first_loss_from_published_weights_is_that_of_transformers(place, re
     assert abs(ours - theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name in TRAININGS if not name.endswith("-one")])
+@pytest.mark.parametrize("name", [of_every_megatron(name) for name in TRAININGS if name[-4:] != "-one"])
 def test_a_layout_tunes_as_one_process_does(place, name, record_property):
     ours, theirs = curve(place / name), curve(place / f"{name.partition('-')[0]}-one")
-    assert [step for step, *_ in ours] == [step for step, *_ in theirs] == [1, 2, 3]
-    worst = max(
-        abs(a - b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)
-    )
-    record_property("worst", f"{worst:.1e}")
-    assert worst < TOLERANCE
+    assert len(theirs) == 3
+    difference = worst(ours, theirs)
+    record_property("worst", f"{difference:.1e}")
+    assert difference < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -302,30 +308,33 @@ def test_tuning_learns_the_answers(place, kind):
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.every_megatron
 def test_adapters_resume_bit_by_bit(place):
     assert curve(place / "lora-resumed") == curve(place / "lora-one")
 
 
-@pytest.fixture(params=ADAPTED)
-def adapted(request, place, tmp_path):
-    """Return Megatron's logits with adapters, and both exports of these adapters."""
+@pytest.mark.parametrize("name", [pytest.param("one", marks=pytest.mark.every_megatron), "parts"])
+def test_peft_and_the_merged_model_compute_what_megatron_does(name, place, tmp_path, record_property):
+    targets, difference = exported_difference(place, place / f"lora-{name}", tmp_path)
+    record_property("worst", f"{difference:.1e}")
+    assert difference < TOLERANCE
+    wanted = {"q_proj", "v_proj", "up_proj", "down_proj"}
+    assert targets == (wanted if name == "parts" else wanted | {"k_proj", "o_proj", "gate_proj"})
+
+
+def exported_difference(place, trained, exported):
+    """Export adapters both ways; return their layers, and how far logits are from Megatron's at most."""
+    import torch
+    from peft import PeftModel
     from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
 
     from flagscale_convert.cli import main
 
-    trained = place / f"lora-{request.param}"
     words = ["adapter", str(trained / "checkpoints"), "--base", str(place / "hf")]
-    assert main([*words, str(tmp_path / "peft")]) == 0
-    assert main([*words, str(tmp_path / "merged"), "--merge"]) == 0
-    return request.param, load_file(trained / "logits")["logits"], tmp_path
-
-
-def test_peft_and_the_merged_model_compute_what_megatron_does(adapted, place, record_property):
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    name, ours, exported = adapted
+    assert main([*words, str(exported / "peft")]) == 0
+    assert main([*words, str(exported / "merged"), "--merge"]) == 0
+    ours = load_file(trained / "logits")["logits"]
     base = AutoModelForCausalLM.from_pretrained(place / "hf").eval()
     merged = AutoModelForCausalLM.from_pretrained(exported / "merged").eval()
     with torch.no_grad():
@@ -334,13 +343,10 @@ def test_peft_and_the_merged_model_compute_what_megatron_does(adapted, place, re
         )
         adapter = PeftModel.from_pretrained(base, exported / "peft").eval()
         beside = adapter(torch.tensor(TOKENS)).logits[..., : ours.shape[-1]]
-    worst = max(float((theirs - ours).abs().max()) for theirs in (beside, whole))
-    record_property("worst", f"{worst:.1e}")
     assert (before - ours).abs().max() > 0.1, "the adapters do something"
-    assert worst < TOLERANCE
-    targets = set(json.loads((exported / "peft" / "adapter_config.json").read_text())["target_modules"])
-    wanted = {"q_proj", "v_proj", "up_proj", "down_proj"}
-    assert targets == (wanted if name == "parts" else wanted | {"k_proj", "o_proj", "gate_proj"})
+    described = json.loads((exported / "peft" / "adapter_config.json").read_text())
+    difference = max(float((theirs - ours).abs().max()) for theirs in (beside, whole))
+    return set(described["target_modules"]), difference
 
 
 def test_a_checkpoint_of_adapters_holds_nothing_else(place):
@@ -353,3 +359,39 @@ def test_a_checkpoint_of_adapters_holds_nothing_else(place):
     )
     whole = open_checkpoint(place / "full-one" / "checkpoints").source
     assert source.optimizer_bytes < whole.optimizer_bytes / 3
+
+
+EXPERT = [TWO, "+train.system.expert_model_parallel_size=2"]
+LATENT = {"one": [], "sequence": SEQUENCE, "expert": EXPERT}
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory, run_forked):
+    """Train adapters of latent attention, and return the folder of it all."""
+    folder = tmp_path_factory.mktemp("latent")
+    experiment = write_all(folder, "deepseek_v3")
+    jobs = [train_job(experiment, folder / name, [*LORA, *words]) for name, words in LATENT.items()]
+    jobs += [
+        train_job(experiment, folder / "resumed", [*LORA, f"train.model.train_iters={n}"]) for n in (2, 3)
+    ]
+    jobs.append(adapted_logits(experiment, folder / "one", LORA))
+    run_forked(folder, jobs)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in LATENT if name != "one"])
+def test_adapters_of_latent_attention_train_as_on_one_process(latent, name, record_property):
+    difference = worst(curve(latent / name), curve(latent / "one"))
+    record_property("worst", f"{difference:.1e}")
+    assert difference < TOLERANCE
+
+
+def test_adapters_of_latent_attention_resume_bit_by_bit(latent):
+    assert curve(latent / "resumed") == curve(latent / "one")
+
+
+def test_peft_and_the_merged_model_have_the_adapters_of_latent_attention(latent, tmp_path, record_property):
+    targets, difference = exported_difference(latent, latent / "one", tmp_path)
+    record_property("worst", f"{difference:.1e}")
+    assert difference < TOLERANCE
+    assert targets == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from flagscale_train.checkpoints import choose
+
 pytestmark = pytest.mark.megatron
 
 TWO_PROCESSES = ["experiment.runner.nproc_per_node=2"]
@@ -213,11 +215,20 @@ def supervisor_of(run_dir):
     return json.loads((run_dir / "supervisor.json").read_text())["supervisor"]["pid"]
 
 
+LONG = "train.model.train_iters=100000"
 VICTIMS = {
     "launcher": (lambda process, _: process.pid, "launcher"),
     "supervisor": (lambda _, run_dir: supervisor_of(run_dir), "supervisor"),
     "worker": (lambda _, run_dir: worker_of(run_dir), "SIGKILL"),
 }
+
+
+def half_written(folder):
+    """Return a checkpoint that is being written: its data are not described yet."""
+    for path in sorted((folder / "checkpoints").glob("iter_*")):
+        if next(path.glob("*.distcp"), None) and not (path / "metadata.json").exists():
+            return path
+    return None
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
@@ -227,11 +238,17 @@ def test_kill_9_leaves_nothing_tells_what_happened_and_resume_works(
     pid_of, word = VICTIMS[victim]
     folder = place / f"killed-{victim}"
     words = ["run", experiment, exp_dir(folder), *TWO_PROCESSES]
-    process = command.start(*words, "train.model.train_iters=100000")
+    is_saving = victim == "worker"
+    if is_saving:  # it dies while a checkpoint is written in the background
+        words += ["+train.system.checkpoint.async_save=true", "train.system.checkpoint.save_interval=2"]
+    process = command.start(*words, LONG)
     try:
         run_dir = wait_for(lambda: next(iter((folder / "runs").glob("[0-9]*")), None), "a run directory")
         wait_for(lambda: events_of(run_dir, "checkpoint"), "a checkpoint")
-        os.kill(pid_of(process, run_dir), signal.SIGKILL)
+        victims_pid = pid_of(process, run_dir)
+        if is_saving:
+            half = wait_for(lambda: half_written(folder), "a checkpoint that is being written")
+        os.kill(victims_pid, signal.SIGKILL)
         assert_nothing_left(run_dir)
         out, err = process.communicate(timeout=180)
     finally:
@@ -240,18 +257,21 @@ def test_kill_9_leaves_nothing_tells_what_happened_and_resume_works(
     told = command.status(run_dir, code=4)
     assert told["state"] == "failed"
     assert word in told["what_happened"]
-    saved = max(
-        int(path.name[5:])
-        for path in (folder / "checkpoints").glob("iter_*")
-        if (path / "metadata.json").exists()
-    )
-    command.run(*words, f"train.model.train_iters={saved + 2}")
-    resumed = [step["iteration"] for step in events_of((folder / "runs" / "latest").resolve(), "step")]
-    assert resumed[-1] == saved + 2
+    saved = choose(folder / "checkpoints")
+    if is_saving and saved.path != half:  # which may have become whole in the instant between
+        assert half.name in saved.skipped[-1], "half a checkpoint is left, newer than the one chosen"
+    before = curve(folder)
+    last = saved.iteration + 2
+    # As long as before: on the length depends in which order the data come.
+    command.run(*words, LONG, f"+train.model.exit_interval={last}")
+    resumed = events_of((folder / "runs" / "latest").resolve(), "step")
+    assert [step["iteration"] for step in resumed] == [last - 1, last]
+    again = {step["iteration"]: (step["loss"], step["grad_norm"]) for step in resumed}
+    assert all(again[step] == before[step] for step in again.keys() & before.keys()), "bit by bit"
     page = Path(command.run("report", folder).strip()).read_text()
     assert "2 runs" in page
     assert word in page, "the report tells of the kill"
-    assert f"finished after step {saved + 2}" in page
+    assert f"after step {last}" in page
 
 
 def test_a_failure_in_training_is_told_with_its_cause(command, experiment, whole, place):

@@ -10,8 +10,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import runpy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 __all__ = ["main"]
@@ -93,7 +95,7 @@ def _transformer_engine(_wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _megatron(_wanted: dict[str, Any]) -> dict[str, Any]:
     _require("megatron", "megatron-core")
-    answer: dict[str, Any] = {"version": _version("megatron-core", "megatron_core"), "platform": None}
+    answer: dict[str, Any] = {"version": _megatron_version(), "platform": None}
     try:
         found = importlib.util.find_spec("megatron.plugin.platform")
     except ImportError:
@@ -104,6 +106,16 @@ def _megatron(_wanted: dict[str, Any]) -> dict[str, Any]:
         said = [str(name()) for name in names if callable(name)]
         answer["platform"] = said[0] if said else type(platform).__name__
     return answer
+
+
+def _megatron_version() -> str:
+    """Read it where it would be imported from: a source tree on the path has no metadata, or another's."""
+    spec = importlib.util.find_spec("megatron")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        described = Path(folder, "core", "package_info.py")
+        if described.is_file():
+            return str(runpy.run_path(str(described))["__version__"])
+    return _version("megatron-core", "megatron_core")
 
 
 def _vllm(_wanted: dict[str, Any]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _megatron(said: Mapping[str, Any], row: Runtime) -> Iterator[Finding]:
     platform = said.get("platform")
     if platform is None:
         is_good = row.trains_with == "megatron-core"
-        text = f"{said['version']}, which knows cuda and, through flagscale-train, cpu"
+        text = f"megatron-core {said['version']}, which knows cuda and, through flagscale-train, cpu"
         hint = "" if is_good else f"install Megatron-LM-FL, which has a platform for {row.title}"
         yield Finding(code=code, is_good=is_good, subject=subject, text=text, hint=hint)
         return

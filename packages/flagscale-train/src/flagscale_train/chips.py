@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from flagscale_hw import FlagOSProfile, flagos_env, runtime
-from flagscale_train.findings import Findings
+from flagscale_hw import CHIPS, FlagOSProfile, flagos_env, runtime
 
-__all__ = ["PLAIN_LAYERS", "conflicts", "defaults", "environment"]
+if TYPE_CHECKING:
+    from flagscale_train.findings import Findings
+
+__all__ = ["MEGATRON_FL", "PLAIN_LAYERS", "PLUGINS", "conflicts", "defaults", "environment"]
+
+MEGATRON_FL = "megatron.plugin.platform"
+"""The module by which FlagOS's Megatron-LM-FL is told from megatron-core."""
+PLUGINS = frozenset(row.torch_module for row in map(runtime, CHIPS) if row.torch_module)
+"""Modules that make torch know a chip."""
+_INSTALL: Mapping[str, str] = {
+    "torch_npu": "pip install torch-npu, of torch's own version",
+    "torch_musa": "take Moore Threads' wheel for this torch, and pip install torchada",
+}
+_CUDA_HOOKS = {"mthreads": "torchada"}
+"""Modules that let torch.cuda mean the chip, where no platform of Megatron-LM-FL imports one."""
 
 PLAIN_LAYERS: Mapping[str, Any] = {
     "transformer_impl": "local",  # plain torch layers in place of Transformer Engine's
@@ -75,6 +88,7 @@ def conflicts(chip: str, options: Mapping[str, Any], findings: Findings) -> list
             f"chip: {chip}: neither megatron-core nor Megatron-LM-FL has a platform for {row.title} (torch "
             f"device {row.torch_device}): train on another chip"
         )
+    problems += _missing(chip, findings)
     forced = _CPU if chip == "cpu" else {} if "transformer_engine" in findings.installed else PLAIN_LAYERS
     place = "on a CPU" if chip == "cpu" else "without transformer_engine, which is not installed,"
     wanted = (
@@ -94,18 +108,38 @@ def conflicts(chip: str, options: Mapping[str, Any], findings: Findings) -> list
     return problems
 
 
+def _missing(chip: str, findings: Findings) -> Iterator[str]:
+    """Say what a chip's processes would import and the interpreter does not have."""
+    row, found = runtime(chip), findings.vendor_modules
+    if found is None or row.trains_with is None:
+        return
+    if row.torch_module and row.torch_module not in found:
+        cure = _INSTALL.get(row.torch_module, f"take the one that {row.title} has for this torch")
+        yield f"chip: {chip}: {row.torch_module}, which makes torch know it, is not installed: {cure}"
+    if row.trains_with == "megatron-lm-fl" and MEGATRON_FL not in found:
+        yield (
+            f"chip: {chip}: megatron-core has no platform for {row.title}, Megatron-LM-FL has: put its "
+            "source tree on PYTHONPATH"
+        )
+
+
 def environment(chip: str) -> dict[str, str]:
     """Return the variables that the training processes need on a chip, beside the selection of devices.
 
-    On chips other than NVIDIA's these tell Megatron-LM-FL and TransformerEngine-FL which vendor's operators
-    to take, because a chip whose torch imitates CUDA cannot be told from it inside torch.
+    On a chip that torch does not know they name the modules that make it known, and its collectives, which
+    Megatron's option cannot name. On all chips other than NVIDIA's they tell Megatron-LM-FL and
+    TransformerEngine-FL which vendor's operators to take, because a chip whose torch imitates CUDA cannot be
+    told from it inside torch.
     """
     row = runtime(chip)
     if chip in ("cpu", "nvidia") or row.trains_with is None:
         return {}
     rendered = flagos_env(FlagOSProfile(), chip)
     chosen = {name: value for name, value in rendered.items() if name.startswith(("TE_FL_", "MG_FL_"))}
-    return {**dict(row.settings), **chosen}
+    told = {"FLAGSCALE_PLUGIN": row.torch_module, "FLAGSCALE_CUDA_HOOK": _CUDA_HOOKS.get(chip)}
+    if row.trains_with == "megatron-lm-fl":
+        told["FLAGSCALE_COLLECTIVES"] = row.collective_backend
+    return {**dict(row.settings), **chosen, **{name: value for name, value in told.items() if value}}
 
 
 def _text(value: Any) -> str:

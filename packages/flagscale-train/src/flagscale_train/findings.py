@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale_train import splits
 from flagscale_train.checkpoints import choose
+from flagscale_train.chips import MEGATRON_FL, PLUGINS
 from flagscale_train.data.facts import Tokenized
 from flagscale_train.data.indexed import IndexedDataset, Sizes, files_of
 from flagscale_train.data.vocabulary import Vocabulary
@@ -48,6 +49,8 @@ class Findings:
 
     installed: frozenset[str] = frozenset({"transformer_engine", "tensorboard"})
     """Which of `OPTIONAL` the training interpreter can import."""
+    vendor_modules: frozenset[str] | None = None
+    """Which modules of chips' vendors and of FlagOS it can import; None where that was not looked at."""
     tokenizer_vocab_size: int | None = None
     """Tokens of the tokenizer, where it could be read."""
     data_max_token: int | None = None
@@ -82,10 +85,25 @@ def examine(experiment: Experiment) -> Findings:
     _explicit_load(experiment, base, problems)
     return Findings(
         installed=frozenset(name for name in OPTIONAL if importlib.util.find_spec(name) is not None),
+        vendor_modules=_vendor_modules(),
         tokenizer_vocab_size=vocabulary.size if vocabulary else _null_vocab_size(options),
         data_max_token=max((one.max_token for one in datasets if one.max_token is not None), default=None),
         problems=tuple(problems),
     )
+
+
+def _vendor_modules() -> frozenset[str]:
+    """Find modules by their files: importing what is above one can already ask a driver."""
+    return frozenset(name for name in (MEGATRON_FL, *PLUGINS) if _is_there(name))
+
+
+def _is_there(name: str) -> bool:
+    top, *below = name.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or not below:
+        return spec is not None
+    inside = [Path(folder, *below) for folder in spec.submodule_search_locations or ()]
+    return any(path.is_dir() or path.with_suffix(".py").is_file() for path in inside)
 
 
 def _tokenizer(options: Mapping[str, Any], base: Path, problems: list[str]) -> Vocabulary | None:

@@ -10,8 +10,7 @@ from typing import Any
 
 __all__ = ["conflicts", "defaults"]
 
-_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-_ATTENTION = _TARGETS[:2]
+_FEED_FORWARD = ("linear_fc1", "linear_fc2")
 
 
 def defaults(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,9 +33,20 @@ def defaults(options: Mapping[str, Any]) -> dict[str, Any]:
             "lora_dropout_position": "pre",
             "lora_in_init_method": "kaiming",
             "lora_out_init_method": "zero",
-            "lora_target_modules": _ATTENTION if options.get("num_experts") else _TARGETS,
+            "lora_target_modules": (
+                *_attention(options),
+                *(() if options.get("num_experts") else _FEED_FORWARD),
+            ),
         }
     return chosen
+
+
+def _attention(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name the projections of the kind of attention that the model has."""
+    if not options.get("multi_latent_attention"):
+        return ("linear_qkv", "linear_proj")
+    query = ("linear_q_down_proj", "linear_q_up_proj") if options.get("q_lora_rank") else ("linear_q_proj",)
+    return (*query, "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
 
 
 def conflicts(options: Mapping[str, Any]) -> list[str]:

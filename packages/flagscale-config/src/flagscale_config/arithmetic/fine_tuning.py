@@ -6,12 +6,20 @@ from flagscale_config.arithmetic.options import Check, Options, Rule
 
 __all__ = ["CHECKS"]
 
-_TARGETS = {
-    "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2",
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-}  # fmt: skip
-"""What an adapter may be put on, by Megatron's names and by Hugging Face's."""
 _FEED_FORWARD = {"linear_fc1", "linear_fc2", "gate_proj", "up_proj", "down_proj"}
+_ATTENTION = {"linear_qkv", "linear_proj", "q_proj", "k_proj", "v_proj", "o_proj"}
+_LATENT_ATTENTION = {
+    "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
+}  # fmt: skip
+_WHOLE_QUERY = {"linear_q_proj", "q_proj"}
+_QUERY_OF_A_RANK = {"linear_q_down_proj", "linear_q_up_proj", "q_a_proj", "q_b_proj"}
+
+
+def _targets(options: Options) -> set[str]:
+    """Return what an adapter may be put on, by Megatron's names and by Hugging Face's."""
+    if not options["multi_latent_attention"]:
+        return _ATTENTION | _FEED_FORWARD
+    return _LATENT_ATTENTION | _FEED_FORWARD | (_QUERY_OF_A_RANK if options["q_lora_rank"] else _WHOLE_QUERY)
 
 
 def _is_lora(options: Options) -> bool:
@@ -25,16 +33,18 @@ def _check_adapters(options: Options) -> None:
             options.error(name, "has no effect without peft_type: lora; set that or remove this")
         return
     targets = options.values("lora_target_modules")
-    unknown = [name for name in targets if name not in _TARGETS]
+    known = _targets(options)
+    unknown = [name for name in targets if name not in known]
     if unknown:
         options.error(
             "lora_target_modules",
-            f"{', '.join(map(str, unknown))}: no such layer; use some of {', '.join(sorted(_TARGETS))}",
+            f"{', '.join(map(str, unknown))}: no such layer; use some of {', '.join(sorted(known))}",
         )
     if options["num_experts"] and _FEED_FORWARD & set(targets):
         options.error(
             "lora_target_modules",
-            "experts get no adapters; set lora_target_modules to linear_qkv, linear_proj",
+            "experts get no adapters; name layers of attention alone: "
+            + ", ".join(sorted(name for name in known - _FEED_FORWARD if name.startswith("linear"))),
         )
 
 
@@ -54,11 +64,6 @@ CHECKS: tuple[Check, ...] = (
         lambda o: _is_lora(o) and o["finetune"],
         "does not go with peft_type: lora, whose load is the adapters' own; name the model's weights by "
         "pretrained_checkpoint",
-    ),
-    Rule(
-        "multi_latent_attention",
-        lambda o: _is_lora(o) and o["multi_latent_attention"],
-        "does not go with peft_type: lora yet; latent attention gets no adapters",
     ),
     Rule(
         "peft_type",

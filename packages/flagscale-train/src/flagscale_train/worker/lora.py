@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, mappings
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.training import checkpointing
@@ -34,14 +34,24 @@ from flagscale_train.worker.refusal import Refusal
 
 __all__ = ["Adapter", "add_arguments", "attach", "is_asked_for"]
 
-_COLUMN, _ROW = ("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2")
-"""Layers whose output, and whose input, is divided among tensor-parallel ranks."""
-_PARTS = {
-    "q_proj": ("linear_qkv", 0), "k_proj": ("linear_qkv", 1), "v_proj": ("linear_qkv", 2),
-    "gate_proj": ("linear_fc1", 0), "up_proj": ("linear_fc1", 1),
-    "o_proj": ("linear_proj", 0), "down_proj": ("linear_fc2", 0),
+_ROW = ("linear_proj", "linear_fc2")
+"""Layers whose input is divided among tensor-parallel ranks; of all others it is the output."""
+_DOWN = ("linear_q_down_proj", "linear_kv_down_proj")
+_DENSE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+_FEED_FORWARD = {
+    "gate_proj": ("linear_fc1", 0), "up_proj": ("linear_fc1", 1), "down_proj": ("linear_fc2", None),
 }  # fmt: skip
-"""Hugging Face's layers: in which of Megatron's they are, and as which part of it."""
+_ATTENTION = {
+    "q_proj": ("linear_qkv", 0), "k_proj": ("linear_qkv", 1), "v_proj": ("linear_qkv", 2),
+    "o_proj": ("linear_proj", None),
+}  # fmt: skip
+_LATENT_ATTENTION = {
+    "q_proj": ("linear_q_proj", None), "q_a_proj": ("linear_q_down_proj", None),
+    "q_b_proj": ("linear_q_up_proj", None), "kv_a_proj_with_mqa": ("linear_kv_down_proj", None),
+    "kv_b_proj": ("linear_kv_up_proj", None), "o_proj": ("linear_proj", None),
+}  # fmt: skip
+"""Hugging Face's layers: in which of Megatron's they are, and as which part of it; None for all of it."""
+_ALL_PARTS = {"linear_qkv": {0, 1, 2}, "linear_fc1": {0, 1}}
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(self_attention|mlp)\.(\w+)")
 
 
@@ -57,7 +67,7 @@ def add_arguments(parser: Any) -> Any:
     group.add_argument("--lora-dropout-position", default="pre")
     group.add_argument("--lora-in-init-method", default="kaiming")
     group.add_argument("--lora-out-init-method", default="zero")
-    group.add_argument("--lora-target-modules", nargs="+", default=[*_COLUMN, *_ROW])
+    group.add_argument("--lora-target-modules", nargs="+", default=[*_DENSE])
     return parser
 
 
@@ -81,9 +91,10 @@ class _Settings:
 
     @classmethod
     def of(cls, args: Any) -> _Settings:
+        attention = _LATENT_ATTENTION if args.multi_latent_attention else _ATTENTION
         targets: dict[str, set[int] | None] = {}
         for name in args.lora_target_modules:
-            layer, part = _PARTS.get(name, (name, None))
+            layer, part = {**attention, **_FEED_FORWARD}.get(name, (name, None))
             parts = targets.setdefault(layer, set())
             targets[layer] = None if part is None or parts is None else parts | {part}
         return cls(
@@ -108,13 +119,21 @@ class Adapter(torch.nn.Module):
             name: of the layer in the whole model, of which the first values are a function.
             settings: rank, scale and the rest.
             config: Megatron's TransformerConfig.
+
+        Raises:
+            Refusal: the layer is one that adapters do not follow.
         """
         super().__init__()
         self.name, self._settings, self._config = name, settings, config
         self.kind = name.rpartition(".")[2]
-        self._is_column = self.kind in _COLUMN
+        self._is_column = self.kind not in _ROW
         self._size = parallel_state.get_tensor_model_parallel_world_size()
         self._is_sequence = config.sequence_parallel and self._size > 1
+        if self._size > 1 and self.kind in _DOWN and not isinstance(layer, ColumnParallelLinear):
+            raise Refusal(
+                f"lora_target_modules: {self.kind}: Transformer Engine keeps it whole on every rank, which "
+                "adapters do not follow: leave it out, or use tensor_model_parallel_size 1"
+            )
         self._layer = [layer]  # in a list, so that it does not become a part of this module
         rows, columns = layer.weight.shape
         of_tensor = {"dtype": config.params_dtype, "device": layer.weight.device}
@@ -157,13 +176,9 @@ class Adapter(torch.nn.Module):
     def _rows_taught(self) -> torch.Tensor | None:
         """Return 1 for the output rows of the parts asked for and 0 for the others; None for all."""
         parts = self._settings.targets[self.kind]
-        rows = self.B.shape[0]
-        if (
-            parts is None
-            or self.kind in _ROW
-            or parts == ({0, 1, 2} if self.kind == "linear_qkv" else {0, 1})
-        ):
+        if parts is None or parts == _ALL_PARTS[self.kind]:
             return None
+        rows = self.B.shape[0]
         if self.kind == "linear_qkv":
             head = self._config.kv_channels
             queries = self._config.num_attention_heads // self._config.num_query_groups * head
@@ -276,6 +291,7 @@ def attach(chunks: Sequence[Any], args: Any) -> Sequence[Any]:
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.requires_grad = False
+        chunk.config.moe_router_bias_update_rate = 0.0  # Megatron moves the experts' bias without a gradient
         for name, layer in list(_layers(chunk, settings)):
             layer.lora = Adapter(layer, name, settings, chunk.config)
             layer.register_forward_hook(_add)
@@ -335,10 +351,11 @@ def _load_state(chunk: Any, state: dict[str, Any], strict: bool = True) -> None:
 
 def _load_weights(chunks: Sequence[Any], args: Any) -> None:
     """Load the model by Megatron's own way of starting from another training's weights."""
-    from flagscale_train.worker.resume import chosen
+    from flagscale_train.worker.resume import chosen, same_model
 
     root = Path(args.pretrained_checkpoint)
-    if chosen(root).path is None:
+    choice = chosen(root)
+    if choice.path is None:
         raise Refusal(f"pretrained_checkpoint: {root}: no whole checkpoint in it")
     asked = {
         name: getattr(args, name)
@@ -348,6 +365,7 @@ def _load_weights(chunks: Sequence[Any], args: Any) -> None:
     # From here on `load` is the adapters' own, and where it is empty they start from their first values.
     args.pretrained_checkpoint = None
     try:
+        same_model(choice.path)
         checkpointing.load_checkpoint(list(chunks), None, None)
     finally:
         vars(args).update(asked)

@@ -16,7 +16,7 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.utils import get_batch_on_this_cp_rank
-from megatron.training import argument_utils, initialize, pretrain
+from megatron.training import argument_utils, dist_signal_handler, initialize, pretrain
 
 from flagscale_train.worker import lora
 from flagscale_train.worker.model import configure
@@ -99,8 +99,11 @@ def _provide_model(
     from flagscale_train.worker.layers import local_spec
 
     args = args or get_args()
-    if lora.is_asked_for(args):
-        raise Refusal("peft_type: lora: needs megatron-core 0.18 or newer: pip install -U megatron-core")
+    if lora.is_asked_for(args) and vp_stage is not None:
+        raise Refusal(
+            "num_layers_per_virtual_pipeline_stage: with peft_type lora it needs megatron-core 0.18 or "
+            "newer: pip install -U megatron-core, or remove it"
+        )
     config = config or core_transformer_config_from_args(args)
     has_engine = args.transformer_impl != "local"
     if has_engine:
@@ -116,7 +119,7 @@ def _provide_model(
     ahead = None
     if args.mtp_num_layers is not None:
         ahead = get_gpt_mtp_block_spec(config, block, use_transformer_engine=has_engine, vp_stage=vp_stage)
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=block,
         mtp_block_spec=ahead,
@@ -135,6 +138,9 @@ def _provide_model(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    if lora.is_asked_for(args):
+        lora.attach([model], args)
+    return model
 
 
 def slice_for_context(batch: dict[str, Any], group: Any) -> dict[str, Any]:
@@ -145,11 +151,17 @@ def slice_for_context(batch: dict[str, Any], group: Any) -> dict[str, Any]:
 
 
 def mend() -> None:
-    """Correct what Megatron computes wrongly; call once, before training.
+    """Correct what Megatron computes wrongly or refuses without need; call once, before training."""
+    _weigh_all_tokens_alike()
+    _know_any_backend()
 
-    Multi-token prediction divides its loss by the number of tokens of its own rank. Under context parallelism
-    the rank that has the end of the sequence has fewer, the end being cut off, so that its tokens weigh more
-    than the others'. The mean number over the ranks makes all weigh the same, as on one process.
+
+def _weigh_all_tokens_alike() -> None:
+    """Weigh the tokens of multi-token prediction as on one process.
+
+    Megatron divides their loss by the number of tokens of its own rank. Under context parallelism the rank
+    that has the end of the sequence has fewer, the end being cut off, so that its tokens weigh more than the
+    others'. The mean number over the ranks makes all weigh the same.
     """
     real = multi_token_prediction.roll_tensor
 
@@ -163,3 +175,15 @@ def mend() -> None:
         return rolled, count
 
     multi_token_prediction.roll_tensor = roll_tensor
+
+
+def _know_any_backend() -> None:
+    """Let signals be agreed on by the collectives of any chip: Megatron knows nccl and gloo, and raises."""
+    real = dist_signal_handler.get_device
+
+    def get_device(local_rank: int | None = None) -> torch.device:
+        if torch.distributed.get_backend() in ("nccl", "gloo"):
+            return real(local_rank)
+        return torch.device("cuda" if local_rank is None else f"cuda:{local_rank}")
+
+    dist_signal_handler.get_device = get_device

@@ -198,6 +198,7 @@ def _facts(num_parameters: int) -> dict[str, Any]:
         "dtype": str(args.params_dtype).removeprefix("torch."),
         "layers": args.transformer_impl,
         "device": torch.cuda.get_device_name(),
+        "collectives": torch.distributed.get_backend(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

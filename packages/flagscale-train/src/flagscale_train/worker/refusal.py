@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Refusal", "innermost"]
+import traceback
+from pathlib import Path
+
+__all__ = ["Refusal", "first_line", "innermost"]
 
 
 class Refusal(Exception):
@@ -18,3 +21,15 @@ def innermost(error: BaseException) -> BaseException:
         if isinstance(inner, BaseException):
             return innermost(inner)
     return error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; of one that says nothing where it was raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines:
+        return lines[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    # Many of Megatron's assertions say nothing but themselves.
+    return (
+        f"{frames[-1].line} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else repr(error)
+    )

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import checkpointing, get_args, training
@@ -28,9 +29,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from flagscale_train.checkpoints import Choice, choose, fault, prune
 from flagscale_train.worker.recorder import Recorder
-from flagscale_train.worker.refusal import Refusal, innermost
+from flagscale_train.worker.refusal import Refusal, first_line, innermost
 
-__all__ = ["Keeper", "SaveError", "chosen"]
+__all__ = ["Keeper", "SaveError", "chosen", "same_model"]
 
 _SHAPE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
@@ -117,7 +118,7 @@ class Keeper:
             args.ckpt_step = choice.iteration or None
             self._stored = choice.path
             self._note(f"resuming from {choice.path}")
-            _same_model(choice.path)
+            same_model(choice.path)
         try:
             return real(*arguments, **named)
         except AssertionError as error:
@@ -197,8 +198,7 @@ def _save_failure(path: Path, error: BaseException) -> SaveError:
             stream.write(bytes(1 << 16))
             stream.flush()
             os.fsync(stream.fileno())
-        inner = innermost(error)
-        cause = next(filter(None, map(str.strip, str(inner).splitlines())), type(inner).__name__)
+        cause = first_line(innermost(error))
     except OSError as answer:
         free_gib = shutil.disk_usage(path.parent).free / (1 << 30)
         cause = f"{answer.strerror or answer} ({free_gib:.1f} GiB are free there): make room"
@@ -207,13 +207,20 @@ def _save_failure(path: Path, error: BaseException) -> SaveError:
     )
 
 
-def _same_model(path: Path) -> None:
+def same_model(path: Path) -> None:
     """Compare the model with the checkpoint's before Megatron compares tensors and names none of this.
 
     Raises:
-        Refusal: it has another shape, or its optimizer state cannot be spread in the way asked for.
+        Refusal: it has another shape, its optimizer state cannot be spread in the way asked for, or it is of
+            a newer Megatron.
     """
-    saved = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    try:
+        saved = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    except CheckpointingException as error:
+        raise Refusal(
+            f"{path}: its arguments cannot be read ({first_line(error)}): it is of a newer Megatron; a "
+            "converted model is made for this one by flagscale-convert run --megatron-version"
+        ) from None
     args = get_args()
     differ = [
         f"{name}: {_value(args, name)}: it has {_value(saved, name)}"
@@ -226,11 +233,15 @@ def _same_model(path: Path) -> None:
         )
 
     sizes = [getattr(each, "expert_model_parallel_size", 1) for each in (saved, args)]
-    if min(sizes) == 1 < max(sizes) and not (args.no_load_optim or args.finetune):
+    takes_state = not (args.no_load_optim or args.finetune)
+    is_by_weight = getattr(saved, "use_distributed_optimizer", False) and getattr(
+        saved, "dist_ckpt_optim_fully_reshardable", False
+    )
+    if min(sizes) == 1 < max(sizes) and takes_state and not (is_by_weight and args.use_distributed_optimizer):
         raise Refusal(
-            f"expert_model_parallel_size: {sizes[1]}: {path} was saved with {sizes[0]}; Megatron keeps the "
-            "optimizer state of experts apart from 2 on: resume with the same size, or without that state "
-            "(no_load_optim: true)"
+            f"expert_model_parallel_size: {sizes[1]}: {path} was saved with {sizes[0]}, and the optimizer's "
+            "state is spread anew only with use_distributed_optimizer and dist_ckpt_optim_fully_reshardable, "
+            "then as now: resume with the same size, or without that state (no_load_optim: true)"
         )
 
 

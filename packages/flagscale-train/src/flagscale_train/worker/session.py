@@ -5,13 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flagscale_train.events import Journal
-from flagscale_train.worker.refusal import Refusal, innermost
+from flagscale_train.worker.refusal import Refusal, first_line, innermost
 from flagscale_train.worker.settings import ROLL_BACKS, Settings
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def main() -> int:
         return 1
     except BaseException as error:
         cause = innermost(error)
-        journal.write("error", rank=_rank(), type=type(cause).__name__, text=_first_line(cause))
+        journal.write("error", rank=_rank(), type=type(cause).__name__, text=first_line(cause))
         raise
     _leave()
     return 0
@@ -54,17 +53,6 @@ def main() -> int:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines:
-        return lines[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    # Many of Megatron's assertions say nothing but themselves.
-    return (
-        f"{frames[-1].line} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else repr(error)
-    )
 
 
 def prepare(settings: Settings) -> Callable[[], Any]:
@@ -81,11 +69,15 @@ def prepare(settings: Settings) -> Callable[[], Any]:
         from flagscale_train.worker import cpu
 
         cpu.install()
+    else:
+        from flagscale_train.worker import vendor
+
+        vendor.load(settings)
     _skip_helper_build()
     from flagscale_train.worker import adam
 
     adam.use_where_needed()
-    return _arguments
+    return partial(_arguments, settings.collectives)
 
 
 def _skip_helper_build() -> None:
@@ -96,7 +88,7 @@ def _skip_helper_build() -> None:
     utils.compile_helpers = lambda: None
 
 
-def _arguments() -> Any:
+def _arguments(collectives: str | None) -> Any:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import get_tokenizer, set_global_variables
 
@@ -104,6 +96,8 @@ def _arguments() -> Any:
     from flagscale_train.worker.megatron import adopt
 
     args = parse_args(lora.add_arguments)
+    if collectives is not None:
+        args.distributed_backend = collectives
     validate_args(args)
     # Megatron averages held-out losses of --sft over micro-batches, whatever their answers count; the mean
     # over tokens does not depend on the layout.
@@ -121,7 +115,7 @@ def _arguments() -> Any:
 
 def _train(settings: Settings, journal: Journal) -> None:
     arguments = prepare(settings)
-    from flagscale_train.worker import datasets, megatron, step
+    from flagscale_train.worker import datasets, experts, megatron, step
     from flagscale_train.worker.guard import Guard, RollBack
     from flagscale_train.worker.recorder import Recorder
     from flagscale_train.worker.resume import Keeper
@@ -133,6 +127,7 @@ def _train(settings: Settings, journal: Journal) -> None:
     keeper = Keeper(recorder, settings.keep_last)
     keeper.attach()
     megatron.mend()
+    experts.share_state()
     try:
         megatron.train(args, datasets.provide, step.forward, settings.num_roll_backs)
     except RollBack as bad:

@@ -18,6 +18,7 @@ class Settings:
     """The worker's own settings; see the package's docstring for the variables."""
 
     platform: str
+    """Device type of the chip in torch."""
     events: Path | None
     peak_flops: float | None
     """FLOP/s of one device, or None if unknown."""
@@ -31,6 +32,14 @@ class Settings:
     """How often this run was rolled back already."""
     keep_last: int | None = None
     """Number of whole checkpoints to keep; None for all."""
+    plugin: str | None = None
+    """Module that makes torch know the chip; None where torch itself does."""
+    cuda_hook: str | None = None
+    """Module that lets `torch.cuda` mean the chip, where neither plug-in nor Megatron-LM-FL brings one."""
+    megatron_platform: str | None = None
+    """The chip's name in Megatron-LM-FL; None where its choice does not matter."""
+    collectives: str | None = None
+    """Backend of torch.distributed, where Megatron's own option does not know it."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -48,4 +57,8 @@ class Settings:
             bad_step_patience=int(environment.get("FLAGSCALE_BAD_STEP_PATIENCE", "10")),
             num_roll_backs=int(environment.get(ROLL_BACKS, "0")),
             keep_last=int(keep) if keep else None,
+            plugin=environment.get("FLAGSCALE_PLUGIN"),
+            cuda_hook=environment.get("FLAGSCALE_CUDA_HOOK"),
+            megatron_platform=environment.get("MG_FL_PREFER"),
+            collectives=environment.get("FLAGSCALE_COLLECTIVES"),
         )
