@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Architecture", "Experts", "LatentAttention", "RopeScaling", "Tower", "Yarn"]
+__all__ = ["Architecture", "Experts", "LatentAttention", "Recurrence", "RopeScaling", "Tower", "Yarn"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +46,18 @@ class LatentAttention:
     rotary_size: int
     """The part with; keys share one for all heads."""
     value_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recurrence:
+    """RWKV-7's time mix (arXiv 2503.14456): inner widths of the low-rank pairs that make its vectors."""
+
+    decay_rank: int
+    rate_rank: int
+    """Of the in-context learning rate."""
+    value_rank: int
+    """Of how much of the first layer's value is mixed in, in all layers but the first."""
+    gate_rank: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +151,8 @@ class Architecture:
     """None for dense models."""
     latent: LatentAttention | None = None
     """None for grouped-query attention."""
+    recurrence: Recurrence | None = None
+    """None for models with attention. With it, positions have no rotary frequencies: `rope_theta` is 0."""
     mtp_layers: int = 0
     """Layers behind the last one, each of which predicts one token further."""
     mrope_section: tuple[int, ...] | None = None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flagscale_convert.rules import Binding
-from flagscale_convert.tensors import Source, TensorInfo
+from flagscale_convert.tensors import DTYPES, Source, TensorInfo
 
 __all__ = ["Arrangement", "Comparison", "as_canonical", "as_huggingface", "as_megatron", "compare_names"]
 
@@ -34,7 +34,9 @@ class _Arranged:
     pieces: tuple[_Piece, ...]
     """Sorted by row; rows between pieces are zeros."""
     reshaped: str = ""
-    """Name of the tensor that has the same bytes in another shape; there are no pieces then."""
+    """Name of the tensor that has the same elements in another shape; there are no pieces then."""
+    is_transposed: bool = False
+    """True when that tensor is a matrix with the axes exchanged."""
 
 
 class Arrangement:
@@ -80,6 +82,9 @@ class Arrangement:
         info = self._source.tensors()[entry.reshaped]
         whole: np.ndarray = np.empty((info.rows, info.row_bytes), np.uint8)
         self._source.read_rows(entry.reshaped, 0, whole)
+        if entry.is_transposed:
+            matrix = whole.view(f"u{DTYPES[info.dtype]}")
+            whole = np.ascontiguousarray(matrix.T).view(np.uint8)
         out[...] = whole.reshape(entry.info.rows, entry.info.row_bytes)[start : start + len(out)]
 
 
@@ -98,25 +103,29 @@ def as_huggingface(source: Source, bindings: Iterable[Binding]) -> Arrangement:
                 if span.part == part
             ]
             info = TensorInfo(whole.dtype, binding.part_shapes[part])
-            if binding.is_reshaped:
-                arranged[name] = _Arranged(info, (), binding.megatron)
+            if binding.has_own_rows:
+                arranged[name] = _Arranged(info, (), binding.megatron, binding.is_transposed)
                 continue
             arranged[name] = _Arranged(info, tuple(sorted(pieces, key=lambda piece: piece.row)))
     return Arrangement(source, arranged)
 
 
 def as_megatron(source: Source, bindings: Iterable[Binding]) -> Arrangement:
-    """See a Hugging Face source as Megatron's logical tensors."""
+    """See a Hugging Face source as Megatron's logical tensors.
+
+    Tensors without parts have the type of the source's first one.
+    """
     infos = source.tensors()
+    first = next(iter(infos.values()), None)
     arranged = {}
     for binding in bindings:
-        parts = [infos.get(name) for name in binding.hf]
+        parts = [infos.get(name) for name in binding.hf] or [first]
         if binding.is_copy or parts[0] is None or None in parts:
             continue
         pieces = [_Piece(span.row, span.rows, binding.hf[span.part], span.part_row) for span in binding.spans]
         info = TensorInfo(parts[0].dtype, binding.whole_shape)
-        if binding.is_reshaped:
-            arranged[binding.megatron] = _Arranged(info, (), binding.hf[0])
+        if binding.has_own_rows and binding.hf:
+            arranged[binding.megatron] = _Arranged(info, (), binding.hf[0], binding.is_transposed)
             continue
         arranged[binding.megatron] = _Arranged(info, tuple(sorted(pieces, key=lambda piece: piece.row)))
     return Arrangement(source, arranged)
@@ -137,7 +146,7 @@ def as_canonical(source: Source, bindings: Sequence[Binding], written: Sequence[
         if whole is None:
             continue
         # The rows that carry something come first in every operation; what is behind them is padding.
-        rows = whole.rows if theirs.is_reshaped else sum(span.rows for span in theirs.spans)
+        rows = whole.rows if theirs.has_own_rows else sum(span.rows for span in theirs.spans)
         piece = _Piece(0, rows, theirs.megatron, 0)
         arranged[ours.megatron] = _Arranged(TensorInfo(whole.dtype, ours.whole_shape), (piece,))
     return Arrangement(source, arranged)
@@ -194,6 +203,7 @@ def compare_names(
                 )
     skipped = set(ignored)
     optional = {name for binding in bindings if binding.is_copy for name in binding.hf}
+    optional |= {binding.megatron for binding in bindings if not binding.hf}
     return Comparison(
         missing=tuple(name for name in needed if name not in infos and name not in optional),
         unmapped=tuple(name for name in infos if name not in needed and name not in skipped),

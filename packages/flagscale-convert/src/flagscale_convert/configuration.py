@@ -21,6 +21,7 @@ from flagscale_convert.huggingface import CONFIG, read_json
 from flagscale_convert.locate import open_checkpoint
 from flagscale_convert.megatron_args import read_args, write_args
 from flagscale_convert.megatron_source import MegatronSource
+from flagscale_convert.tensors import TensorInfo
 
 __all__ = ["Configuration", "Form", "config"]
 
@@ -98,6 +99,7 @@ def _read(
     src: Path, megatron: str | None, vocab_size: int | None, vocab_divisor: int
 ) -> tuple[Architecture, list[str], bool]:
     """Read an architecture from any form; the last value tells whether the form is Megatron's."""
+    tensors: Mapping[str, TensorInfo] = {}
     if src.suffix in (".yaml", ".yml"):
         args = _read_yaml(src, megatron, vocab_divisor)
     elif src.is_file() or (src / CONFIG).is_file():
@@ -108,8 +110,8 @@ def _read(
         opened = open_checkpoint(src)
         if not isinstance(opened.source, MegatronSource):
             raise SourceNotFound(f"{src}: has no {CONFIG}: give a directory with one")
-        args = dict(opened.source.common.args)
-    read = read_args(args, where=str(src), vocab_size=vocab_size)
+        args, tensors = dict(opened.source.common.args), opened.source.tensors()
+    read = read_args(args, where=str(src), vocab_size=vocab_size, tensors=tensors)
     return read.architecture, list(read.notes), True
 
 

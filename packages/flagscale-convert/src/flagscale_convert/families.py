@@ -13,9 +13,11 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 
 from flagscale_convert.architecture import Architecture, LatentAttention
+from flagscale_convert.description import Description
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.multimodal import Multimodal
 from flagscale_convert.rules import Copy, Gated, Qkv, Rule, Size, Vocab
+from flagscale_convert.rwkv import RWKV7, RWKV7_RULES, RWKV7_UNUSED
 from flagscale_convert.towers import (
     LLAVA,
     LLAVA_ONEVISION,
@@ -354,7 +356,7 @@ _MIXTRAL = (_EMBEDDING, *_ATTENTION, *_experts("block_sparse_moe", "w1", "w3", "
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """A tensor transformers keeps in memory for all experts, and what its parts are called in files."""
+    """A tensor kept in one, by transformers for all experts for example, and what its parts are called."""
 
     name: str
     parts: tuple[str, ...]
@@ -422,6 +424,8 @@ class Family:
     """What stands before the names of tensors of a larger model that are no part of this one."""
     multimodal: Multimodal | None = None
     """What it has beyond a language model; None for most."""
+    description: Description | None = None
+    """Its configuration, where that has nothing in common with the others'; None for most."""
     prefixes: tuple[tuple[str, str], ...] = ()
     """Patterns of names other versions of transformers gave its tensors, and what stands for them here."""
 
@@ -560,6 +564,20 @@ _BUILT_IN = {
             prefixes=((r"^thinker\.", ""),),
             beyond=("talker.", "code2wav."),
         ),
+        Family(
+            "rwkv7",
+            "RWKV7ForCausalLM",
+            "rwkv7",
+            "RWKV-7 (Goose, x070)",
+            "bits there and back",
+            rules=RWKV7_RULES,
+            # One tensor in the first version of the class, which its loader still takes apart.
+            fused=(Fused(_HF + "attn.x_x", tuple(f"{_HF}attn.x_{letter}" for letter in "rwkvag")),),
+            own_code=("modeling_rwkv7",),
+            dropped=(),
+            unused=RWKV7_UNUSED,
+            description=RWKV7,
+        ),
     )
 }
 
@@ -576,7 +594,7 @@ def _with_installed(built_in: Mapping[str, Family]) -> Mapping[str, Family]:
         where = f"entry point {entry.name} of {ENTRY_POINTS} ({entry.value})"
         if not isinstance(family, Family):
             raise Unsupported(f"{where}: is a {type(family).__name__}: a flagscale_convert.Family is needed")
-        alone = [name for name, one in built_in.items() if not one.like]
+        alone = [name for name, one in built_in.items() if not one.like and one.description is None]
         if family.name in known or family.like not in alone:
             raise Unsupported(
                 f"{where}: family {family.name} like {family.like or None}: its name must be new"

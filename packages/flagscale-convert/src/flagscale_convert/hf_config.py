@@ -6,11 +6,12 @@ change nothing; what is left is reported by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from flagscale_convert.architecture import Architecture, LatentAttention
+from flagscale_convert.description import Description
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.experts import CONFIG_FIELDS, read_config_experts, write_config_experts
 from flagscale_convert.families import FAMILIES, Family
@@ -114,6 +115,8 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
     """
     family = _family(config, where)
     notes: list[str] = []
+    if family.description is not None:
+        return _read_described(config, family, family.description, where, vocab_divisor)
     sections = None
     if family.multimodal is not None:
         sections = read_sections(config, family.multimodal, where=where, notes=notes)
@@ -162,6 +165,19 @@ def read_config(config: Mapping[str, Any], *, where: str, vocab_divisor: int = 1
     )
 
 
+def _read_described(
+    config: Mapping[str, Any], family: Family, description: Description, where: str, vocab_divisor: int
+) -> ReadConfig:
+    """Understand the configuration of a family that has one of its own."""
+    notes: list[str] = []
+    _check_code(config, family, where, notes)
+    _check_values(config, description.only, where, f"in {description.trainer}")
+    general = {"architectures", "auto_map", "model_type"} | _HARMLESS
+    _note_unknown(config, general | description.fields | set(description.only) | description.harmless, notes)
+    arch = description.read_config(config, vocab_divisor=vocab_divisor, where=where, notes=notes)
+    return ReadConfig(arch, tuple(notes))
+
+
 def _towers(sections: Sections | None) -> dict[str, Any]:
     if sections is None:
         return {}
@@ -196,7 +212,7 @@ def _is_own_code(auto_map: Any, family: Family) -> bool:
     return all(str(name).split(".")[0] in family.own_code for name in names)
 
 
-def _check_fields(config: Mapping[str, Any], family: Family, where: str, notes: list[str]) -> None:
+def _check_code(config: Mapping[str, Any], family: Family, where: str, notes: list[str]) -> None:
     named = config.get("architectures") or []
     if set(named) & set(family.other_architectures):
         notes.append(f"architectures ({named}): taken for {family.architecture}, which has the same tensors")
@@ -205,24 +221,37 @@ def _check_fields(config: Mapping[str, Any], family: Family, where: str, notes: 
             f"{where}: auto_map ({config['auto_map']}): the model comes with code of its own, which may"
             f" compute something else than {family.architecture}: take auto_map out if it does not"
         )
+
+
+def _check_fields(config: Mapping[str, Any], family: Family, where: str, notes: list[str]) -> None:
+    _check_code(config, family, where, notes)
     window, length = config.get("sliding_window"), config.get("max_position_embeddings")
     if family.base == "mixtral" and window is not None and window < (length or 0):
         raise Unsupported(
             f"{where}: sliding_window ({window}): only none, or at least max_position_embeddings"
             f" ({length}), has an equal in Megatron's model"
         )
-    for name, allowed in _ONLY.items():
+    _check_values(config, _ONLY, where, "in Megatron's dense model")
+    own = CONFIG_FIELDS.get(family.base, frozenset()) | LATENT_FIELDS.get(family.base, frozenset())
+    _note_unknown(config, _MAPPED | set(_ONLY) | _HARMLESS | own, notes)
+
+
+def _check_values(
+    config: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], where: str, there: str
+) -> None:
+    for name, allowed in only.items():
         value = config.get(name)
         if name == "layer_types" and value and set(value) == {"full_attention"}:
             continue
         if name in config and value not in allowed:
             raise Unsupported(
                 f"{where}: {name} ({value}): only {' or '.join(str(item) for item in allowed)} has an equal"
-                " in"
-                " Megatron's dense model: this model cannot be converted faithfully"
+                f" {there}: this model cannot be converted faithfully"
             )
-    own = CONFIG_FIELDS.get(family.base, frozenset()) | LATENT_FIELDS.get(family.base, frozenset())
-    unknown = sorted(set(config) - _MAPPED - set(_ONLY) - _HARMLESS - own)
+
+
+def _note_unknown(config: Mapping[str, Any], known: Set[str], notes: list[str]) -> None:
+    unknown = sorted(set(config) - known)
     notes.extend(
         f"{name} ({config[name]}): unknown field, left out" for name in unknown if config[name] is not None
     )
@@ -261,6 +290,15 @@ def write_config(arch: Architecture, *, dtype: str, tokens: Mapping[str, Any]) -
         tokens: `bos_token_id`, `eos_token_id`, `pad_token_id` as far as known.
     """
     family = FAMILIES[arch.family]
+    if family.description is None:
+        text = _write_text(arch, family, dtype, tokens)
+    else:
+        text = {**family.description.write_config(arch), "torch_dtype": TORCH_NAMES[dtype], **tokens}
+    config = {**text, "architectures": [family.architecture], "model_type": family.model_type}
+    return dict(sorted(config.items()))
+
+
+def _write_text(arch: Architecture, family: Family, dtype: str, tokens: Mapping[str, Any]) -> dict[str, Any]:
     text: dict[str, Any] = {
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -294,5 +332,4 @@ def write_config(arch: Architecture, *, dtype: str, tokens: Mapping[str, Any]) -
             **tokens,
             "torch_dtype": TORCH_NAMES[dtype],
         }
-    config = {**text, "architectures": [family.architecture], "model_type": family.model_type}
-    return dict(sorted(config.items()))
+    return text

@@ -133,7 +133,7 @@ def _understand(
         name: str(value) if name == "rope_scaling" and value is not None else value
         for name in arch.__slots__
         for value in (getattr(arch, name),)
-        if name not in ("experts", "latent", "vision", "audio", "outer")
+        if name not in ("experts", "latent", "recurrence", "vision", "audio", "outer")
     }
     for kind, tower in (("vision", arch.vision), ("audio", arch.audio)):
         if tower is not None:
@@ -141,6 +141,8 @@ def _understand(
     described |= arch.outer
     if arch.latent is not None:
         described |= {f"latent_{name}": value for name, value in asdict(arch.latent).items()}
+    if arch.recurrence is not None:
+        described |= {f"recurrence_{name}": value for name, value in asdict(arch.recurrence).items()}
     if arch.experts is not None:
         described |= {f"expert_{name}": value for name, value in asdict(arch.experts).items()}
     return arch, described, model.num_parameters, model.notes, list(model.problems)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flagscale_convert.architecture import Architecture, Experts, LatentAttention
+from flagscale_convert.description import Description
 from flagscale_convert.errors import Unsupported
 from flagscale_convert.experts import read_args_experts, write_args_experts
 from flagscale_convert.families import FAMILIES
@@ -93,6 +94,9 @@ def read_args(
             " save it"
             " again with Megatron's trainer"
         )
+    described = _described(family or args.get(_FAMILY), tensors or {})
+    if described is not None:
+        return _read_described(args, described, tensors or {}, where, vocab_size)
     for name, allowed in _NEUTRAL.items():
         if name in args and args[name] not in allowed:
             raise Unsupported(
@@ -158,6 +162,36 @@ def read_args(
         tuple(notes),
         knows_vocabulary=bool(vocab_size or args.get("vocab_size")),
     )
+
+
+def _described(named: str | None, tensors: Mapping[str, TensorInfo]) -> Description | None:
+    """Find the description of a family that has its own: one that is named, else one with its mark there."""
+    for name, family in FAMILIES.items():
+        own = family.description
+        if own is not None and (named == name or (named is None and own.mark in tensors)):
+            return own
+    return None
+
+
+def _read_described(
+    args: Mapping[str, Any],
+    description: Description,
+    tensors: Mapping[str, TensorInfo],
+    where: str,
+    vocab_size: int | None,
+) -> ReadArgs:
+    """Understand the arguments of a family that has a configuration of its own."""
+    notes: list[str] = []
+    padded = _positive(args, "padded_vocab_size", where)
+    arch = description.read_args(
+        args,
+        tensors,
+        vocab_size=_true_vocabulary(args, vocab_size, padded, where, notes),
+        padded_vocab_size=padded,
+        where=where,
+        notes=notes,
+    )
+    return ReadArgs(arch, tuple(notes), knows_vocabulary=bool(vocab_size or args.get("vocab_size")))
 
 
 def _chosen(base: str, family: str | None, where: str) -> str:
@@ -282,23 +316,17 @@ def write_args(
         vocab_divisor: what the vocabulary was padded to a multiple of.
         is_stacked: whether layers share one tensor.
     """
-    is_grouped = arch.num_kv_heads != arch.num_heads
-    return {
-        **({_FAMILY: arch.family} if FAMILIES[arch.family].like else {}),
-        **{name: allowed[0] for name, allowed in _NEUTRAL.items()},
-        **write_args_experts(arch, is_stacked=is_stacked),
+    family = FAMILIES[arch.family]
+    common = {
         "add_position_embedding": True,
-        "add_qkv_bias": arch.has_qkv_bias,
         "attention_dropout": 0.0,
         "ckpt_format": "torch_dist",
         "disable_bias_linear": True,
         "expert_model_parallel_size": 1,
         "ffn_hidden_size": arch.ffn_size,
-        "group_query_attention": is_grouped,
         "hidden_dropout": 0.0,
         "hidden_size": arch.hidden_size,
         "init_method_std": arch.init_std,
-        "kv_channels": arch.head_size if arch.latent is None else arch.latent.value_size,
         "layernorm_epsilon": arch.norm_epsilon,
         "make_vocab_size_divisible_by": vocab_divisor,
         "max_position_embeddings": arch.max_positions,
@@ -307,10 +335,8 @@ def write_args(
         "no_save_rng": True,
         "num_attention_heads": arch.num_heads,
         "num_layers": arch.num_layers,
-        "num_query_groups": arch.num_kv_heads if is_grouped else 1,
         "padded_vocab_size": arch.padded_vocab_size,
         "pipeline_model_parallel_size": 1,
-        "qk_layernorm": arch.has_qk_norm,
         "seq_length": arch.max_positions,
         "tensor_model_parallel_size": 1,
         "tokenizer_model": tokenizer,
@@ -318,7 +344,21 @@ def write_args(
         "untie_embeddings_and_output_weights": not arch.is_tied,
         "virtual_pipeline_model_parallel_size": None,
         "vocab_size": arch.vocab_size,
+    }
+    if family.description is not None:
+        return {_FAMILY: arch.family, **common, **family.description.write_args(arch)}
+    is_grouped = arch.num_kv_heads != arch.num_heads
+    return {
+        **({_FAMILY: arch.family} if family.like else {}),
+        **{name: allowed[0] for name, allowed in _NEUTRAL.items()},
+        **write_args_experts(arch, is_stacked=is_stacked),
+        **common,
+        "add_qkv_bias": arch.has_qkv_bias,
+        "group_query_attention": is_grouped,
+        "kv_channels": arch.head_size if arch.latent is None else arch.latent.value_size,
+        "num_query_groups": arch.num_kv_heads if is_grouped else 1,
+        "qk_layernorm": arch.has_qk_norm,
         **write_args_rope(arch),
         **write_args_latent(arch),
-        **write_args_sections(arch, FAMILIES[arch.family].multimodal),
+        **write_args_sections(arch, family.multimodal),
     }

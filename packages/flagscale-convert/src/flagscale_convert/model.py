@@ -197,7 +197,9 @@ def _without_absent_mtp(arch: Architecture, source: HuggingFaceSource, notes: li
 
 def _copies(bindings: Sequence[Binding], infos: Mapping[str, TensorInfo]) -> tuple[tuple[str, str], ...]:
     """Pair every copy that is there with the tensor it must equal."""
-    originals = {binding.megatron: binding.hf[0] for binding in bindings if not binding.is_copy}
+    originals = {
+        binding.megatron: binding.hf[0] for binding in bindings if binding.hf and not binding.is_copy
+    }
     return tuple(
         (binding.hf[0], originals[binding.megatron])
         for binding in bindings
@@ -245,9 +247,7 @@ def _divided(files: HuggingFaceSource, arch: Architecture, family: Family) -> So
 def _divide_fused(
     source: HuggingFaceSource, arch: Architecture, family: Family, bindings: Sequence[Binding]
 ) -> None:
-    """Take tensors fused over the experts as the parts that the rules name."""
-    if arch.experts is None:
-        return
+    """Take fused tensors, of all experts or not, as the parts that the rules name."""
     shapes = {
         name: shape
         for binding in bindings
@@ -256,12 +256,13 @@ def _divide_fused(
     for fused in family.fused:
         for layer in range(arch.num_layers + arch.mtp_layers):
             whole = fused.name.format(i=layer)
-            if whole not in source.tensors() or whole in shapes or not arch.has_experts(layer):
+            is_of_experts = arch.experts is None or arch.has_experts(layer)
+            if whole not in source.tensors() or whole in shapes or not is_of_experts:
                 continue
             is_per_expert = any("{e}" in part for part in fused.parts)
-            count = arch.experts.count if is_per_expert else 1
+            count = arch.experts.count if is_per_expert and arch.experts is not None else 1
             parts = [part.format(i=layer, e=expert) for expert in range(count) for part in fused.parts]
-            if not set(parts) & set(source.tensors()):
+            if parts[0] in shapes and not set(parts) & set(source.tensors()):
                 source.divide(whole, parts, shape=shapes[parts[0]])
 
 

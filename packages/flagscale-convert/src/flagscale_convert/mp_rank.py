@@ -200,7 +200,7 @@ class MpRankSource(MegatronSource):
                 raise SourceDamaged(
                     f"{self.directory / file}: holds no `model`: it is no rank's file of Megatron"
                 )
-            chunks = tuple(unpickle.as_mapping(state[key]) for _, key in numbered)
+            chunks = tuple(_flat(unpickle.as_mapping(state[key])) for _, key in numbered)
             ranks.append(_Rank(place, file, saved, chunks))
         counts = sorted({len(rank.chunks) for rank in ranks})
         if len(counts) > 1:
@@ -332,6 +332,18 @@ class MpRankSource(MegatronSource):
             for rank in ranks
             if "optimizer" in unpickle.as_mapping(rank.saved.value)
         )
+
+
+def _flat(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Join the keys of dictionaries within one another to names; states of other libraries stay whole."""
+    flat: dict[Any, Any] = {}
+    for key, value in state.items():
+        is_held = isinstance(value, Mapping) or (isinstance(value, unpickle.Record) and bool(value.items))
+        if not isinstance(key, str) or not is_held or key.endswith("_extra_state"):
+            flat[key] = value
+            continue
+        flat |= {f"{key}.{inner}": item for inner, item in _flat(unpickle.as_mapping(value)).items()}
+    return flat
 
 
 def _join_tied(found: dict[str, dict[int, list[_Slice]]]) -> None:

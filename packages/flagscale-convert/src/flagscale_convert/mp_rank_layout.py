@@ -100,6 +100,7 @@ def lay_out_mp_rank(  # noqa: PLR0913 - one caller, most by keyword
     grouped_experts: bool,
     folder: str,
     is_legacy: bool = False,
+    levels: str = "",
 ) -> tuple[tuple[FilePlan, ...], Slices]:
     """Lay out a checkpoint.
 
@@ -113,6 +114,8 @@ def lay_out_mp_rank(  # noqa: PLR0913 - one caller, most by keyword
         folder: iteration directory in the destination.
         is_legacy: names of megatron-core 0.16; later ones call the layer that predicts a further token
             otherwise.
+        levels: pattern of names whose groups are keys of dictionaries within one another; if
+            empty, there is one dictionary.
 
     Returns:
         A file per rank, and the slices they are made of.
@@ -141,7 +144,7 @@ def lay_out_mp_rank(  # noqa: PLR0913 - one caller, most by keyword
                 stateful = _STATEFUL.match(live)
                 if implementation == "transformer_engine" and stateful is not None:
                     state[f"{stateful[1]}._extra_state"] = None
-            chunks.append(state)
+            chunks.append(_nested(state, levels) if levels else state)
         models = (
             {"model": chunks[0]}
             if len(chunks) == 1
@@ -153,6 +156,19 @@ def lay_out_mp_rank(  # noqa: PLR0913 - one caller, most by keyword
         )
         files.append(_file(path, frame, [key for key, _ in items]))
     return tuple(files), Slices(source, slices)
+
+
+def _nested(state: Mapping[str, Any], levels: str) -> dict[str, Any]:
+    """Put tensors into dictionaries within one another."""
+    nested: dict[str, Any] = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(levels, name)
+        *keys, last = [name] if match is None else [key for key in match.groups() if key is not None]
+        inner = nested
+        for key in keys:
+            inner = inner.setdefault(key, {})
+        inner[last] = tensor
+    return nested
 
 
 def _file(path: str, frame: ArchiveFrame, keys: list[str]) -> FilePlan:

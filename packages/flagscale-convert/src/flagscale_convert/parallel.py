@@ -167,6 +167,12 @@ class ParallelLayout:
                 f"expert_model_parallel_size ({size}): must divide the {arch.experts.count} experts"
             )
         tensor = self.tensor_model_parallel_size
+        if arch.recurrence is not None and (tensor, self.pipeline_model_parallel_size) != (1, 1):
+            raise Unsupported(
+                f"tensor_model_parallel_size ({tensor}), pipeline_model_parallel_size"
+                f" ({self.pipeline_model_parallel_size}): the class that trains {arch.family} has no parallel"
+                " layers: both must be 1"
+            )
         if arch.vision is not None and arch.vision.num_heads % tensor:
             raise Unsupported(
                 f"tensor_model_parallel_size ({tensor}): must divide the {arch.vision.num_heads} attention"

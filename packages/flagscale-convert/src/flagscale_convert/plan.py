@@ -330,6 +330,12 @@ class _Parts:
         """Lay out a training directory with one `release` checkpoint; the tracker comes last."""
         from flagscale_convert.dcp_layout import lay_out_torch_dist
 
+        description = self.model.family.description
+        if description is not None:
+            raise Unsupported(
+                f"to (torch_dist): {description.trainer} has no sharded form and cannot load it: use"
+                " --to torch"
+            )
         copies = self._carried(f"{_TOKENIZER_FOLDER}/")
         written = bind(self.model.family.rules, self.arch)
         twins = {binding.megatron: binding.twins for binding in written if binding.twins}
@@ -365,6 +371,7 @@ class _Parts:
             grouped_experts=self.grouped_experts,
             folder=_RELEASE,
             is_legacy=self.version == "0.16",
+            levels="" if self.model.family.description is None else self.model.family.description.levels,
         )
         return files, {TRACKER: _RELEASE.encode()}, copies
 

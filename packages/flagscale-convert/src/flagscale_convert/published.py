@@ -53,6 +53,11 @@ _MODELS: dict[tuple[str, int, int, int], Published] = {
     ("qwen3_vl", 64, 5120, 151936): ("Qwen/Qwen3-VL-32B-Instruct", 33_357_390_064),
     ("qwen3_vl", 36, 2560, 151936): ("Qwen/Qwen3-VL-4B-Instruct", 4_437_815_808),
     ("qwen3_vl", 36, 4096, 151936): ("Qwen/Qwen3-VL-8B-Instruct", 8_767_123_696),
+    ("rwkv7", 12, 768, 65536): ("fla-hub/rwkv7-191M-world", 191_034_624),
+    ("rwkv7", 24, 1024, 65536): ("fla-hub/rwkv7-0.4B-world", 450_767_872),
+    ("rwkv7", 24, 2048, 65536): ("fla-hub/rwkv7-1.5B-world", 1_527_404_544),
+    ("rwkv7", 32, 2560, 65536): ("fla-hub/rwkv7-2.9B-world", 2_947_735_040),
+    ("rwkv7", 32, 4096, 65536): ("fla-hub/rwkv7-7.2B-g0", 7_199_141_888),
 }
 """By family, layers, hidden size and vocabulary."""
 

@@ -15,7 +15,7 @@ from typing import Literal
 from flagscale_convert.architecture import Architecture, Tower
 from flagscale_convert.tensors import TensorInfo
 
-__all__ = ["Binding", "Copy", "Gated", "Op", "Qkv", "Rule", "Span", "TowerQkv", "Vocab", "bind"]
+__all__ = ["Binding", "Copy", "Gated", "Op", "Qkv", "Rule", "Span", "TowerQkv", "Vocab", "Zeros", "bind"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Span:
 
 Size = Callable[[Architecture], int]
 Columns = Callable[[Architecture], int | tuple[int, ...]]
-Layers = Literal["all", "dense", "experts", "mtp", "vision", "deepstack", "audio"]
+Layers = Literal["all", "later", "dense", "experts", "mtp", "vision", "deepstack", "audio"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,21 @@ class Copy(Op):
     def part_rows(self, arch: Architecture) -> tuple[int, ...]:
         """One part."""
         return (self.rows(arch),)
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros(Op):
+    """A tensor that no output depends on: it has no parts, and may be absent where it is read."""
+
+    rows: Size
+
+    def part_rows(self, arch: Architecture) -> tuple[int, ...]:  # noqa: ARG002 - the same call as the others
+        """No part."""
+        return ()
+
+    def whole_rows(self, arch: Architecture) -> int:
+        """All of them padding."""
+        return self.rows(arch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +180,8 @@ class Rule:
     twins: tuple[str, ...] = ()
     """Other names some layer flavour asks for; read, and written as a second name of the same bytes."""
     layers: Layers = "all"
-    """In which layers it holds: of the language model (`all` leaves out `mtp`) or of a tower; `deepstack`
-    are the mergers that take features from between a tower's layers."""
+    """In which layers it holds: of the language model (`all` leaves out `mtp`, `later` the first) or of a
+    tower; `deepstack` are the mergers that take features from between a tower's layers."""
     when: Callable[[Architecture], bool] = lambda _arch: True
     is_copy: bool = False
     """True for a second Hugging Face name of what another rule maps: written, on reading only compared."""
@@ -174,6 +189,8 @@ class Rule:
     """True for values that are float32 whatever the rest of the model is cast to."""
     shape: Callable[[Architecture], tuple[int, ...]] | None = None
     """Shape of the whole where it has its one part's elements in another shape; for small tensors only."""
+    is_transposed: bool = False
+    """True when the whole is its one part, a matrix, with its axes exchanged; for small tensors only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +207,13 @@ class Binding:
     is_float32: bool = False
     is_reshaped: bool = False
     """True when part and whole have the same bytes in different shapes."""
+    is_transposed: bool = False
+    """True when part and whole are matrices with their axes exchanged."""
+
+    @property
+    def has_own_rows(self) -> bool:
+        """True when the whole has rows that are no rows of a part."""
+        return self.is_reshaped or self.is_transposed or not self.hf
 
 
 def bind(
@@ -240,7 +264,9 @@ def _is_layered(rule: Rule) -> bool:
 def _holds(rule: Rule, arch: Architecture, layer: int) -> bool:
     if layer >= arch.num_layers or rule.layers == "mtp":
         return layer >= arch.num_layers and rule.layers == "mtp"
-    return rule.layers == "all" or (rule.layers == "experts") is arch.has_experts(layer)
+    if rule.layers in ("all", "later"):
+        return rule.layers == "all" or layer > 0
+    return (rule.layers == "experts") is arch.has_experts(layer)
 
 
 def _experts(rule: Rule, arch: Architecture) -> range:
@@ -262,14 +288,16 @@ def _bind(
     columns = trailing if isinstance(trailing, tuple) else (trailing,)
     twins = named(rule.twins)
     names = (*named((rule.megatron, *rule.aliases)), *twins)
+    whole = (rule.op.whole_rows(arch), *columns) if rule.shape is None else rule.shape(arch)
     return Binding(
         hf=named(rule.hf),
         megatron=next((name for name in names if name in present), names[0]),
         twins=twins,
         spans=rule.op.spans(arch),
         part_shapes=tuple((rows, *columns) for rows in rule.op.part_rows(arch)),
-        whole_shape=(rule.op.whole_rows(arch), *columns) if rule.shape is None else rule.shape(arch),
+        whole_shape=whole[::-1] if rule.is_transposed else whole,
         is_copy=rule.is_copy,
         is_float32=rule.is_float32,
         is_reshaped=rule.shape is not None,
+        is_transposed=rule.is_transposed,
     )

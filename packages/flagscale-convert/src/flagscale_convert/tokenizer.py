@@ -21,6 +21,8 @@ FILES = (
     "merges.txt",
     "vocab.txt",
     "tokenizer.model",
+    "rwkv_vocab_v20230424.txt",
+    "hf_rwkv_tokenizer.py",
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
@@ -29,7 +31,7 @@ FILES = (
     "generation_config.json",
 )
 """Every file of a model directory that belongs to its tokenizer, its other inputs or to generation."""
-_CORE = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_CORE = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "rwkv_vocab_v20230424.txt")
 _IDS = ("bos", "eos", "pad")
 
 
