@@ -1,4 +1,4 @@
-"""RWKV-7: fla's tensors against FlagScale's nested dictionaries, and what both sides' formulas compute from them."""
+"""RWKV-7: fla's tensors against FlagScale's nested dictionaries, and what both sides' formulas compute."""
 
 from __future__ import annotations
 
@@ -117,47 +117,44 @@ class Model:
         return folder
 
     def state(self, hf, *, fill=0.0):
-        """What `RWKVModel.state_dict_for_save_checkpoint` gives, with `fill` in the first layer's unused pair."""
-        h, value_rank = self.hidden, self.ranks[2]
+        """What FlagScale's class saves; `fill` is in the pair of its first layer that nothing uses."""
 
         def padded(tensor):
             return functional.pad(tensor, (0, 0, 0, -self.vocab % 128))
 
         blocks = OrderedDict()
         for i in range(self.layers):
-            p, block = f"model.layers.{i}.", OrderedDict()
-            for ours, theirs in (("ln1", "attn_norm"), ("ln2", "ffn_norm"), ("ln0", "pre_norm")):
-                for kind in ("weight", "bias"):
-                    if f"{p}{theirs}.{kind}" in hf:
-                        block[f"{ours}.{kind}"] = hf[f"{p}{theirs}.{kind}"]
-            for letter in "rwkvag":
-                block[f"att.x_{letter}"] = hf[f"{p}attn.x_{letter}"]
-            for name in ("k_k", "k_a"):
-                block[f"att.{name}"] = hf[f"{p}attn.{name}"].view(1, 1, h)
-            block["att.r_k"] = hf[p + "attn.r_k"]
-            for ours, theirs in PROJECTIONS.items():
-                for kind in ("weight", "bias"):
-                    if f"{p}attn.{theirs}.{kind}" in hf:
-                        block[f"att.{ours}.{kind}"] = hf[f"{p}attn.{theirs}.{kind}"]
-            for letter in "wavg":
-                lora = f"{p}attn.{letter}_lora.lora."
-                if lora + "0.weight" not in hf:
-                    sizes = {"v0": (1, 1, h), "v1": (h, value_rank), "v2": (value_rank, h)}
-                    block |= {f"att.{n}": torch.full(s, fill, dtype=self.dtype) for n, s in sizes.items()}
-                    continue
-                block[f"att.{letter}1"] = hf[lora + "0.weight"].T.contiguous()
-                block[f"att.{letter}2"] = hf[lora + "2.weight"].T.contiguous()
-                if letter != "g":
-                    block[f"att.{letter}0"] = hf[lora + "2.bias"].view(1, 1, h)
-            block["ffn.x_k"] = hf[p + "ffn.x_k"].view(1, 1, h)
-            block |= {f"ffn.{name}.weight": hf[f"{p}ffn.{name}.weight"] for name in ("key", "value")}
-            blocks[f"block_{i}"] = block
+            layer = f"model.layers.{i}."
+            part = {name.removeprefix(layer): tensor for name, tensor in hf.items() if name.startswith(layer)}
+            blocks[f"block_{i}"] = OrderedDict(self.renamed(*item) for item in part.items())
+        unused = {
+            "v0": (1, 1, self.hidden),
+            "v1": (self.hidden, self.ranks[2]),
+            "v2": (self.ranks[2], self.hidden),
+        }
+        blocks["block_0"] |= {
+            f"att.{name}": torch.full(size, fill, dtype=self.dtype) for name, size in unused.items()
+        }
         return {
             "embeddings.word_embeddings": OrderedDict(weight=padded(hf["model.embeddings.weight"])),
             "blocks": blocks,
             "ln_out": OrderedDict(weight=hf["model.norm.weight"], bias=hf["model.norm.bias"]),
             "head": OrderedDict(weight=padded(hf["lm_head.weight"])),
         }
+
+    @staticmethod
+    def renamed(name, tensor):
+        """A tensor of a layer as FlagScale's class has it."""
+        if "_lora" in name:
+            letter, part = name[5], name.partition(".lora.")[2]
+            number = {"2.bias": 0, "0.weight": 1, "2.weight": 2}[part]
+            return f"att.{letter}{number}", tensor.T.contiguous() if number else tensor.view(1, 1, -1)
+        module, _, rest = name.partition(".")
+        module = {"attn": "att", "pre_norm": "ln0", "attn_norm": "ln1", "ffn_norm": "ln2"}.get(module, module)
+        for ours, theirs in PROJECTIONS.items():
+            rest = rest.replace(theirs, ours)
+        is_mixing = name in ("attn.k_k", "attn.k_a", "ffn.x_k")
+        return f"{module}.{rest}", tensor.view(1, 1, -1) if is_mixing else tensor
 
     def trained(self, root, state, **changed):
         """A checkpoint as Megatron's trainer saves one of FlagScale's class: arguments of any other model."""
@@ -274,8 +271,9 @@ def recurrence(r, decay, k, v, kk, a):
     return torch.stack(out)
 
 
-def mixed(r, decay, k, v, a, g, parts, heads):
+def mixed(vectors, parts, heads):
     """What both sides do behind their projections."""
+    r, decay, k, v, a, g = vectors
     k_k, k_a, r_k, weight, bias, output = parts
     kk = functional.normalize((k * k_k).unflatten(-1, (heads, HEAD)), dim=-1)
     k = k * (1 + (a - 1) * k_a)
@@ -313,7 +311,7 @@ def logits_of_fla(t, layers, heads, tokens):
         a = lora("a", mix["a"], lambda low: low).sigmoid()
         g = lora("g", mix["g"], torch.sigmoid)
         names = ("k_k", "k_a", "r_k", "g_norm.weight", "g_norm.bias", "o_proj.weight")
-        x = x + mixed(r, decay, k, v, a, g, [block[f"attn.{name}"] for name in names], heads)
+        x = x + mixed((r, decay, k, v, a, g), [block[f"attn.{name}"] for name in names], heads)
         y = layer_norm(x, block, "ffn_norm")
         inner = functional.linear(y + shifted(y) * block["ffn.x_k"], block["ffn.key.weight"])
         x = x + functional.linear(inner.relu() ** 2, block["ffn.value.weight"])
@@ -341,7 +339,7 @@ def logits_of_flagscale(state, heads, tokens):
         g = torch.sigmoid(xg @ att["g1"]) @ att["g2"]
         names = ("k_k", "k_a", "r_k", "ln_x.weight", "ln_x.bias", "output.weight")
         parts = [att[name][0, 0] if name in ("k_k", "k_a") else att[name] for name in names]
-        x = x + mixed(r, torch.exp(-torch.exp(w)), k, v, a, g, parts, heads)
+        x = x + mixed((r, torch.exp(-torch.exp(w)), k, v, a, g), parts, heads)
         y = layer_norm(x, block, "ln2")
         y = torch.relu((y + shifted(y) * block["ffn.x_k"][0, 0]) @ block["ffn.key.weight"].T) ** 2
         x = x + y @ block["ffn.value.weight"].T
