@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import Namespace
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -554,6 +555,10 @@ def test_layouts_its_class_has_not_are_refused(tmp_path):
         with pytest.raises(Unsupported, match="both must be 1"):
             make_plan(source, tmp_path / "out", to="torch", parallel=ParallelLayout(**sizes))
     state = model.state(model.tensors())
+    two = model.trained(tmp_path / "two", state, tensor_model_parallel_size=2)
+    shutil.copytree(two / "iter_0000007" / "mp_rank_00", two / "iter_0000007" / "mp_rank_01")
+    with pytest.raises(Unsupported, match="tensor_model_parallel_size"):
+        make_plan(two, tmp_path / "out", to="hf")
     wrong = model.trained(tmp_path / "wrong", state, hidden_size=100)
     with pytest.raises(Unsupported, match="multiple of 64"):
         make_plan(wrong, tmp_path / "out", to="hf")

@@ -569,8 +569,8 @@ _BUILT_IN = {
             "RWKV7ForCausalLM",
             "rwkv7",
             "RWKV-7 (Goose, x070)",
-            "bits there and back, and both sides' formulas token by token; flash-linear-attention 0.6's class and"
-            " FlagScale's load it and compute the same on the CPU, their GPU kernels replaced",
+            "bits there and back, and both sides' formulas token by token; flash-linear-attention 0.6's class"
+            " and FlagScale's load it and compute the same on the CPU, their GPU kernels replaced",
             rules=RWKV7_RULES,
             # One tensor in the first version of the class, which its loader still takes apart.
             fused=(Fused(_HF + "attn.x_x", tuple(f"{_HF}attn.x_{letter}" for letter in "rwkvag")),),
