@@ -246,8 +246,10 @@ def same_model(path: Path) -> None:
 
 
 def _value(args: Any, name: str) -> Any:
-    """Return an argument; of the number of groups what counts, which Megatron overwrites while it trains."""
+    """Return an argument, None for one that Megatron does not go by here, whatever it holds."""
     if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
+        return None
+    if name == "kv_channels" and getattr(args, "multi_latent_attention", False):
         return None
     return getattr(args, name, None)
 
