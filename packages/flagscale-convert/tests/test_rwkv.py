@@ -483,6 +483,14 @@ def test_trained_tensors_that_do_not_fit_are_named(tmp_path):
         assert any(name in problem for problem in problems), name
 
 
+def test_a_dictionary_within_itself_is_not_followed_endlessly(tmp_path):
+    model = Model()
+    state = model.state(model.tensors())
+    state["blocks"]["block_1"] = state["blocks"]
+    problems = make_plan(model.trained(tmp_path / "trained", state), tmp_path / "out", to="hf").problems
+    assert any("`blocks.block_1.ln1.weight` is missing" in problem for problem in problems)
+
+
 def test_the_first_layers_pair_may_be_absent_and_is_dropped(tmp_path):
     """BlinkDL's class keeps a pair there that nothing uses, and so did early conversions of it."""
     model = Model()

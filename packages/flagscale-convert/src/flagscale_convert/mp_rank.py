@@ -39,6 +39,8 @@ _GROUPED = re.compile(r"^(.+\.mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))(\d
 _TRANSPOSED = re.compile(r"\.mlp\.experts\.weight[12]$")
 _DISTRIBUTED_OPTIMIZER = "distrib_optim.pt"
 _BUFFER_BYTES = 8 << 20
+_DEPTH = 4
+"""How far dictionaries within one another are followed: further than trainers nest them, not endlessly."""
 _WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
 
@@ -334,15 +336,17 @@ class MpRankSource(MegatronSource):
         )
 
 
-def _flat(state: Mapping[Any, Any]) -> dict[Any, Any]:
+def _flat(state: Mapping[Any, Any], depth: int = _DEPTH) -> dict[Any, Any]:
     """Join the keys of dictionaries within one another to names; states of other libraries stay whole."""
     flat: dict[Any, Any] = {}
     for key, value in state.items():
         is_held = isinstance(value, Mapping) or (isinstance(value, unpickle.Record) and bool(value.items))
-        if not isinstance(key, str) or not is_held or key.endswith("_extra_state"):
+        if not depth or not isinstance(key, str) or not is_held or key.endswith("_extra_state"):
             flat[key] = value
             continue
-        flat |= {f"{key}.{inner}": item for inner, item in _flat(unpickle.as_mapping(value)).items()}
+        flat |= {
+            f"{key}.{inner}": item for inner, item in _flat(unpickle.as_mapping(value), depth - 1).items()
+        }
     return flat
 
 
