@@ -32,7 +32,7 @@ PUBLISHED = {
     "7.2b": (32, 4096, (128, 128, 96, 480), 7_199_141_888),
 }
 """Layers, width, low ranks (decay, rate, value, gate) and parameters."""
-FIXTURES = Path(__file__).parents[4] / "shared/fixtures/models"
+FIXTURES = Path(*Path(__file__).parts[:-5], "shared/fixtures/models")
 UNUSED = ("v0", "v1", "v2")
 PROJECTIONS = {
     "receptance": "r_proj",
