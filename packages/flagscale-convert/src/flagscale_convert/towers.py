@@ -220,18 +220,21 @@ QWEN2_5_VL = Multimodal(
 )
 
 
-def _norm(hf: str, fused: str, alone: str) -> tuple[Rule, ...]:
-    """Give the rules of a layer's norm, which plain-torch layers keep apart and also save apart."""
-    return tuple(
-        Rule(
+def _norm(hf: str, fused: str, alone: str, *, is_saved_apart: bool = True) -> tuple[Rule, ...]:
+    """Give the rules of a layer's norm, which plain-torch layers keep apart, and some also save apart."""
+
+    def rule(kind: str) -> Rule:
+        apart = (f"{_LAYER}{alone}.{kind}",)
+        return Rule(
             (f"{hf}.{kind}",),
             f"{_LAYER}{fused}.layer_norm_{kind}",
             Copy(_width),
-            twins=(f"{_LAYER}{alone}.{kind}",),
+            twins=apart if is_saved_apart else (),
+            aliases=() if is_saved_apart else apart,
             layers="vision",
         )
-        for kind in ("weight", "bias")
-    )
+
+    return tuple(map(rule, ("weight", "bias")))
 
 
 _CLIP = "vision_tower.vision_model."
@@ -441,19 +444,6 @@ _QWEN3 = "model.visual."
 _QWEN3_BLOCK = _QWEN3 + "blocks.{i}."
 
 
-def _qwen3_norm(hf: str, fused: str, alone: str) -> tuple[Rule, ...]:
-    return tuple(
-        Rule(
-            (f"{_QWEN3_BLOCK}{hf}.{kind}",),
-            f"{_LAYER}{fused}.layer_norm_{kind}",
-            Copy(_width),
-            aliases=(f"{_LAYER}{alone}.{kind}",),
-            layers="vision",
-        )
-        for kind in ("weight", "bias")
-    )
-
-
 def _merger(
     hf: str, norm: str, rows: Size, other_norm: str, encoder: str, other: str, **options: Any
 ) -> tuple[Rule, ...]:
@@ -488,7 +478,7 @@ QWEN3_VL_TOWER = (
         Copy(_of_vision(lambda tower: tower.size("num_position_embeddings"))),
         _width,
     ),
-    *_qwen3_norm("norm1", "self_attention.linear_qkv", "input_layernorm"),
+    *_norm(_QWEN3_BLOCK + "norm1", "self_attention.linear_qkv", "input_layernorm", is_saved_apart=False),
     *_in_layers(
         (
             Rule(
@@ -505,7 +495,7 @@ QWEN3_VL_TOWER = (
             *_both(_QWEN3_BLOCK + "attn.proj", _LAYER + "self_attention.linear_proj.{kind}", _width, _width),
         )
     ),
-    *_qwen3_norm("norm2", "mlp.linear_fc1", "pre_mlp_layernorm"),
+    *_norm(_QWEN3_BLOCK + "norm2", "mlp.linear_fc1", "pre_mlp_layernorm", is_saved_apart=False),
     *_in_layers(
         (
             *_both(_QWEN3_BLOCK + "mlp.linear_fc1", _LAYER + "mlp.linear_fc1.{kind}", _ffn, _width),

@@ -55,16 +55,20 @@ def shares(split: str, count: int) -> tuple[int | None, ...]:
     Raises:
         ValueError: it is not such numbers.
     """
-    parts = [float(number) for number in re.findall(r"[.0-9]+", split)]
-    if not 0 < len(parts) <= 3 or not sum(parts):
-        raise ValueError(f"{split!r} is not up to three numbers, one of them above 0")
-    parts += [0.0] * (3 - len(parts))
+    parts = _parts(split)
     *_, total = accumulate(parts)  # not sum(), which rounds better than Megatron
     bounds = accumulate((part / total for part in parts), initial=0.0)
     return tuple(
         None if last <= first else round(last * count) - round(first * count)
         for first, last in pairwise(bounds)
     )
+
+
+def _parts(split: str) -> list[float]:
+    parts = [float(number) for number in re.findall(r"[.0-9]+", split)]
+    if not 0 < len(parts) <= 3 or not sum(parts):
+        raise ValueError(f"{split!r} is not up to three numbers, one of them above 0")
+    return parts + [0.0] * (3 - len(parts))
 
 
 def conflicts(options: Mapping[str, Any], counts: Mapping[str, int]) -> list[str]:
@@ -101,10 +105,10 @@ def conflicts(options: Mapping[str, Any], counts: Mapping[str, int]) -> list[str
 
 
 def _empty(prefix: str, split: str, count: int) -> list[str]:
-    parts = [*map(float, re.findall(r"[.0-9]+", split)), 0.0, 0.0]
+    parts = _parts(split)
     return [
         f"split: {split}: {name} gets {part / sum(parts):.2%} of {count:,} documents of {prefix}, which is "
         "none, and Megatron would count epochs of it for ever: give it a larger share or 0, or more documents"
-        for name, part, share in zip(_NAMES, parts, shares(split, count), strict=False)
+        for name, part, share in zip(_NAMES, parts, shares(split, count), strict=True)
         if share is not None and share <= 0
     ]
