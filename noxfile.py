@@ -106,7 +106,7 @@ def types(session: nox.Session) -> None:
     session.install(
         "mypy~=2.4",
         "pydantic~=2.12",
-        "omegaconf~=2.3",
+        "omegaconf~=2.3.0",
         "hydra-core~=1.3",
         "types-PyYAML",
         "rich>=13,<16",

@@ -10,7 +10,8 @@ saves nothing:
 
 - run: `flagscale-train run` with supervisor and events;
 - by hand: the words of its plan given to `megatron.training.pretrain()`, with nothing of ours around it but
-  what this device cannot train without;
+  what this device cannot train without and the same two fusions;
+- megatron alone (on a GPU): the same without our fusions, Megatron's own loss and sums of gradients;
 - transformers: the same shape and batch, sdpa attention, torch's AdamW, clipped gradients. On a GPU its
   weights and moments are bfloat16 where Megatron keeps float32 too, which is to its advantage.
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -70,6 +72,8 @@ SHAPES = {
     "llama3-8b-8-layers": Shape(8, 4096, 14336, 32, 8, 128, 128256, 4096, 1, 16, "Llama"),
     "mixtral-2-layers": Shape(2, 4096, 14336, 32, 8, 128, 32000, 4096, 2, 16, "Mixtral", experts=8),
 }
+ALONE = "megatron alone"
+KINDS = ("run", "by hand", ALONE, "transformers")
 OVERHEAD_BOUND, PEER_BOUND, CEILING_BOUND, CEILING_BOUND_FP8 = 0.99, 1.0, 0.55, 0.65
 STEP = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 
@@ -126,10 +130,13 @@ EXPERTS = """num_experts: {experts}
   moe_aux_loss_coeff: 0.02"""
 BY_HAND = """
 import sys
+from flagscale_train.worker import fusions
 from flagscale_train.worker.session import prepare
 from flagscale_train.worker.settings import Settings
 
 def main():
+    if "--no-gradient-accumulation-fusion" in sys.argv:
+        fusions.install = lambda: None
     arguments = prepare(Settings.from_environment())
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -199,7 +206,9 @@ def main() -> int:
     parser.add_argument(
         "--fp8", action="store_true", help="fp8 with delayed scaling (GPU, Transformer Engine)"
     )
-    parser.add_argument("--without-transformers", action="store_true")
+    parser.add_argument(
+        "--only", choices=KINDS, action="append", help="leave the others out; may be given several times"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     given = parser.parse_args()
@@ -219,7 +228,7 @@ def measure(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any
     machine, shape = detect(), SHAPES[name]
     on_gpu = machine.chip != "cpu"
     experiment = write(folder, shape, given, on_gpu=on_gpu)
-    kinds = ["run", "by hand"] + ([] if given.without_transformers else ["transformers"])
+    kinds = [kind for kind in KINDS if kind in (given.only or KINDS) and (on_gpu or kind != ALONE)]
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     steps: list[dict[str, Any]] = []
     ceilings: list[float] = []
@@ -227,8 +236,10 @@ def measure(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any
         for kind in kinds:
             target = folder / f"{kind.replace(' ', '-')}-{number}"
             words = [str(experiment), f"experiment.exp_dir={target}", *given.overrides]
-            text = {"run": run, "by hand": by_hand}.get(kind, lambda *_: "")(words, target, folder)
-            text = text or peer(shape, given.steps)
+            if kind == ALONE:
+                words.append("++train.system.no_gradient_accumulation_fusion=true")
+            start = {"run": run, "by hand": by_hand, ALONE: by_hand}.get(kind)
+            text = start(words, target, folder) if start else peer(shape, given.steps)
             rates[kind].append(tokens_per_second(text, shape))
             if kind == "run":
                 steps += steps_of(target)
@@ -350,14 +361,13 @@ def steps_of(target: Path) -> list[dict[str, Any]]:
 
 def tell(results: list[dict[str, Any]]) -> int:
     """Print a table; return 1 if a bound is broken."""
-    kinds = ("run", "by hand", "transformers")
     print(f"\n{results[0]['device']}; {', '.join(' '.join(item) for item in results[0]['versions'].items())}")
-    print(f"| shape | {' | '.join(kinds)} | TFLOP/s | matmul | of it | run / by hand | GiB |")
-    print(f"|{'---|' * 9}")
+    print(f"| shape | {' | '.join(KINDS)} | TFLOP/s | matmul | of it | run / by hand | GiB |")
+    print(f"|{'---|' * 10}")
     for row in results:
         rates = row["tokens_per_second"]
-        told = (f"{median(rates[kind]):,.0f}" if kind in rates else "" for kind in kinds)
-        part, hand = row["ratios"]["of the matmul ceiling"], row["ratios"]["run / by hand"]
+        told = (f"{median(rates[kind]):,.0f}" if kind in rates else "" for kind in KINDS)
+        part, hand = row["ratios"]["of the matmul ceiling"], row["ratios"].get("run / by hand", math.nan)
         print(
             f"| {row['shape']}, {row['precision']} | {' | '.join(told)} | {row['tflops']:.4g} "
             f"| {row['matmul_tflops']:.4g} | {part:.1%} | {hand:.3f} | {row['memory_gib']:.1f} |"

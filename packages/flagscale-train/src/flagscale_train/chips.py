@@ -72,7 +72,7 @@ def defaults(chip: str, options: Mapping[str, Any], findings: Findings) -> dict[
         chosen["bf16"] = True
     if "transformer_engine" not in findings.installed:
         chosen |= PLAIN_LAYERS
-    elif "apex" not in findings.installed:
+    elif "apex" not in findings.installed and chip != "nvidia":  # there the worker brings it
         chosen["no_gradient_accumulation_fusion"] = True
     if options.get("cross_entropy_loss_fusion"):
         chosen["cross_entropy_fusion_impl"] = "native"

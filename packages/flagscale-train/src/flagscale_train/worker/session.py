@@ -73,6 +73,9 @@ def prepare(settings: Settings) -> Callable[[], Any]:
         from flagscale_train.worker import vendor
 
         vendor.load(settings)
+        from flagscale_train.worker import fusions
+
+        fusions.install()
     _skip_helper_build()
     from flagscale_train.worker import adam
 
