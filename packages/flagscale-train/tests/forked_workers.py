@@ -2,11 +2,13 @@
 
 `python forked_workers.py JOBS.json`: a list of objects with `name`, `entry` (a module of the worker), `argv`
 (Megatron's words), `processes`, `env` and `log`; and, where wanted, `plant` (a step and what its losses are
-multiplied by) and `fails` (true where the job must fail). Each worker is the real one, `main()` of that
+multiplied by), `bounded` (true where attention is to be told of bounds, as Transformer Engine's is) and
+`fails` (true where the job must fail). Each worker is the real one, `main()` of that
 module; only torchrun is left out, whose starting of interpreters costs many times what these models take to
 train. Ends with the number of jobs that did not end as they must.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -85,6 +87,8 @@ def _fork(job, rank, port, work):
         sys.argv = ["flagscale_train.worker", *job["argv"]]
         if "plant" in job:
             _plant(*job["plant"])
+        if job.get("bounded"):
+            _attend_within_bounds()
         code = work()
     except BaseException:  # noqa: BLE001 -- nothing may return into the parent's work
         traceback.print_exc()
@@ -107,6 +111,28 @@ def _plant(iteration, factor):
         return real(mask, losses * float(factor) if is_here else losses)
 
     step._fold = fold
+
+
+def _attend_within_bounds():
+    """Stand in for Transformer Engine's attention: each document alone, of [tokens, heads, width]."""
+    import torch
+
+    from flagscale_train.worker import layers
+
+    real = layers.Attention.forward
+
+    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **options):
+        assert attention_mask is None
+        assert packed_seq_params.qkv_format == "thd"
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        assert max(last - first for first, last in itertools.pairwise(bounds)) == packed_seq_params.max_seqlen_q
+        found = [
+            real(self, *(each[first:last, None] for each in (query, key, value)), None)
+            for first, last in itertools.pairwise(bounds)
+        ]
+        return torch.cat(found)[:, 0]
+
+    layers.Attention.forward = forward
 
 
 if __name__ == "__main__":

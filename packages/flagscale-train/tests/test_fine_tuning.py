@@ -250,6 +250,9 @@ def place(request, tmp_path_factory, run_forked):
         for n in (2, 3)
     ]
     jobs.append(train_job(experiment, folder / "lora-parts", PARTS))
+    bounded = {"no_create_attention_mask_in_dataloader": True}
+    two = ["train.model.micro_batch_size=2"]
+    jobs.append(train_job(experiment, folder / "full-bounded", two, changes=bounded) | {"bounded": True})
     jobs += [adapted_logits(experiment, folder / f"lora-{name}", words) for name, words in ADAPTED.items()]
     chosen = [item for item in request.session.items if item.path == request.path]
     if all(item.get_closest_marker("every_megatron") for item in chosen):
@@ -293,7 +296,9 @@ def test_the_first_loss_from_published_weights_is_that_of_transformers(place, re
     assert abs(ours - theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", [of_every_megatron(name) for name in TRAININGS if name[-4:] != "-one"])
+@pytest.mark.parametrize(
+    "name", [*(of_every_megatron(name) for name in TRAININGS if name[-4:] != "-one"), "full-bounded"]
+)
 def test_a_layout_tunes_as_one_process_does(place, name, record_property):
     ours, theirs = curve(place / name), curve(place / f"{name.partition('-')[0]}-one")
     assert len(theirs) == 3

@@ -70,7 +70,7 @@ def defaults(chip: str, options: Mapping[str, Any], findings: Findings) -> dict[
         return {**chosen, **_CPU}
     if not {"bf16", "fp16"} & options.keys():
         chosen["bf16"] = True
-    if "transformer_engine" not in findings.installed:
+    if "transformer_engine" not in findings.installed or options.get("transformer_impl") == "local":
         chosen |= PLAIN_LAYERS
     elif "apex" not in findings.installed and chip != "nvidia":  # there the worker brings it
         chosen["no_gradient_accumulation_fusion"] = True

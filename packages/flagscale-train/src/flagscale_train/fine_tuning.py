@@ -1,6 +1,6 @@
 """What fine-tuning asks of a plan: chats (`sft`) and low-rank adapters (`peft_type: lora`).
 
-Contradictions between options are flagscale-config's; here is what depends on the layers that the chip has.
+Contradictions between options are flagscale-config's, keeping chats apart is a matter of `documents.py`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ def defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("sft"):
         # Sequences hold unlike numbers of answers; the mean over all tokens depends on no batch or layout.
         chosen["calculate_per_token_loss"] = True
-        # Plain layers keep chats apart by a mask, Transformer Engine by where each begins.
-        chosen["no_create_attention_mask_in_dataloader"] = options.get("transformer_impl") != "local"
     if options.get("peft_type") == "lora":
         chosen |= {
             "lora_dim": 8,
@@ -50,21 +48,14 @@ def _attention(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def conflicts(options: Mapping[str, Any]) -> list[str]:
-    """Say what cannot be done with the layers that the chip has, each as one sentence."""
+    """Say what cannot be done, each as one sentence."""
     if not options.get("sft"):
         return []
-    problems = []
-    size = options.get("micro_batch_size", 1)
-    if options.get("transformer_impl") != "local" and size != 1:
-        problems.append(
-            f"micro_batch_size: {size}: sft with Transformer Engine packs chats into one sequence: set it "
-            "to 1 and raise seq_length instead"
-        )
     paths = options.get("data_path") or ()
     words = paths.split() if isinstance(paths, str) else [str(path) for path in paths]
     if len(words) > 1 and len(words) % 2 == 0 and all(_is_number(word) for word in words[::2]):
-        problems.append("data_path: weights: files of chats are taken whole with sft: leave the weights out")
-    return problems
+        return ["data_path: weights: files of chats are taken whole with sft: leave the weights out"]
+    return []
 
 
 def _is_number(word: str) -> bool:

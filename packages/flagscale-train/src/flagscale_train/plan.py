@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flagscale_hw import Machine, Plan, Process, StopPolicy, literal, peak, runtime
 from flagscale_hw import env as device_env
-from flagscale_train import fine_tuning
+from flagscale_train import documents, fine_tuning
 from flagscale_train.chips import conflicts, defaults
 from flagscale_train.chips import environment as chip_environment
 from flagscale_train.errors import InvalidInput
@@ -274,12 +274,13 @@ def options_for(experiment: Experiment, machine: Machine, findings: Findings) ->
     vocabulary = _vocabulary(given, findings, problems)
     of_chip = defaults(machine.chip, given, findings)
     tuned = {"transformer_impl": "transformer_engine", **of_chip, **given}
-    problems += fine_tuning.conflicts(tuned)
+    problems += [*documents.conflicts(tuned), *fine_tuning.conflicts(tuned)]
     if problems:
         raise InvalidInput("\n".join(problems))
     chosen = {
         **_flagscale_defaults(experiment, findings),
         **of_chip,
+        **documents.defaults(tuned),
         **fine_tuning.defaults(tuned),
         **vocabulary,
     }
@@ -325,8 +326,6 @@ def _flagscale_defaults(experiment: Experiment, findings: Findings) -> dict[str,
         "eval_interval": 1000,
         "ckpt_format": "torch_dist",
         "exit_signal_handler": True,  # SIGTERM saves and ends
-        # Masks are what causal attention does anyway, and a tensor of sequence x sequence for every sample.
-        "no_create_attention_mask_in_dataloader": not given.get("reset_attention_mask", False),
     }
     if "tensorboard" in findings.installed:
         chosen["tensorboard_dir"] = f"{experiment.exp_dir}/tensorboard"

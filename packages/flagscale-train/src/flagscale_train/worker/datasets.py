@@ -24,10 +24,11 @@ __all__ = ["provide", "reads_data"]
 
 
 def reads_data() -> bool:
-    """Whether this rank needs batches: the pipeline's ends do, and all do if masks come from the data."""
+    """Whether this rank needs batches: the pipeline's ends do, and all do that keep documents apart."""
     args = get_args()
     ends = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
-    return bool(ends or args.create_attention_mask_in_dataloader or args.trains_on_chats)
+    apart = args.create_attention_mask_in_dataloader or args.reset_attention_mask or args.trains_on_chats
+    return bool(ends or apart)
 
 
 def provide(num_samples: list[int], vp_stage: int | None = None) -> Any:  # noqa: ARG001

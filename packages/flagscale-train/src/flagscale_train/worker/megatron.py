@@ -19,6 +19,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import argument_utils, dist_signal_handler, initialize, pretrain
 
 from flagscale_train.worker import lora
+from flagscale_train.worker.bounds import of_samples
 from flagscale_train.worker.model import configure
 from flagscale_train.worker.refusal import Refusal
 
@@ -152,12 +153,16 @@ def slice_for_context(batch: dict[str, Any], group: Any) -> dict[str, Any]:
 
 def mend() -> None:
     """Correct what Megatron computes wrongly or refuses without need; call once, before training."""
-    _weigh_all_tokens_alike()
+    _predict_ahead_alike()
     _know_any_backend()
 
 
-def _weigh_all_tokens_alike() -> None:
-    """Weigh the tokens of multi-token prediction as on one process.
+def _predict_ahead_alike() -> None:
+    """Let multi-token prediction count and see the same tokens in every layout and with all layers.
+
+    Told of the bounds of documents Megatron leaves out what is predicted across them, but only with
+    Transformer Engine, for plain layers have masks instead. Here it is left out at the end of a sequence
+    alone.
 
     Megatron divides their loss by the number of tokens of its own rank. Under context parallelism the rank
     that has the end of the sequence has fewer, the end being cut off, so that its tokens weigh more than the
@@ -165,8 +170,11 @@ def _weigh_all_tokens_alike() -> None:
     """
     real = multi_token_prediction.roll_tensor
 
-    def roll_tensor(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        rolled, count = real(*arguments, **named)
+    def roll_tensor(tensor: Any, *arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        packed = named.get("packed_seq_params")
+        if packed is not None and tensor is not None:
+            named["packed_seq_params"] = of_samples(packed, tensor.shape[-1])
+        rolled, count = real(tensor, *arguments, **named)
         group = named.get("cp_group")
         if group is not None and group.size() > 1:
             count = count.clone().float()

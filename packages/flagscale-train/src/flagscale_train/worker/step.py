@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.training import get_args, get_timers
+from megatron.training import get_args, get_timers, get_tokenizer
 
+from flagscale_train.worker.bounds import end_to_end, ends_of_documents
 from flagscale_train.worker.datasets import reads_data
 from flagscale_train.worker.losses import note_loss
 from flagscale_train.worker.megatron import slice_for_context
@@ -26,30 +26,16 @@ _Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 def _batch(data: Iterator[Any] | None) -> dict[str, Any]:
     if data is None or not reads_data():
         return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
-    device = torch.cuda.current_device()
+    args, device = get_args(), torch.cuda.current_device()
     batch = {name: value.to(device, non_blocking=True) for name, value in next(data).items()}
     batch.setdefault("attention_mask", None)
+    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+        batch["cu_seqlens"] = ends_of_documents(batch["tokens"], get_tokenizer().eod)
     if "cu_seqlens" in batch:
-        batch["packed_seq_params"] = _bounds(batch.pop("cu_seqlens"))
-    if get_args().context_parallel_size > 1:
+        return end_to_end(batch)
+    if args.context_parallel_size > 1:
         batch = slice_for_context(batch, mpu.get_context_parallel_group())
     return batch
-
-
-def _bounds(bounds_1n: torch.Tensor) -> PackedSeqParams:
-    """Tell Transformer Engine where each chat of the one sequence begins.
-
-    The last one is the padding, which is a document like any other to attention.
-    """
-    bounds = torch.unique_consecutive(bounds_1n[0])
-    longest = int(bounds.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
 
 
 def _fold(loss_mask: torch.Tensor, losses: torch.Tensor) -> _Loss:
