@@ -46,6 +46,7 @@ experiment:
 """
 TRAIN = """
 system:
+  use_distributed_optimizer: true
   num_workers: 0
   log_interval: 1
   {precision}
@@ -115,6 +116,9 @@ TWO_EACH = "train.model.micro_batch_size=2"
 CHATS = [f"{DATA}sft=true", "train.data.data_path={folder}/chats.jsonl"]
 LORA = [f"{MODEL}peft_type=lora", f"{MODEL}lora_dim=8", f"{MODEL}lora_out_init_method=normal"]
 
+EVERY_LAYER = f"{MODEL}lora_target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2]"
+GROUPED_PRODUCTS = f"{MODEL}moe_grouped_gemm=true"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -136,8 +140,10 @@ CASES = {
     "lora": Case("dense", (*LORA,), "plain"),
     "lora-chats": Case("dense", (*LORA, *CHATS), "chats"),
     "experts": Case("experts"),
-    "experts-grouped": Case("experts", (), None, (f"{MODEL}moe_grouped_gemm=true",)),
+    "experts-grouped": Case("experts", (), None, (GROUPED_PRODUCTS,)),
     "experts-lora": Case("experts", (*LORA,), "experts"),
+    "experts-lora-each": Case("experts", (*LORA, EVERY_LAYER), "experts-lora"),
+    "experts-lora-grouped": Case("experts", (*LORA, EVERY_LAYER), "experts-lora", (GROUPED_PRODUCTS,)),
     "latent": Case("latent"),
     "latent-documents": Case("latent", (*DOCUMENTS,), "latent"),
     "latent-chats": Case("latent", (*CHATS,)),

@@ -108,6 +108,16 @@ def test_adapters_are_options_of_every_version(tiny):
     ):
         (problem,) = check(tiny, [*words, word])
         assert said in problem.message
+    experts = [*words, "+train.model.num_experts=4", "+train.model.lora_target_modules=[gate_proj,up_proj]"]
+    assert check(tiny, experts) == ()
+    for word, said in (
+        ("+train.model.moe_shared_expert_intermediate_size=32", "peft has no names for adapters of experts"),
+        ("+train.model.moe_layer_freq=2", "peft has no names for adapters of experts"),
+        ("train.model.lora_target_modules=[gate_proj]", "gate_proj and up_proj of experts are one weight"),
+        ("+train.system.expert_tensor_parallel_size=2", "experts with adapters are not divided (2 here)"),
+    ):
+        found = check(tiny, [*experts, word])
+        assert any(said in problem.message for problem in found), word
     (problem,) = check(tiny, words[:1])
     assert "lora needs pretrained_checkpoint" in problem.message
     (problem,) = check(tiny, ["+train.model.lora_dim=8"])
@@ -116,7 +126,6 @@ def test_adapters_are_options_of_every_version(tiny):
 
 def test_chats_are_refused_what_they_contradict(tiny):
     for word, said in (
-        ("+train.system.context_parallel_size=2", "does not go with context_parallel_size 2"),
         ("+train.data.sft_tokenizer_prompt_format=qwen", "rendered by the tokenizer's own template"),
         ("+train.data.reset_attention_mask=false", "always keeps chats apart"),
     ):

@@ -124,11 +124,11 @@ def _attend_within_bounds():
     def forward(self, query, key, value, attention_mask, packed_seq_params=None, **options):
         assert attention_mask is None
         assert packed_seq_params.qkv_format == "thd"
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        assert max(last - first for first, last in itertools.pairwise(bounds)) == packed_seq_params.max_seqlen_q
+        places = list(itertools.pairwise(packed_seq_params.cu_seqlens_q.tolist()))
+        assert max(last - first for first, last in places) == packed_seq_params.max_seqlen_q
         found = [
             real(self, *(each[first:last, None] for each in (query, key, value)), None)
-            for first, last in itertools.pairwise(bounds)
+            for first, last in places
         ]
         return torch.cat(found)[:, 0]
 

@@ -1,7 +1,8 @@
-"""Documents that share a sequence are kept apart alike, by masks and by bounds as Transformer Engine takes them.
+"""Documents that share a sequence are kept apart alike by masks and by bounds.
 
-Its attention cannot run here; what stands for it attends to each document alone. What is told to it, and all
-that follows from sequences being laid one behind another, is the real thing.
+Bounds are what Transformer Engine takes. Its attention cannot run here; what stands for it attends to each
+document alone. What is told to it, and all that follows from sequences being laid one behind another, is the
+real thing.
 """
 
 import pytest

@@ -42,7 +42,6 @@ model:
   hidden_size: 64
   ffn_hidden_size: 112
   num_attention_heads: 4
-  qk_layernorm: true
 {attention}
   normalization: RMSNorm
   norm_epsilon: 1.0e-6
@@ -68,11 +67,16 @@ data:
   split: 1,0,0
   tokenizer: {{tokenizer_type: HuggingFaceTokenizer, tokenizer_model: {folder}/hf, vocab_size: 384}}
 """
+GROUPED = {"head_dim": 24, "num_key_value_heads": 2, "tie_word_embeddings": False}
+GROUPED_HERE = "  group_query_attention: true\n  num_query_groups: 2\n  kv_channels: 24\n"
+EXPERTS_HERE = """\
+  untie_embeddings_and_output_weights: true
+  num_experts: 4
+  moe_router_topk: 2
+  moe_router_load_balancing_type: none
+  moe_token_dispatcher_type: alltoall"""
 MODELS = {
-    "qwen3": (
-        {"head_dim": 24, "num_key_value_heads": 2, "tie_word_embeddings": True},
-        "  group_query_attention: true\n  num_query_groups: 2\n  kv_channels: 24",
-    ),
+    "qwen3": ({**GROUPED, "tie_word_embeddings": True}, f"{GROUPED_HERE}  qk_layernorm: true"),
     "deepseek_v3": (
         {
             "num_key_value_heads": 4,
@@ -99,6 +103,7 @@ MODELS = {
   qk_head_dim: 16
   qk_pos_emb_head_dim: 8
   v_head_dim: 12
+  qk_layernorm: true
   rope_type: rope
   no_rope_fusion: true
   untie_embeddings_and_output_weights: true
@@ -113,8 +118,24 @@ MODELS = {
   moe_router_bias_update_rate: 0.1
   moe_router_topk_scaling_factor: 1.5""",
     ),
+    "mixtral": (
+        {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+        f"{GROUPED_HERE}{EXPERTS_HERE}\n  moe_ffn_hidden_size: 112",
+    ),
+    "qwen3_moe": (
+        {
+            **GROUPED,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+        f"{GROUPED_HERE}{EXPERTS_HERE}\n  moe_ffn_hidden_size: 32\n  qk_layernorm: true",
+    ),
 }
-"""What is not the same in both models: for transformers, and as lines for Megatron."""
+"""What is not the same in all models: for transformers, and as lines for Megatron."""
 EXPERIMENT = """
 defaults: [_self_, {{train: tiny}}]
 experiment:
@@ -133,6 +154,7 @@ LORA = [
 TWO = "experiment.runner.nproc_per_node=2"
 TENSOR = [TWO, "+train.system.tensor_model_parallel_size=2"]
 SEQUENCE = [*TENSOR, "+train.system.sequence_parallel=true"]
+CONTEXT = [TWO, "+train.system.context_parallel_size=2"]
 PIPELINE = [TWO, "+train.system.pipeline_model_parallel_size=2"]
 RECOMPUTE = [
     "+train.system.recompute_granularity=full",
@@ -144,6 +166,7 @@ TRAININGS = {
     "full-data": [TWO, "train.model.micro_batch_size=2"],
     "full-sequence": SEQUENCE,
     "full-pipeline": PIPELINE,
+    "full-context": CONTEXT,
     "lora-one": LORA,
     "lora-data": [*LORA, TWO, *RECOMPUTE],
     "lora-tensor": [*LORA, *TENSOR],
@@ -400,3 +423,62 @@ def test_peft_and_the_merged_model_have_the_adapters_of_latent_attention(latent,
     record_property("worst", f"{difference:.1e}")
     assert difference < TOLERANCE
     assert targets == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+
+
+EXPERTS = [*LORA, "+train.model.lora_target_modules=[linear_proj,linear_fc1,linear_fc2]"]
+EVERY_STEP = "train.system.checkpoint.save_interval=1"
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory, run_forked):
+    """Train adapters of experts, and return the folder of each kind of model."""
+    places = {}
+    for kind in ("mixtral", "qwen3_moe"):
+        folder = places[kind] = tmp_path_factory.mktemp(kind)
+        experiment = write_all(folder, kind)
+        jobs = [
+            train_job(experiment, folder / "one", [*EXPERTS, EVERY_STEP]),
+            adapted_logits(experiment, folder / "one", EXPERTS),
+        ]
+        if kind == "mixtral":
+            jobs.append(train_job(experiment, folder / "expert", [*EXPERTS, *EXPERT]))
+            jobs += [
+                train_job(
+                    experiment, folder / "resumed", [*EXPERTS, *more, f"train.model.train_iters={steps}"]
+                )
+                for steps, more in ((2, EXPERT), (3, []))
+            ]
+        run_forked(folder, jobs)
+    return places
+
+
+@pytest.mark.parametrize("name", ["expert", "resumed"])
+def test_adapters_of_experts_train_alike_on_any_ranks(experts, name, record_property):
+    difference = worst(curve(experts["mixtral"] / name), curve(experts["mixtral"] / "one"))
+    record_property("worst", f"{difference:.1e}")
+    assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_peft_has_the_adapters_of_experts_and_the_losses_of_training(
+    kind, experts, tmp_path, record_property
+):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from flagscale_convert import export_adapter
+
+    place = experts[kind]
+    targets, difference = exported_difference(place, place / "one", tmp_path)
+    own = {"w1", "w2", "w3"} if kind == "mixtral" else {"gate_proj", "up_proj", "down_proj"}
+    assert targets == {"o_proj", *own}
+    for step in (1, 2):
+        saved = place / "one" / "checkpoints" / f"iter_{step:07}"
+        export_adapter(saved, tmp_path / str(step), base=place / "hf")
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(place / "hf"), tmp_path / str(step)
+        )
+        theirs = mean_loss(model.eval(), place)
+        difference = max(difference, abs(curve(place / "one")[step][1] - theirs))
+    record_property("worst", f"{difference:.1e}")
+    assert difference < TOLERANCE

@@ -37,6 +37,8 @@ __all__ = ["ExportedAdapter", "export_adapter", "merge_adapter"]
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 """What peft puts before every name of the model's."""
+_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""Its names of layers that all other models call otherwise, by which a training is told of them."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,8 @@ def _changes(
                 "model that was adapted"
             )
         for part, name in enumerate(binding.hf):
-            if asked & {layer.rpartition(".")[2], name.split(".")[-2]}:
+            own = name.split(".")[-2]
+            if asked & {layer.rpartition(".")[2], _MIXTRAL.get(own, own)}:
                 yield name, _Change(low, _rows_of(binding, part, high))
 
 

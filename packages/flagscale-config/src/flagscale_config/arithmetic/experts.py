@@ -13,7 +13,7 @@ from flagscale_config.arithmetic.options import Check, Options, Rule, divisors, 
 from flagscale_config.arithmetic.patterns import layer_pattern
 from flagscale_config.arithmetic.pipeline import is_interleaved
 
-__all__ = ["CHECKS"]
+__all__ = ["CHECKS", "is_mixed"]
 
 _DISPATCHER, _ALLGATHER, _FLEX = "moe_token_dispatcher_type", "allgather", "flex"
 _BALANCED = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
@@ -91,7 +91,7 @@ def _check_layers(options: Options) -> None:
         options.error("moe_layer_freq", f"has {len(found)} layers of {layers}")
 
 
-def _is_mixed(options: Options) -> bool:
+def is_mixed(options: Options) -> bool:
     """Whether some layers are dense by intent."""
     try:
         found = layer_pattern(str(options["moe_layer_freq"]))
@@ -154,7 +154,7 @@ CHECKS: tuple[Check, ...] = (
     *(Rule(_OVERLAP, _while_overlapping(is_odd), words) for is_odd, words in _NOT_OVERLAPPED),
     Rule(
         "moe_ffn_hidden_size",
-        lambda o: o.has("moe_ffn_hidden_size") and not o["num_experts"] and not _is_mixed(o),
+        lambda o: o.has("moe_ffn_hidden_size") and not o["num_experts"] and not is_mixed(o),
         "is given, but the model has no experts; set num_experts or remove it",
     ),
     Rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flagscale_config.arithmetic.experts import is_mixed
 from flagscale_config.arithmetic.options import Check, Options, Rule
 
 __all__ = ["CHECKS"]
@@ -41,10 +42,26 @@ def _check_adapters(options: Options) -> None:
             f"{', '.join(map(str, unknown))}: no such layer; use some of {', '.join(sorted(known))}",
         )
     if options["num_experts"] and _FEED_FORWARD & set(targets):
+        _check_adapters_of_experts(options, set(targets))
+
+
+def _check_adapters_of_experts(options: Options, targets: set[str]) -> None:
+    """Refuse what no adapter of experts could do, or what peft could not load."""
+    if is_mixed(options) or options["moe_shared_expert_intermediate_size"]:
         options.error(
             "lora_target_modules",
-            "experts get no adapters; name layers of attention alone: "
-            + ", ".join(sorted(name for name in known - _FEED_FORWARD if name.startswith("linear"))),
+            "peft has no names for adapters of experts beside those of dense or shared layers; name layers "
+            "of attention alone",
+        )
+    if len({"gate_proj", "up_proj"} & targets) == 1:
+        options.error(
+            "lora_target_modules", "gate_proj and up_proj of experts are one weight; name both or none"
+        )
+    if options.etp > 1:
+        options.error(
+            "expert_tensor_parallel_size",
+            f"experts with adapters are not divided ({options.etp} here); set it to 1, or name layers of "
+            "attention alone in lora_target_modules",
         )
 
 
@@ -69,11 +86,6 @@ CHECKS: tuple[Check, ...] = (
         "peft_type",
         lambda o: _is_lora(o) and (o["use_torch_fsdp2"] or o["use_megatron_fsdp"]),
         "lora does not go with FSDP; use use_distributed_optimizer",
-    ),
-    Rule(
-        "sft",
-        lambda o: o["sft"] and o.cp > 1,
-        "does not go with context_parallel_size {context_parallel_size}: packed chats are not divided",
     ),
     Rule("sft", lambda o: o["sft"] and o["mtp_num_layers"], "does not go with mtp_num_layers; remove that"),
     Rule(

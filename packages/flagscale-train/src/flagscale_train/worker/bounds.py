@@ -56,7 +56,7 @@ def end_to_end(batch: dict[str, Any]) -> dict[str, Any]:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-    packed.tokens_per_sample = length  # by it experts are balanced within each sequence; 0.17 does not know it
+    packed.tokens_per_sample = length  # by it experts are balanced in each sequence; 0.17 does not know it
     return laid | {"packed_seq_params": packed}
 
 

@@ -224,7 +224,13 @@ class GroupedExperts(SequentialMLP):
             The weighted outputs, [tokens, hidden size], and no bias.
         """
         config = self.config
-        if config.add_bias_linear or not config.gated_linear_unit or config.moe_apply_probs_on_input:
+        has_adapters = any(hasattr(layer, "lora") for layer in self.local_experts[0].children())
+        if (
+            has_adapters
+            or config.add_bias_linear
+            or not config.gated_linear_unit
+            or config.moe_apply_probs_on_input
+        ):
             return super().forward(hidden, tokens_per_expert, probs)
         ends = tokens_per_expert.to(hidden.device).cumsum(0, dtype=torch.int32)
         first = torch.stack([expert.linear_fc1.weight for expert in self.local_experts]).transpose(1, 2)

@@ -4,7 +4,7 @@ The model's own weights come from `pretrained_checkpoint` and are frozen; each c
 `x -> alpha / rank * B A x` beside it. Only A and B have gradients, optimizer state and a place in
 checkpoints.
 Under tensor parallelism the part of an adapter that meets a divided axis is divided with it, the other part
-is the same on every rank.
+is the same on every rank. Each expert has adapters of its own, on the rank that has the expert.
 
 Layers of Transformer Engine are told by the same rules; that is not proven by a test yet.
 """
@@ -53,6 +53,8 @@ _LATENT_ATTENTION = {
 """Hugging Face's layers: in which of Megatron's they are, and as which part of it; None for all of it."""
 _ALL_PARTS = {"linear_qkv": {0, 1, 2}, "linear_fc1": {0, 1}}
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(self_attention|mlp)\.(\w+)")
+_EXPERT = re.compile(r"decoder\.layers\.(\d+)\.mlp\.experts\.(?:local_experts\.(\d+)\.)?(linear_fc[12])")
+"""A layer of one expert here, or without a number that of all experts here in one."""
 
 
 def add_arguments(parser: Any) -> Any:
@@ -111,7 +113,9 @@ class _Settings:
 class Adapter(torch.nn.Module):
     """The low-rank change of one linear layer."""
 
-    def __init__(self, layer: Any, name: str, settings: _Settings, config: Any) -> None:
+    def __init__(
+        self, layer: Any, name: str, settings: _Settings, config: Any, weight: str = "weight"
+    ) -> None:
         """Make an adapter for a layer.
 
         Args:
@@ -119,6 +123,7 @@ class Adapter(torch.nn.Module):
             name: of the layer in the whole model, of which the first values are a function.
             settings: rank, scale and the rest.
             config: Megatron's TransformerConfig.
+            weight: name of the weight in the layer, which may have those of several experts.
 
         Raises:
             Refusal: the layer is one that adapters do not follow.
@@ -127,7 +132,9 @@ class Adapter(torch.nn.Module):
         self.name, self._settings, self._config = name, settings, config
         self.kind = name.rpartition(".")[2]
         self._is_column = self.kind not in _ROW
-        self._size = parallel_state.get_tensor_model_parallel_world_size()
+        self._is_expert = ".experts." in name
+        # A plan divides no expert that has adapters among tensor-parallel ranks.
+        self._size = 1 if self._is_expert else parallel_state.get_tensor_model_parallel_world_size()
         self._is_sequence = config.sequence_parallel and self._size > 1
         if self._size > 1 and self.kind in _DOWN and not isinstance(layer, ColumnParallelLinear):
             raise Refusal(
@@ -135,8 +142,9 @@ class Adapter(torch.nn.Module):
                 "adapters do not follow: leave it out, or use tensor_model_parallel_size 1"
             )
         self._layer = [layer]  # in a list, so that it does not become a part of this module
-        rows, columns = layer.weight.shape
-        of_tensor = {"dtype": config.params_dtype, "device": layer.weight.device}
+        adapted = getattr(layer, weight)
+        rows, columns = adapted.shape
+        of_tensor = {"dtype": config.params_dtype, "device": adapted.device}
         self.A = torch.nn.Parameter(torch.empty(settings.rank, columns, **of_tensor))
         self.B = torch.nn.Parameter(torch.empty(rows, settings.rank, **of_tensor))
         divided, whole = (self.B, self.A) if self._is_column else (self.A, self.B)
@@ -145,6 +153,8 @@ class Adapter(torch.nn.Module):
         )
         # Where a rank sees a part of the sequence only, Megatron sums the gradients of what has this mark.
         whole.sequence_parallel = self._is_sequence
+        # Megatron sums the gradients of experts over other ranks than those of the rest.
+        self.A.allreduce = self.B.allreduce = getattr(adapted, "allreduce", True)
         self._fill()
         self._taught = self._rows_taught()
 
@@ -241,11 +251,13 @@ class Adapter(torch.nn.Module):
 
     def sharded(self, metadata: Any) -> dict[str, Any]:
         """Return A and B as Megatron's checkpoints hold them, by their names in this adapter."""
-        made = make_sharded_tensors_for_checkpoint(
-            {"A": self.A, "B": self.B}, f"{self.name}.lora.", {"B": 0} if self._is_column else {"A": 1}, ()
-        )
+        axes = {} if self._is_expert else {"B": 0} if self._is_column else {"A": 1}
+        made = make_sharded_tensors_for_checkpoint({"A": self.A, "B": self.B}, f"{self.name}.lora.", axes, ())
         by_name = {key.rpartition(".")[2]: value for key, value in made.items()}
-        if self.kind == "linear_fc1" and self._config.gated_linear_unit:
+        if self._is_expert:
+            for tensor in by_name.values():
+                tensor.replica_id = (0, 0, parallel_state.get_expert_data_parallel_rank())
+        elif self.kind == "linear_fc1" and self._config.gated_linear_unit:
             single = bool((metadata or {}).get("singleton_local_shards", False))
             by_name["B"] = apply_swiglu_sharded_factory(by_name["B"], (), single)
         return by_name
@@ -292,10 +304,17 @@ def attach(chunks: Sequence[Any], args: Any) -> Sequence[Any]:
         for parameter in chunk.parameters():
             parameter.requires_grad = False
         chunk.config.moe_router_bias_update_rate = 0.0  # Megatron moves the experts' bias without a gradient
-        for name, layer in list(_layers(chunk, settings)):
-            layer.lora = Adapter(layer, name, settings, chunk.config)
-            layer.register_forward_hook(_add)
-            adapted.add(layer.lora.kind)
+        for names, layer in list(_layers(chunk, settings)):
+            if isinstance(names, str):
+                layer.lora = Adapter(layer, names, settings, chunk.config)
+                layer.register_forward_hook(_add)
+            else:
+                layer.lora = torch.nn.ModuleList(
+                    Adapter(layer, name, settings, chunk.config, f"weight{number}")
+                    for number, name in enumerate(names)
+                )
+                layer.register_forward_hook(_add_to_each)
+        adapted |= {adapter.kind for _, adapter in _adapters(chunk)}
         if getattr(chunk, "embedding", None) is not None:
             # Recomputation keeps no graph from an input that needs no gradient.
             chunk.embedding.register_forward_hook(lambda _module, _given, out: out.requires_grad_())
@@ -306,18 +325,35 @@ def attach(chunks: Sequence[Any], args: Any) -> Sequence[Any]:
     return chunks
 
 
-def _layers(chunk: Any, settings: _Settings) -> Iterator[tuple[str, Any]]:
-    """Yield the layers that get adapters, with their names in the whole model."""
+def _layers(chunk: Any, settings: _Settings) -> Iterator[tuple[str | list[str], Any]]:
+    """Yield the layers that get adapters with their names in the whole model, or those of several experts."""
     for place, module in chunk.named_modules():
-        found = _LAYER.fullmatch(place)
-        if found and found[3] in settings.targets:
-            number = chunk.decoder.layers[int(found[1])].layer_number - 1
-            yield f"decoder.layers.{number}.{found[2]}.{found[3]}", module
+        found = _LAYER.fullmatch(place) or _EXPERT.fullmatch(place)
+        if found is None or found[3] not in settings.targets:
+            continue
+        layer = chunk.decoder.layers[int(found[1])]
+        prefix = f"decoder.layers.{layer.layer_number - 1}."
+        if found.re is _LAYER:
+            yield f"{prefix}{found[2]}.{found[3]}", module
+            continue
+        names = [f"{prefix}mlp.experts.experts.{each}.{found[3]}" for each in layer.mlp.local_expert_indices]
+        yield names if found[2] is None else names[int(found[2])], module
 
 
 def _add(layer: Any, given: tuple[Any, ...], result: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
     out, bias = result
     return out + layer.lora(given[0]), bias
+
+
+def _add_to_each(
+    layer: Any, given: tuple[Any, ...], result: tuple[torch.Tensor, Any]
+) -> tuple[torch.Tensor, Any]:
+    """Add to the output of a layer of several experts, whose tokens stand one expert's behind another's."""
+    x, counts = given[:2]
+    out, bias = result
+    parts = x.split(counts if isinstance(counts, list) else counts.tolist())
+    changes = [adapter(part) for adapter, part in zip(layer.lora, parts, strict=True)]
+    return out + torch.cat(changes), bias
 
 
 def _adapters(chunk: Any) -> Iterator[tuple[str, Adapter]]:
