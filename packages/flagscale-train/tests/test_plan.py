@@ -17,6 +17,9 @@ HOSTS = {"cpu": ("cpu", 0), "nvidia": ("nvidia", 8)}
 RECIPES = ("qwen3/0_6b", "qwen3/tiny", "llama3/8b")
 
 
+APART = "+train.data.reset_attention_mask=true"
+
+
 def recipe(name, *overrides):
     family, stem = name.split("/")
     path = files("flagscale_train.recipes") / family / "conf" / f"{stem}.yaml"
@@ -161,6 +164,17 @@ def test_one_queue_per_device_is_for_all_but_fsdp_which_refuses_it():
     assert name not in sharded.processes[0].env
 
 
+def test_documents_are_kept_apart_by_what_the_layers_take():
+    name, plain = "--no-create-attention-mask-in-dataloader", "+train.system.transformer_impl=local"
+    assert name in options(planned("qwen3/tiny"))
+    for asked in (APART, "+train.data.sft=true"):
+        assert name not in options(planned("qwen3/tiny", asked))
+        assert name in options(planned("qwen3/tiny", asked, chip="nvidia"))
+        chosen = options(planned("qwen3/tiny", asked, plain, chip="nvidia"))
+        assert name not in chosen
+        assert "--no-rope-fusion" in chosen, "what is chosen takes its other options along"
+
+
 def test_what_is_not_installed_is_not_asked_for():
     with_apex = options(
         planned(chip="nvidia", findings=Findings(installed=frozenset({"transformer_engine", "apex"})))
@@ -264,6 +278,31 @@ def test_the_users_shell_text_comes_first_and_our_words_stay_words():
             ["+experiment.runner.nnodes=2", "train.model.global_batch_size=16"],
             "nvidia",
             "no hostfile",
+        ),
+        (
+            [APART, "+train.system.context_parallel_size=2"],
+            "nvidia",
+            "context_parallel_size: 2: Transformer Engine divides only documents of certain lengths",
+        ),
+        (
+            [APART, "train.system.pipeline_model_parallel_size=2"],
+            "nvidia",
+            "micro_batch_size: 4: reset_attention_mask with Transformer Engine lays sequences",
+        ),
+        (
+            [APART, "+train.data.create_attention_mask_in_dataloader=true"],
+            "nvidia",
+            "no_create_attention_mask_in_dataloader: false: Transformer Engine takes no masks",
+        ),
+        (
+            [APART, "+train.data.no_create_attention_mask_in_dataloader=true"],
+            "cpu",
+            "no_create_attention_mask_in_dataloader: true: plain layers need masks",
+        ),
+        (
+            ["+train.data.dataloader_inter_document_masking=true"],
+            "cpu",
+            "use reset_attention_mask, which keeps documents apart",
         ),
         (["+train.data.vocab_size=999"], "cpu", "vocab_size: 999: the tokenizer has 1000 tokens"),
         (
