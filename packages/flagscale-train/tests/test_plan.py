@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flagscale_config import load
+from flagscale_config import load, option_table
 from flagscale_hw.testing import fake_host
-from flagscale_train import Findings, InvalidInput, plan
+from flagscale_train import Findings, InvalidInput, documents, plan
 from flagscale_train.plan import options_for
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -173,6 +173,15 @@ def test_documents_are_kept_apart_by_what_the_layers_take():
         chosen = options(planned("qwen3/tiny", asked, plain, chip="nvidia"))
         assert name not in chosen
         assert "--no-rope-fusion" in chosen, "what is chosen takes its other options along"
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.19.2"])
+def test_experts_are_balanced_by_sequence_where_megatron_tells_sequences_apart(monkeypatch, version):
+    monkeypatch.setattr("flagscale_config.option_table", lambda engine: option_table(engine, version))
+    options = {"reset_attention_mask": True, "micro_batch_size": 2, "num_experts": 4}
+    found = documents.conflicts({**options, "moe_router_load_balancing_type": "seq_aux_loss"})
+    assert ["megatron-core before 0.19" in problem for problem in found] == [True] * (version == "0.17.1")
+    assert documents.conflicts({**options, "moe_router_load_balancing_type": "aux_loss"}) == []
 
 
 def test_what_is_not_installed_is_not_asked_for():
