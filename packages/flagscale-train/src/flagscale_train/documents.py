@@ -65,8 +65,8 @@ def _conflicts_of_bounds(options: Mapping[str, Any], reason: str) -> list[str]:
         )
     if size > 1 and _is_balanced_by_sequence(options) and not _knows_sequences():
         problems.append(
-            f"{laid}, whose experts megatron-core before 0.19 balances as one: set it to 1, or pip install -U "
-            "megatron-core"
+            f"{laid}, whose experts megatron-core before 0.19 balances as one: set it to 1, or pip install "
+            "-U megatron-core"
         )
     return problems
 
