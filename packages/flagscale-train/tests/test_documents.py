@@ -6,7 +6,7 @@ real thing.
 """
 
 import pytest
-from test_blends import C, write
+from test_blends import MEGATRON, TOKENIZER, C, write
 from test_parity import MODELS
 from trainings import curve, train_job, worst
 
@@ -23,8 +23,11 @@ def place(tmp_path_factory, write_experiment, run_forked):
     experiment = write_experiment(folder)
     data = f"train.data.data_path={write(folder / 'short', C)}"
     jobs = []
+    # Older ones balance experts over all sequences that stand one behind another; the plan refuses that.
+    size = 1 if MEGATRON < (0, 18) else 2
     for model in ("dense", "deepseek"):
-        words = [*MODELS[model], data, "train.data.split='1,0,0'", "train.model.train_iters=3"]
+        words = [*MODELS[model], TOKENIZER, data, "train.data.split='1,0,0'", "train.model.train_iters=3"]
+        words.append(f"train.model.micro_batch_size={size}")
         for name, more, changes in (("seen", [], {}), ("masked", RESET, {}), ("bounded", RESET, BOUNDED)):
             job = train_job(experiment, folder / f"{model}-{name}", [*words, *more], changes=changes)
             jobs.append(job | {"bounded": name == "bounded"})

@@ -273,7 +273,7 @@ def place(request, tmp_path_factory, run_forked):
         for n in (2, 3)
     ]
     jobs.append(train_job(experiment, folder / "lora-parts", PARTS))
-    bounded = {"no_create_attention_mask_in_dataloader": True}
+    bounded = {"no_create_attention_mask_in_dataloader": True, "reset_attention_mask": True}
     two = ["train.model.micro_batch_size=2"]
     jobs.append(train_job(experiment, folder / "full-bounded", two, changes=bounded) | {"bounded": True})
     jobs += [adapted_logits(experiment, folder / f"lora-{name}", words) for name, words in ADAPTED.items()]

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from flagscale_config import load
+from flagscale_config import load, option_table
 from flagscale_hw.testing import fake_host
-from flagscale_train import Findings, InvalidInput, plan
+from flagscale_train import Findings, InvalidInput, documents, plan
 from flagscale_train.plan import options_for
 
 GOLDEN = Path(__file__).parent / "golden"
 HOSTS = {"cpu": ("cpu", 0), "nvidia": ("nvidia", 8)}
 RECIPES = ("qwen3/0_6b", "qwen3/tiny", "llama3/8b")
+
+
+APART = "+train.data.reset_attention_mask=true"
 
 
 def recipe(name, *overrides):
@@ -161,6 +164,26 @@ def test_one_queue_per_device_is_for_all_but_fsdp_which_refuses_it():
     assert name not in sharded.processes[0].env
 
 
+def test_documents_are_kept_apart_by_what_the_layers_take():
+    name, plain = "--no-create-attention-mask-in-dataloader", "+train.system.transformer_impl=local"
+    assert name in options(planned("qwen3/tiny"))
+    for asked in (APART, "+train.data.sft=true"):
+        assert name not in options(planned("qwen3/tiny", asked))
+        assert name in options(planned("qwen3/tiny", asked, chip="nvidia"))
+        chosen = options(planned("qwen3/tiny", asked, plain, chip="nvidia"))
+        assert name not in chosen
+        assert "--no-rope-fusion" in chosen, "what is chosen takes its other options along"
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.19.2"])
+def test_experts_are_balanced_by_sequence_where_megatron_tells_sequences_apart(monkeypatch, version):
+    monkeypatch.setattr("flagscale_config.option_table", lambda engine: option_table(engine, version))
+    options = {"reset_attention_mask": True, "micro_batch_size": 2, "num_experts": 4}
+    found = documents.conflicts({**options, "moe_router_load_balancing_type": "seq_aux_loss"})
+    assert ["megatron-core before 0.19" in problem for problem in found] == [True] * (version == "0.17.1")
+    assert documents.conflicts({**options, "moe_router_load_balancing_type": "aux_loss"}) == []
+
+
 def test_what_is_not_installed_is_not_asked_for():
     for installed in ({"transformer_engine"}, {"transformer_engine", "apex"}):
         engine = planned(chip="nvidia", findings=Findings(installed=frozenset(installed)))
@@ -263,6 +286,31 @@ def test_the_users_shell_text_comes_first_and_our_words_stay_words():
             ["+experiment.runner.nnodes=2", "train.model.global_batch_size=16"],
             "nvidia",
             "no hostfile",
+        ),
+        (
+            [APART, "+train.system.context_parallel_size=2"],
+            "nvidia",
+            "context_parallel_size: 2: Transformer Engine divides only documents of certain lengths",
+        ),
+        (
+            [APART, "train.system.pipeline_model_parallel_size=2"],
+            "nvidia",
+            "micro_batch_size: 4: reset_attention_mask with Transformer Engine lays sequences",
+        ),
+        (
+            [APART, "+train.data.create_attention_mask_in_dataloader=true"],
+            "nvidia",
+            "no_create_attention_mask_in_dataloader: false: Transformer Engine takes no masks",
+        ),
+        (
+            [APART, "+train.data.no_create_attention_mask_in_dataloader=true"],
+            "cpu",
+            "no_create_attention_mask_in_dataloader: true: plain layers need masks",
+        ),
+        (
+            ["+train.data.dataloader_inter_document_masking=true"],
+            "cpu",
+            "use reset_attention_mask, which keeps documents apart",
         ),
         (["+train.data.vocab_size=999"], "cpu", "vocab_size: 999: the tokenizer has 1000 tokens"),
         (

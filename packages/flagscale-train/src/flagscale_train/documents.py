@@ -40,10 +40,15 @@ def conflicts(options: Mapping[str, Any]) -> list[str]:
     reason = _reason(options)
     if reason is None:
         return problems
-    if options.get("transformer_impl") == "local":
-        if options.get(_MASKS):
-            problems.append(f"{_MASKS}: true: plain layers need masks for {reason}: remove it")
-        return problems
+    if options.get("transformer_impl") != "local":
+        return problems + _conflicts_of_bounds(options, reason)
+    if options.get(_MASKS):
+        problems.append(f"{_MASKS}: true: plain layers need masks for {reason}: remove it")
+    return problems
+
+
+def _conflicts_of_bounds(options: Mapping[str, Any], reason: str) -> list[str]:
+    problems = []
     if options.get(_MASKS) is False:
         problems.append(f"{_MASKS}: false: Transformer Engine takes no masks for {reason}: remove it")
     if options.get("context_parallel_size", 1) > 1:
@@ -53,9 +58,27 @@ def conflicts(options: Mapping[str, Any]) -> list[str]:
             "to local"
         )
     size = options.get("micro_batch_size", 1)
+    laid = f"micro_batch_size: {size}: {reason} with Transformer Engine lays sequences one behind another"
     if size > 1 and options.get("pipeline_model_parallel_size", 1) > 1:
         problems.append(
-            f"micro_batch_size: {size}: {reason} with Transformer Engine lays sequences one behind another, "
-            "which pipeline stages do not expect: set it to 1 and raise seq_length instead"
+            f"{laid}, which pipeline stages do not expect: set it to 1 and raise seq_length instead"
+        )
+    if size > 1 and _is_balanced_by_sequence(options) and not _knows_sequences():
+        problems.append(
+            f"{laid}, whose experts megatron-core before 0.19 balances as one: set it to 1, or pip install "
+            "-U megatron-core"
         )
     return problems
+
+
+def _is_balanced_by_sequence(options: Mapping[str, Any]) -> bool:
+    return bool(options.get("num_experts")) and "seq_aux_loss" in str(
+        options.get("moe_router_load_balancing_type")
+    )
+
+
+def _knows_sequences() -> bool:
+    """Whether Megatron tells sequences apart that were laid one behind another; an option came with that."""
+    from flagscale_config import option_table
+
+    return "dataloader_inter_document_masking" in option_table("megatron").options

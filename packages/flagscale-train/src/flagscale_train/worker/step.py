@@ -29,7 +29,7 @@ def _batch(data: Iterator[Any] | None) -> dict[str, Any]:
     args, device = get_args(), torch.cuda.current_device()
     batch = {name: value.to(device, non_blocking=True) for name, value in next(data).items()}
     batch.setdefault("attention_mask", None)
-    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+    if args.reset_attention_mask and not (args.trains_on_chats or args.create_attention_mask_in_dataloader):
         batch["cu_seqlens"] = ends_of_documents(batch["tokens"], get_tokenizer().eod)
     if "cu_seqlens" in batch:
         return end_to_end(batch)
