@@ -142,10 +142,12 @@ CASES = {
     "lora": Case("dense", (*LORA,), "plain"),
     "lora-chats": Case("dense", (*LORA, *CHATS), "chats"),
     "experts": Case("experts"),
-    "experts-grouped": Case("experts", (), None, (GROUPED_PRODUCTS,)),
+    "experts-grouped": Case("experts", needs_gpu=(GROUPED_PRODUCTS,)),
     "experts-lora": Case("experts", (*LORA,), "experts"),
     "experts-lora-each": Case("experts", (*LORA, EVERY_LAYER), "experts-lora"),
-    "experts-lora-grouped": Case("experts", (*LORA, EVERY_LAYER), "experts-lora", (GROUPED_PRODUCTS,)),
+    "experts-lora-grouped": Case(
+        "experts", (*LORA, EVERY_LAYER), "experts-lora", needs_gpu=(GROUPED_PRODUCTS,)
+    ),
     "deepseek": Case("deepseek", steps=1),
     "deepseek-lora": Case("deepseek", (*LORA,), "deepseek"),
     "deepseek-documents": Case("deepseek", (*DOCUMENTS,), "deepseek", steps=1),
