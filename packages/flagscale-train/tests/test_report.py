@@ -68,6 +68,8 @@ def test_the_page_tells_of_both_runs(experiment):
         "memory",
         "learning rate",
     ]
+    assert ("small", {"class": "s1"}) in page.elements, "whose colour the dots are"
+    assert "\u25cf held-out loss" in page.text
     marks = [attrs for tag, attrs in page.elements if attrs.get("class") == "mark"]
     assert len(marks) == len(charts), "where the second run resumed"
 
@@ -172,7 +174,16 @@ def test_a_chart_keeps_every_spike_and_leaves_gaps():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(12_500, "12.5k"), (3_200_000, "3.2M"), (0.0012, "0.0012"), (6.25, "6.25"), (0, "0")]
+    ("value", "text"),
+    [
+        (12_500, "12.5k"),
+        (3_200_000, "3.2M"),
+        (0.0012, "0.0012"),
+        (0.0006, "6e-4"),
+        (-1.25e-5, "-1.25e-5"),
+        (6.25, "6.25"),
+        (0, "0"),
+    ],
 )
 def test_numbers_are_short(value, text):
     assert short(value) == text

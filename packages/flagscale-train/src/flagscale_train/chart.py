@@ -9,7 +9,7 @@ from html import escape
 
 __all__ = ["Series", "draw", "short"]
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 240, 64, 12, 12, 26
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 240, 72, 20, 12, 26
 _MOST_POINTS = 600
 """A screen shows no more; of each bucket the lowest and the highest are kept, so that no spike is lost."""
 
@@ -137,7 +137,10 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def short(value: float) -> str:
-    """Return a number in few signs: `12.5k`, `3.2M`, `0.0012`, `6.25`."""
+    """Return a number in few signs: `12.5k`, `3.2M`, `6e-4`, `6.25`."""
+    if 0 < abs(value) < 1e-3:
+        number, exponent = f"{value:.3e}".split("e")
+        return f"{float(number):g}e{int(exponent)}"
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"

@@ -36,7 +36,7 @@ body{overflow-wrap:anywhere}svg{width:100%;height:auto;overflow:visible}
 svg text{font-size:12px;fill:var(--dim)}
 .grid{stroke:var(--line)}.mark{stroke:var(--b);stroke-dasharray:4 3}
 .line{fill:none;stroke-width:1.6}.line.s0{stroke:var(--a)}.line.s1{stroke:var(--b)}
-.dot.s0{fill:var(--a)}.dot.s1{fill:var(--b)}
+.dot.s0{fill:var(--a)}.dot.s1{fill:var(--b)}small.s1{color:var(--b);font-weight:400}
 table{border-collapse:collapse;font-size:.85rem}td{padding:.15rem .8rem .15rem 0;vertical-align:top}
 td:first-child{white-space:nowrap;color:var(--dim)}
 .bad{color:var(--bad)}details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
@@ -191,11 +191,17 @@ def _charts(runs: Sequence[_Run], steps: Sequence[Mapping[str, Any]]) -> str:
         "Learning rate": [_series("learning rate", steps, "learning_rate")],
     }
     figures = [
-        f"<section><h2>{title}</h2>{draw(series, starts, short)}</section>"
+        f"<section><h2>{title}{_legend(series[1:])}</h2>{draw(series, starts, short)}</section>"
         for title, series in curves.items()
     ]
     note = '<p class="dim">Dashed lines: resumed there.</p>' if starts else ""
     return "".join(figures) + note
+
+
+def _legend(others: Sequence[Series]) -> str:
+    """Name the lines beside the main one, in their colours."""
+    shown = [(number, one.name) for number, one in enumerate(others, 1) if one.points]
+    return "".join(f' <small class="s{number}">&#9679; {escape(name)}</small>' for number, name in shown)
 
 
 def _series(name: str, steps: Sequence[Mapping[str, Any]], key: str, factor: float = 1.0) -> Series:
