@@ -104,6 +104,10 @@ def test_adapters_are_options_of_every_version(tiny):
         ),
         ("+train.model.lora_target_modules=[q_a_proj]", "q_a_proj: no such layer"),
         ("+train.model.finetune=true", "name the model's weights by pretrained_checkpoint"),
+        (
+            "+train.model.use_transformer_engine_op_fuser=true",
+            "computes past the layers that adapters are on",
+        ),
         ("+train.model.lora_in_init_method=kaimig", "did you mean kaiming?"),
     ):
         (problem,) = check(tiny, [*words, word])

@@ -87,6 +87,14 @@ CHECKS: tuple[Check, ...] = (
         lambda o: _is_lora(o) and (o["use_torch_fsdp2"] or o["use_megatron_fsdp"]),
         "lora does not go with FSDP; use use_distributed_optimizer",
     ),
+    *(
+        Rule(
+            name,
+            lambda o, name=name: _is_lora(o) and o[name],  # type: ignore[misc]
+            "does not go with peft_type: lora; it computes past the layers that adapters are on; remove it",
+        )
+        for name in ("use_transformer_engine_op_fuser", "moe_single_grouped_weight")
+    ),
     Rule("sft", lambda o: o["sft"] and o["mtp_num_layers"], "does not go with mtp_num_layers; remove that"),
     Rule(
         "sft",
