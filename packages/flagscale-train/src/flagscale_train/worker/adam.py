@@ -77,6 +77,16 @@ class Adam(torch.optim.Optimizer):
         rate, decay, step = group["lr"], group["weight_decay"], group["step"]
         gradients = [parameter.grad.to(parameter.dtype) for parameter in parameters]
         means, squares = self._state_of(parameters)
+        if group["bias_correction"] and parameters[0].device.type == "cpu":
+            # One pass over the memory instead of many. Not every chip's plug-in has the kernel.
+            fused = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
+            steps = [torch.tensor(float(step))] * len(parameters)
+            fused(
+                parameters, gradients, means, squares, [], steps,
+                lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=group["eps"],
+                amsgrad=False, maximize=False,
+            )  # fmt: skip
+            return
         if decay and self.adam_w_mode:
             torch._foreach_mul_(parameters, 1 - rate * decay)
         elif decay:

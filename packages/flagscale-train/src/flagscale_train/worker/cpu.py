@@ -5,7 +5,8 @@ the random generator, for memory counters. On a machine without a GPU each of th
 about them needs one. `install()` replaces exactly what is listed in `REDIRECTS`, each entry with the reason
 it is there. It patches torch for the whole process, so it is called only when the CPU was chosen, and before
 megatron is imported. Megatron itself is not changed but for its two functions that read torch's CUDA
-generator through private parts of torch, and the one that brings the experts' token counts to the host.
+generator through private parts of torch, the one that brings the experts' token counts to the host, and the
+collectives by which a distributed optimizer of one rank would send all gradients and weights to itself.
 
 What does not live here: anything about layers, optimizers or data, which are the same on every device.
 """
@@ -13,6 +14,7 @@ What does not live here: anything about layers, optimizers or data, which are th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import resource
@@ -27,6 +29,9 @@ import torch
 __all__ = ["REDIRECTS", "Redirect", "install"]
 
 _CPU = torch.device("cpu")
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+"""Names of options in glibc's malloc.h."""
+_TOP_PAD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -296,8 +301,23 @@ def install() -> None:
     """Make this process train on the CPU. Call once, before megatron is imported."""
     for redirect in REDIRECTS:
         setattr(redirect.owner, redirect.name, redirect.to)
+    _keep_freed_memory()
     _rename_platform()
     _redirect_megatron()
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc use freed memory again instead of giving it back to the system.
+
+    A GPU has torch's caching allocator; a CPU has malloc, which by default maps every large tensor anew, so
+    that each step pays for the faults of all its pages. A step needs as much as the one before, so what is
+    kept is about the peak. Other libraries than glibc are left as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_TOP_PAD, _TOP_PAD_BYTES)
 
 
 def _rename_platform() -> None:
@@ -312,6 +332,7 @@ def _redirect_megatron() -> None:
     """Replace what Megatron itself decides by the kind of a tensor or takes from private parts of torch."""
     import logging
 
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -332,6 +353,9 @@ def _redirect_megatron() -> None:
     def set_state(state: torch.Tensor, _device: Any = None, *, graph_safe: bool = False) -> None:  # noqa: ARG001
         torch.default_generator.set_state(state)
 
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(param_and_grad_buffer, name, _unless_alone(getattr(param_and_grad_buffer, name)))
+
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
     # Here the two generators are one, so a change of the CPU's state inside a forked context is what is
@@ -339,3 +363,19 @@ def _redirect_megatron() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Skip a collective of one rank in place, for which gloo would copy all of it twice and change nothing.
+
+    One that is waited for later is not skipped: Megatron would wait for nothing at all.
+    """
+
+    @functools.wraps(collective)
+    def collect(output: torch.Tensor, given: torch.Tensor, *, group: Any, **named: Any) -> Any:
+        in_place = output.data_ptr() == given.data_ptr() and output.numel() == given.numel()
+        if in_place and group.size() == 1 and not named.get("async_op"):
+            return None
+        return collective(output, given, group=group, **named)
+
+    return collect
