@@ -24,6 +24,7 @@ import pytest
 from flagscale_serve.cli import main
 
 DEADLINE_S = 60.0
+"""For everything that ends by itself: generous, because a loaded machine is slow and no test is timed."""
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
@@ -94,6 +95,7 @@ class Shell:
     """Runs the command line on a state directory and an engine of its own."""
 
     home: Path
+    patience_s: float = DEADLINE_S
     env: dict[str, str] = field(default_factory=dict)
 
     def popen(self, *words: object) -> subprocess.Popen[str]:
@@ -211,7 +213,7 @@ def shell_in(folder: Path) -> Iterator[Shell]:
 
     for plan in [*folder.glob("state/serve/*/2*/plan.json"), *folder.glob("outputs/runs/2*/plan.json")]:
         hw.open_run(plan.parent).stop(0.0)
-    until(lambda: not [pid for pid in shell.engine_pids() if is_alive(pid)], deadline_s=10)
+    until(lambda: not [pid for pid in shell.engine_pids() if is_alive(pid)])
 
 
 @pytest.fixture

@@ -85,6 +85,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, {"status": "ok"})
 
     def do_POST(self):
+        if self.path in ("/v1/completions", "/v1/chat/completions"):
+            self.generate()
+        else:  # the router asks for the tokens of a prompt, and goes without where nobody knows them
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(404, {"error": {"message": "no such path", "code": 404}})
+
+    def generate(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if body.get("max_tokens") != 1 and is_slow():
             print("took it", flush=True)
@@ -107,10 +114,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             text = body["prompt"].upper()
             self.answer(200, {"choices": [{"text": text}], "usage": {"completion_tokens": 1}})
 
+    def stream_on(self):
+        """Write for ever, as far as the reader's side takes it."""
+        try:
+            while True:
+                self.wfile.write(b'data: {"choices": [{"text": "%b"}]}\n\n' % (b"x" * 1000))
+        except OSError:
+            print("the reader is gone", flush=True)
+
     def stream(self, body):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
+        if body["max_tokens"] == 15:
+            self.stream_on()
+            return
         is_plain = "prompt" in body
         said = (
             body["prompt"] if is_plain else "|".join(f"{m['role']}={m['content']}" for m in body["messages"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -142,13 +143,36 @@ def test_several_hosts_are_refused_by_name(shell, composed):
     )
 
 
+# On a busy machine Ray gives up waiting for its own processes after 30 s, which no option changes.
+TIRED_RAY = """
+import sys
+
+if any(word.endswith("ray_application.py") for word in sys.orig_argv):
+    from ray._private import services
+
+    plain = services.get_node
+
+    def get_node(*args, **options):
+        services.get_node = plain
+        raise Exception("The current node timed out during startup.")
+
+    services.get_node = get_node
+"""
+
+
 @pytest.mark.transformers
-def test_it_answers_what_its_classes_say_and_leaves_nothing(shell, composed, alive, everybody):
+def test_it_answers_what_its_classes_say_and_leaves_nothing(shell, composed, alive, everybody, tmp_path):
+    """Also where Ray's first start fails: half of it has started by then."""
     assert importlib.util.find_spec("ray"), "ray[serve] is not installed here"
+    (tmp_path / "tired").mkdir()
+    (tmp_path / "tired" / "sitecustomize.py").write_text(TIRED_RAY)
+    shell.env["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "tired"), os.environ.get("PYTHONPATH", "")])
     shell.env["FLAGSCALE_SERVE_PYTHON"] = sys.executable
     done = shell("run", composed(), "--detach", "--timeout", 180)
     assert done.returncode == 0, done.stderr
     status = shell.the_status()
+    log = Path(status["instances"][0]["log"]).read_text()
+    assert log.count("Ray did not start, once more: The current node timed out") == 1
     url = status["instances"][0]["url"]
     assert url.endswith("/tell")
     assert url in done.stdout

@@ -84,7 +84,8 @@ def test_what_asks_for_nothing_is_not_refused(serve_file):
 def test_the_launcher_gives_the_model_its_name(tmp_path, model_dir):
     """It runs in the engine's Python, so it is run here as a script beside a stand-in for the engine."""
     (tmp_path / "transformers" / "cli").mkdir(parents=True)
-    (tmp_path / "transformers" / "__init__.py").touch()
+    (tmp_path / "transformers" / "__init__.py").write_text("class GenerationMixin:\n    generate = None\n")
+    (tmp_path / "uvicorn.py").write_text("class Config:\n    pass\n")
     (tmp_path / "transformers" / "cli" / "__init__.py").touch()
     (tmp_path / "transformers" / "cli" / "transformers.py").write_text(
         "import json, sys; print(json.dumps(sys.argv))"

@@ -93,7 +93,7 @@ def test_kill_9_of_any_part_leaves_nothing(shell, model_dir, alive, eventually, 
     engine = shell.engine_pids()
     os.kill({**pids, "engine": engine[0]}[victim], signal.SIGKILL)
     everybody = [*pids.values(), *engine]
-    eventually(lambda: not [pid for pid in everybody if alive(pid)], deadline_s=10)
+    eventually(lambda: not [pid for pid in everybody if alive(pid)])
     status = shell.the_status()
     assert status["state"] == "failed"
     assert status["reason"]
@@ -111,7 +111,7 @@ def test_kill_9_of_the_foreground_command_leaves_nothing(shell, model_dir, alive
     command.communicate()
     run_dir = shell.the_status()["run_dir"]
     everybody = [*supervisor_pids(run_dir).values(), *shell.engine_pids()]
-    eventually(lambda: not [pid for pid in everybody if alive(pid)], deadline_s=10)
+    eventually(lambda: not [pid for pid in everybody if alive(pid)])
     assert shell.the_status()["state"] in ("stopped", "failed")
 
 
@@ -125,7 +125,7 @@ def test_ctrl_c_stops_and_exits_130(shell, model_dir, alive, eventually, number,
     else:
         eventually(shell.engine_pids)
     command.send_signal(number)
-    _, errors = command.communicate(timeout=30)
+    _, errors = command.communicate(timeout=shell.patience_s)
     assert command.returncode == 130
     assert "nothing of it is left" in errors
     assert "Traceback" not in errors
@@ -138,7 +138,7 @@ def test_ctrl_c_while_waiting_for_a_detached_run_stops_it(shell, model_dir, aliv
     command = shell.popen("run", model_dir, "--detach")
     eventually(shell.engine_pids)
     command.send_signal(signal.SIGINT)
-    command.communicate(timeout=30)
+    command.communicate(timeout=shell.patience_s)
     assert command.returncode == 130
     assert not [pid for pid in shell.engine_pids() if alive(pid)]
 

@@ -11,9 +11,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -54,6 +57,37 @@ def check_answers(shell, status: dict, expected: dict) -> None:
     assert status["instances"][0]["model"] in [one["id"] for one in models["data"]]
 
 
+def check_bad_requests(status: dict, expected: dict, *, wrong_model: int, too_large: int) -> None:
+    """What is wrong is said in OpenAI's form, whatever comes beside it, and nobody else is harmed by it."""
+    (instance,) = status["instances"]
+    url, asked = instance["url"], {"model": instance["model"], "max_tokens": 1}
+    json_type = {"Content-Type": "application/json"}
+    address = urlsplit(url)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        socket.create_connection((address.hostname, address.port)) as slow,
+        httpx.Client(base_url=url, timeout=300, trust_env=False) as client,
+    ):
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        other = pool.submit(ask, status, "completions", prompt=PROMPT, max_tokens=400)
+        for path, question in (("/completions", {"prompt": "x"}), ("/chat/completions", {"messages": []})):
+            large = b'{"model": "%b", "max_tokens": 1, "prompt": "%b"}' % (
+                instance["model"].encode(),
+                b"x" * 100_000_000,
+            )
+            for sent, code in (
+                (client.post(path, content=b'{"model": ', headers=json_type), 400),
+                (client.post(path, json={**asked, **question, "model": "no-such"}), wrong_model),
+                (client.post(path, content=large, headers=json_type), too_large),
+                (client.post(path, content=large[:-2], headers=json_type), too_large),
+            ):
+                assert sent.status_code == code, sent.text[:500]
+                error = sent.json()["error"]
+                assert (error["code"], bool(error["message"]), bool(error["type"])) == (code, True, True)
+        assert client.post("/completions", json={**asked, "prompt": "x"}).status_code == 200
+        assert other.result().json()["choices"][0]["text"].startswith(expected["completion"])
+
+
 def check_stop(shell, alive, everybody, status: dict) -> None:
     pids = everybody(status)
     assert len(pids) >= 3
@@ -71,8 +105,14 @@ def test_transformers_serves_what_the_model_says(shell, for_transformers, alive,
     assert "loading weights" in done.stderr
     status = shell.the_status()
     check_answers(shell, status, expected)
-    refused = ask(status, "completions", prompt="x", model="another")
-    assert refused.status_code == 400
+    check_bad_requests(status, expected, wrong_model=400, too_large=413)
+    too_long = ask(status, "completions", prompt="x" * 5000)
+    assert too_long.status_code == 400
+    assert "maximum context length is 2048 tokens" in too_long.json()["error"]["message"]
+    chunks = (b"x" * 1_000_000 for _ in range(100))
+    url = f"{status['instances'][0]['url']}/completions"
+    assert httpx.post(url, content=chunks, timeout=120, trust_env=False).status_code == 413
+    assert "Traceback" not in Path(status["instances"][0]["log"]).read_text()
     check_stop(shell, alive, everybody, status)
 
 
@@ -93,7 +133,7 @@ def test_transformers_is_stopped_in_the_middle_of_an_answer(
     pids = everybody(status)
     assert shell("stop", "--grace", "2").returncode == 0
     assert not [pid for pid in pids if alive(pid)]
-    asking.communicate(timeout=30)
+    asking.communicate(timeout=shell.patience_s)
     assert asking.returncode == 4
 
 
@@ -154,7 +194,7 @@ def test_vllm_serves_what_the_model_says(vllm_shell, for_vllm, alive, everybody,
     assert "loading weights" in done.stderr
     status = vllm_shell.the_status()
     check_answers(vllm_shell, status, expected)
-    assert ask(status, "completions", prompt="x", model="another").status_code == 404
+    check_bad_requests(status, expected, wrong_model=404, too_large=400)
     check_bench(vllm_shell)
     check_stop(vllm_shell, alive, everybody, status)
 
@@ -171,7 +211,7 @@ def test_vllm_killed_leaves_no_orphaned_engine(
     status = vllm_shell.the_status()
     pids = everybody(status)
     os.kill(status["instances"][0]["pid"], signal.SIGKILL)
-    eventually(lambda: not [pid for pid in pids if alive(pid)], deadline_s=10)
+    eventually(lambda: not [pid for pid in pids if alive(pid)])
     assert vllm_shell.the_status()["state"] == "failed"
 
 

@@ -12,9 +12,11 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
@@ -33,6 +35,7 @@ FILE = """
     dtype: float32
     kv_cache_memory_bytes: 67108864
     max_model_len: 2048
+    enable_log_requests: true
   resources: {{num_replicas: 2}}
 """
 
@@ -41,6 +44,8 @@ FILE = """
 class Streamed:
     """One streamed answer, as its client saw it."""
 
+    name: str
+    """Passed by the router and written to the log of the instance that gets the request."""
     began: float
     ended: float
     tokens: int
@@ -64,11 +69,12 @@ def stream(url: str, prompt: str, tokens: int, begun: Callable[[], object] = lam
         "model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
+    name = uuid.uuid4().hex
     began, count, problem = time.monotonic(), 0, "not ended by [DONE]"
     try:
         with (
             httpx.Client(timeout=300, trust_env=False) as client,
-            client.stream("POST", f"{url}/completions", json=body) as answer,
+            client.stream("POST", f"{url}/completions", json=body, headers={"X-Request-Id": name}) as answer,
         ):
             if answer.status_code != 200:
                 problem = f"{answer.status_code} {answer.read()!r}"
@@ -82,7 +88,7 @@ def stream(url: str, prompt: str, tokens: int, begun: Callable[[], object] = lam
                     count = (piece.get("usage") or {}).get("completion_tokens", max(count, 1))
     except httpx.HTTPError as error:
         problem = repr(error)
-    return Streamed(began, time.monotonic(), count, problem)
+    return Streamed(name, began, time.monotonic(), count, problem)
 
 
 def metrics(instance: dict) -> dict[str, float]:
@@ -135,7 +141,7 @@ def test_bad_requests_are_answered_and_harm_no_other(shell):
     assert (done.problem, done.tokens) == ("", 1000)
 
 
-def test_one_of_two_is_killed_under_load_and_takes_requests_again(shell, eventually):
+def test_one_of_two_is_killed_under_load_and_takes_requests_again(shell, eventually, alive):
     first, second, front = shell.the_status()["instances"]
     asked: list[Streamed] = []
     is_calm, is_over = threading.Event(), threading.Event()
@@ -147,8 +153,10 @@ def test_one_of_two_is_killed_under_load_and_takes_requests_again(shell, eventua
         ]
         try:
             eventually(lambda: all(metrics(one)["vllm:num_requests_running"] > 1 for one in (first, second)))
-            killed_at = time.monotonic()
+            killing_at = time.monotonic()
             os.kill(first["pid"], signal.SIGKILL)
+            eventually(lambda: not alive(first["pid"]))
+            killed_at = time.monotonic()
             eventually(lambda: "killed by signal 9" in shell.the_status()["reason"])
             eventually(lambda: len([one for one in asked if one.began > killed_at]) > 2 * STREAMS)
             is_calm.set()
@@ -165,10 +173,15 @@ def test_one_of_two_is_killed_under_load_and_takes_requests_again(shell, eventua
             is_over.set()
     for load in loads:
         load.result()
-    under_way = [one for one in asked if one.began <= killed_at <= one.ended]
+    under_way = [one for one in asked if one.began <= killed_at and killing_at <= one.ended]
     failed = [one for one in asked if one.problem or one.tokens != 150]
     assert [one for one in failed if one not in under_way] == []
-    assert 0 < len(failed) < len(under_way) <= STREAMS + 1
+    killed_log, other_log = (Path(one["log"]).read_text() for one in (first, second))
+    on_the_other = [one for one in under_way if f"cmpl-{one.name}" in other_log]
+    # Whoever failed had got to the killed one, and to nobody else; who was on the other one did not notice.
+    assert [one for one in failed if f"cmpl-{one.name}" not in killed_log] == []
+    assert [one for one in failed if one in on_the_other] == []
+    assert (len(failed) > 0, len(on_the_other) > 0) == (True, True)
     assert (again["restarts"], again["pid"] != first["pid"]) == (1, True)
     assert (other["restarts"], other["pid"]) == (0, second["pid"])
 

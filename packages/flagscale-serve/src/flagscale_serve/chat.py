@@ -17,7 +17,16 @@ from flagscale_serve.targets import find_run
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Server", "chat", "find_server", "first_model", "listed_model", "message_of"]
+__all__ = [
+    "Server",
+    "chat",
+    "check_text",
+    "find_server",
+    "first_model",
+    "key_of",
+    "listed_model",
+    "message_of",
+]
 
 _CONNECT_TIMEOUT_S = 10.0
 _TOKEN_TIMEOUT_S = 600.0
@@ -72,9 +81,12 @@ def chat(  # noqa: PLR0913 - what people set on a request
 
     Raises:
         NotServing: nobody answers there, or not yet.
-        InvalidService: the model has no chat template.
+        InvalidService: the model has no chat template, or there is no text to send.
         RequestFailed: the server refused, or broke off.
     """
+    check_text("message", message)
+    if system is not None:
+        check_text("system", system)
     server = find_server(target, model)
     if complete and system is not None:
         raise InvalidService(
@@ -93,7 +105,34 @@ def chat(  # noqa: PLR0913 - what people set on a request
     else:
         said = [{"role": "system", "content": system}] if system is not None else []
         body["messages"] = [*said, {"role": "user", "content": message}]
-    yield from _ask(server, body, api_key or os.environ.get("OPENAI_API_KEY"))
+    yield from _ask(server, body, key_of(api_key))
+
+
+def key_of(given: str | None) -> str | None:
+    """Return the key that is given, else `$OPENAI_API_KEY`.
+
+    Raises:
+        InvalidService: it cannot stand in a header.
+    """
+    key = given or os.environ.get("OPENAI_API_KEY")
+    if key and not (key.isascii() and key.isprintable()):
+        raise InvalidService(
+            "api_key: holds a line break or a letter that no key has: copy it again (--api-key, or "
+            "$OPENAI_API_KEY)"
+        )
+    return key
+
+
+def check_text(what: str, text: str) -> None:
+    """Refuse what is no text to send.
+
+    Raises:
+        InvalidService: it is empty, or was no UTF-8 where it came from.
+    """
+    if not text.strip():
+        raise InvalidService(f"{what}: nothing to say: give some text")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InvalidService(f"{what}: not UTF-8 text: write it in UTF-8")
 
 
 def find_server(target: str | None, model: str | None = None, overrides: Sequence[str] = ()) -> Server:
@@ -101,10 +140,11 @@ def find_server(target: str | None, model: str | None = None, overrides: Sequenc
 
     Raises:
         NotServing: there is none, it is not ready, or it serves several models and none was named.
-        InvalidService: it is a composed application.
+        InvalidService: it is a composed application, or no address.
     """
     if target is not None and target.startswith(("http://", "https://")):
         base = target.rstrip("/")
+        _check_address(base)
         return Server(url=base if base.endswith("/v1") else f"{base}/v1", model=model)
     run = find_run(target, overrides)
     now = status_of(run)
@@ -129,6 +169,16 @@ def find_server(target: str | None, model: str | None = None, overrides: Sequenc
         tokenizer=instance.tokenizer,
         python=vllm_python(run),
     )
+
+
+def _check_address(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        is_one = bool(parts.hostname) and parts.port != 0  # reading the port is what refuses 99999
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise InvalidService(f"{url}: not an address: write it as http://HOST:PORT")
 
 
 def _engines(instances: tuple[InstanceStatus, ...], door: InstanceStatus) -> tuple[str, ...]:

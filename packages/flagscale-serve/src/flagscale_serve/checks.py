@@ -159,8 +159,12 @@ def check_disk(folder: Path) -> None:
     """Make sure that logs and state can be written where a run will live.
 
     Raises:
-        InvalidService: the file system is full, or nearly.
+        InvalidService: the file system is full, or nearly, or the directory holds other things than a run.
     """
+    if folder.is_dir() and not (folder / "plan.json").exists() and any(folder.iterdir()):
+        raise InvalidService(
+            f"run directory {folder}: holds other files: give --run-dir a new or empty directory"
+        )
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < _LEAST_FREE_BYTES:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from flagscale_serve.chat import Server, find_server, listed_model, message_of
+from flagscale_serve.chat import Server, check_text, find_server, key_of, listed_model, message_of
 from flagscale_serve.errors import InvalidService, NotServing
 from flagscale_serve.runs import Options, check, prepare, start, wait_ready
 
@@ -109,6 +109,8 @@ def generate(  # noqa: PLR0913 - what people set on a batch
     if output.exists() and source.exists() and output.samefile(source):
         raise InvalidService(f"output: {output}: is the input itself: choose another file")
     settings = sampling or Sampling()
+    if settings.system is not None:
+        check_text("system", settings.system)
     lines = _read(source)
     digests = {number: _digest(text, settings, model) for number, text in lines.items()}
     kept = _keep(output, digests)
@@ -121,7 +123,7 @@ def generate(  # noqa: PLR0913 - what people set on a batch
             batch = _Batch(
                 server=server,
                 settings=settings,
-                key=api_key or os.environ.get("OPENAI_API_KEY"),
+                key=key_of(api_key),
                 digests=digests,
                 file=file,
                 progress=progress,

@@ -342,7 +342,9 @@ def _watches(heads: Sequence[_Part], fronts: Sequence[tuple[Process, Probe]]) ->
             yield _watch(part.instance.name, _reachable(part.instance.host), _key(part.instance))
     for process, probe in fronts:
         if process.max_restarts:
-            yield _watch(process.name, urlsplit(probe.url).netloc.partition(":{")[0], {})
+            # Its `/health` fails for as long as any instance is away, and one may be loading for an hour.
+            watch = _watch(process.name, urlsplit(probe.url).netloc.partition(":{")[0], {})
+            yield replace(watch, url=watch.url.replace("/health", "/liveness"))
 
 
 def _watch(name: str, address: str, headers: Mapping[str, str]) -> Probe:

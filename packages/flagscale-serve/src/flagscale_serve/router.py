@@ -1,7 +1,11 @@
 """The router in front of several instances: vllm-router, a maintained program with prebuilt wheels.
 
 It knows least-loaded and cache-aware policies, retries, circuit breakers and pairs of prefill and decode.
-`sglang-router` was not taken: it knows SGLang's pairs, not vLLM's connectors.
+
+Refused bodies (too large, not JSON, of a wrong shape) it answers in plain words and not in OpenAI's form, and
+no option changes that. `sglang-router` 0.3.2 was tried beside it (0.1.17): it has OpenAI's form for chats but
+not for completions, plain words too for what is too large, and SGLang's pairs but not vLLM's connectors. A
+proxy of our own in front of either would read and write every token once more for the sake of those words.
 """
 
 from __future__ import annotations
@@ -56,6 +60,9 @@ def router_argv(
         *("--worker-startup-check-interval", "1"),
         # Its own habit is to notice a dead instance after three minutes.
         *("--health-check-interval-secs", "5", "--health-failure-threshold", "2"),
+        # It tries a request five times, and the instance whose cache fits again and again: one that died is
+        # to be left out before the last try (its habit is ten failures), and not for a minute.
+        *("--cb-failure-threshold", "3", "--cb-timeout-duration-secs", "10"),
         *("--max-payload-size", str(MAX_BODY_BYTES)),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", f"{{port:{front.name}-metrics}}"),
         *workers,

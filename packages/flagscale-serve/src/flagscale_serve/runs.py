@@ -131,7 +131,9 @@ def prepare(target: str, overrides: Sequence[str] = (), options: Options | None 
 
 def _prepare_application(asked: Target, machine: hw.Machine, wish: Options) -> Prepared:
     composed = application.compose(asked.experiment)
-    composed = replace(composed, host=wish.host or composed.host, port=wish.port or composed.port)
+    composed = replace(
+        composed, host=wish.host or composed.host, port=composed.port if wish.port is None else wish.port
+    )
     return Prepared(
         service=composed,
         plan=application.plan_application(
@@ -176,10 +178,12 @@ def _with_wishes(service: Service, wish: Options) -> Service:
         return service
     if service.fronts and service.instances[0].name in service.fronts[0].members:
         front = service.fronts[0]
-        front = replace(front, host=wish.host or front.host, port=wish.port or front.port)
+        front = replace(
+            front, host=wish.host or front.host, port=front.port if wish.port is None else wish.port
+        )
         return replace(service, fronts=(front, *service.fronts[1:]))
     first = service.instances[0]
-    first = replace(first, host=wish.host or first.host, port=wish.port or first.port)
+    first = replace(first, host=wish.host or first.host, port=first.port if wish.port is None else wish.port)
     return replace(service, instances=(first, *service.instances[1:]))
 
 

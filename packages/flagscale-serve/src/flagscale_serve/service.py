@@ -262,7 +262,7 @@ def _copies(
         if one.engine == "transformers":
             raise InvalidService(
                 f"{where}.resources.num_replicas: {count}: the router adds fields to requests, which "
-                "transformers' server refuses (HTTP 422): use engine `vllm`, or one copy"
+                "transformers' server refuses: use engine `vllm`, or one copy"
             )
         # Behind the router each takes a free port; the router has the public one.
         return [replace(one, name=f"{one.name}-{number}", port=None) for number in range(1, count + 1)]

@@ -16,7 +16,7 @@ from typing import Any
 from flagscale_serve.bench import client, vllm_client
 from flagscale_serve.bench.measured import Answered, Measured, Workload, parse_slo, percentile
 from flagscale_serve.bench.page import render_page
-from flagscale_serve.chat import Server, find_server, listed_model
+from flagscale_serve.chat import Server, find_server, key_of, listed_model
 from flagscale_serve.checks import has_modules
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.targets import file_of
@@ -28,6 +28,7 @@ __all__ = [
     "Measured",
     "Workload",
     "bench",
+    "make_folder",
     "measure",
     "parse_slo",
     "percentile",
@@ -103,15 +104,29 @@ class Benched:
         Raises:
             InvalidService: the folder cannot be written.
         """
+        make_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
             (folder / "bench.json").write_text(text, encoding="utf-8")
             (folder / "bench.html").write_text(render_page(self), encoding="utf-8")
         except OSError as error:
-            raise InvalidService(
-                f"out: {folder}: {error.strerror}: choose a folder that can be written"
-            ) from None
+            raise _unwritable(folder, error) from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder that takes what a benchmark gives.
+
+    Raises:
+        InvalidService: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> InvalidService:
+    return InvalidService(f"out: {folder}: {error.strerror}: choose a folder that can be written")
 
 
 def bench(  # noqa: PLR0913 - what people set on a benchmark
@@ -152,7 +167,7 @@ def bench(  # noqa: PLR0913 - what people set on a benchmark
     server = find_server(target, model, overrides)
     if tokenizer is not None:
         server = replace(server, tokenizer=tokenizer)
-    key = api_key or os.environ.get("OPENAI_API_KEY")
+    key = key_of(api_key)
     chosen = _choose(server, generator, python)
     name = server.model or listed_model(server, key)
     base, began = workload or profile_of(target, overrides), time.time()

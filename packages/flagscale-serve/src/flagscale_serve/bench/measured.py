@@ -47,8 +47,9 @@ class Workload:
         for name in ("input_len", "output_len", "concurrency", "num_requests"):
             if getattr(self, name) < 1:
                 raise InvalidService(f"{name}: {getattr(self, name)}: at least 1 is needed: raise it")
-        if self.prefix_len < 0:
-            raise InvalidService(f"prefix_len: {self.prefix_len}: 0 or more is needed: raise it")
+        for name in ("prefix_len", "num_warmups"):
+            if getattr(self, name) < 0:
+                raise InvalidService(f"{name}: {getattr(self, name)}: 0 or more is needed: raise it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flagscale_serve.cli.output import add, interrupt_on_signals, say
+from flagscale_serve.cli.output import add, finite, interrupt_on_signals, say, word
 
 __all__ = ["add_chat", "add_generate"]
 
@@ -20,6 +20,7 @@ def add_chat(verbs: Any) -> None:
     parser.add_argument(
         "target",
         nargs="?",
+        type=word,
         metavar="RUN_OR_URL",
         help="run, file, model directory, or address (default: the only one)",
     )
@@ -30,7 +31,7 @@ def add_chat(verbs: Any) -> None:
     parser.add_argument(
         "--max-tokens", type=int, default=512, metavar="N", help="length at most (default: 512)"
     )
-    parser.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    parser.add_argument("--temperature", type=finite, metavar="T", help="0: always the likeliest token")
     parser.add_argument("--api-key", help="the server's key (default: $OPENAI_API_KEY)")
 
 
@@ -44,6 +45,7 @@ def add_generate(verbs: Any) -> None:
     parser.add_argument(
         "target",
         nargs="?",
+        type=word,
         metavar="TARGET",
         help="run, address, or a file, recipe or model, which is served meanwhile (default: the only run)",
     )
@@ -51,7 +53,7 @@ def add_generate(verbs: Any) -> None:
     parser.add_argument("--model", help="which model, when several are served")
     parser.add_argument("--concurrency", type=int, default=64, metavar="N", help="at a time (default: 64)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer at most")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    parser.add_argument("--temperature", type=finite, metavar="T", help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, metavar="N", help="of the random choices")
     parser.add_argument("--system", help="instructions in front of each conversation")
     parser.add_argument("--api-key", help="the server's key (default: $OPENAI_API_KEY)")
@@ -67,7 +69,10 @@ def _chat(arguments: argparse.Namespace) -> int:
     if message is None:
         if sys.stdin.isatty():
             raise InvalidService("message: nothing to say: give it with -m 'TEXT', or pipe it in")
-        message = sys.stdin.read()
+        try:
+            message = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise InvalidService("message: standard input is not UTF-8 text: write it in UTF-8") from None
     for piece in chat(
         arguments.target,
         message,

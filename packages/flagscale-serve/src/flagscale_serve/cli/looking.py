@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagscale_serve.cli.output import add, say
+from flagscale_serve.cli.output import add, say, seconds, word
 
 if TYPE_CHECKING:
     from flagscale_serve.metrics import Load
@@ -27,6 +27,7 @@ def add_looking(verbs: Any) -> None:
         parser.add_argument(
             "target",
             nargs="?",
+            type=word,
             metavar="RUN",
             help="run directory or id, file, or model directory (default: the only one)",
         )
@@ -36,7 +37,7 @@ def add_looking(verbs: Any) -> None:
         if name == "stop":
             parser.add_argument(
                 "--grace",
-                type=float,
+                type=seconds,
                 metavar="SECONDS",
                 help="for requests under way to end, before it is killed (default: the engine's)",
             )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagscale_serve.cli.output import add, interrupt_on_signals, say
+from flagscale_serve.cli.output import add, interrupt_on_signals, say, word
 
 if TYPE_CHECKING:
     from flagscale_serve.bench import Workload
@@ -21,7 +21,11 @@ def add_bench(verbs: Any) -> None:
     """Add `bench`."""
     parser = add(verbs, "bench", _bench, "load a server at several concurrencies and show what it gives")
     parser.add_argument(
-        "target", nargs="?", metavar="RUN_OR_URL", help="run, file, model, or address (default: the only run)"
+        "target",
+        nargs="?",
+        type=word,
+        metavar="RUN_OR_URL",
+        help="run, file, model, or address (default: the only run)",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
     _add_load(parser)
@@ -44,7 +48,9 @@ def add_bench(verbs: Any) -> None:
 def add_tune(verbs: Any) -> None:
     """Add `tune`."""
     parser = add(verbs, "tune", _tune, "search the engine's options for the highest goodput")
-    parser.add_argument("target", metavar="FILE_OR_MODEL_DIR", help="serve file, recipe, or model directory")
+    parser.add_argument(
+        "target", type=word, metavar="FILE_OR_MODEL_DIR", help="serve file, recipe, or model directory"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
     parser.add_argument(
         "--try",
@@ -98,14 +104,19 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers, such as 1,8,32") from None
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from flagscale_serve.bench import bench, parse_slo
+    from flagscale_serve.bench import bench, make_folder, parse_slo
     from flagscale_serve.foreground import level_text
 
     slo = parse_slo(arguments.slo)
+    if arguments.out is not None:
+        make_folder(arguments.out)  # to hear of it after the load would be late
     interrupt_on_signals()
     done = bench(
         arguments.target,

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagscale_serve.cli.output import INTERRUPTED, add, interrupt_on_signals, say
+from flagscale_serve.cli.output import INTERRUPTED, add, interrupt_on_signals, say, word
 
 if TYPE_CHECKING:
     from flagscale_hw import Plan, Run
@@ -67,22 +67,27 @@ def add_run(verbs: Any) -> None:
 
 def _add_starting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "target", metavar="FILE_OR_MODEL_DIR", help="FlagScale serve file, recipe, or model directory"
+        "target",
+        type=word,
+        metavar="FILE_OR_MODEL_DIR",
+        help="FlagScale serve file, recipe, or model directory",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
     parser.add_argument(
         "--engine",
+        type=word,
         metavar="NAME",
         help="vllm, sglang, llama_cpp, transformers, or one that another package brings (default: the "
         "file's, else vllm on an accelerator and transformers on a CPU)",
     )
     parser.add_argument(
         "--python",
+        type=word,
         help="interpreter that has the engine (default: $FLAGSCALE_SERVE_PYTHON, else the one running this)",
     )
-    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--host", type=word, help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the file's, else a free one)")
-    parser.add_argument("--run-dir", type=Path, help="directory for logs and state of this run")
+    parser.add_argument("--run-dir", type=word, help="directory for logs and state of this run")
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="until the first token (default: 1800)"
     )
@@ -97,7 +102,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         python=arguments.python,
         host=arguments.host,
         port=arguments.port,
-        run_dir=arguments.run_dir.absolute() if arguments.run_dir else None,
+        run_dir=Path(arguments.run_dir).absolute() if arguments.run_dir else None,
         ready_timeout_s=READY_TIMEOUT_S if arguments.timeout is None else arguments.timeout,
         max_restarts=getattr(arguments, "max_restarts", MAX_RESTARTS),
     )
@@ -211,8 +216,11 @@ def _rendered(plan: Plan, arguments: argparse.Namespace) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from flagscale_serve.errors import InvalidService
     from flagscale_serve.runs import check, prepare, start
 
+    if arguments.no_wait and not arguments.detach:
+        raise InvalidService("no-wait: the command stays with its service: add --detach, or leave it out")
     prepared = prepare(arguments.target, arguments.overrides, _options(arguments))
     for warning in prepared.plan.facts["warnings"]:
         say(f"warning: {warning}")
