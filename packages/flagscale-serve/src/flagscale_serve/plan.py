@@ -171,7 +171,7 @@ class _Crew:
                 head=_address(head),
                 own="127.0.0.1" if berth.node is None else _OWN,
                 rendezvous=f"{{port:{instance.name}-ranks}}",
-                num_devices=max(1, len(berth.devices)),
+                num_devices=berth.count,
                 interface=berth.node.interface if berth.node else None,
             )
             here = replace(

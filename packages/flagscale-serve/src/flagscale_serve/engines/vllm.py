@@ -7,7 +7,14 @@ from typing import Any
 from flagscale_hw import File, FlagOSProfile, flagos_env, runtime
 from flagscale_serve.engines.adapter import Companion, Context, Layout, Rendered, text_of
 from flagscale_serve.engines.choice import choose, count_of
-from flagscale_serve.engines.vllm_hosts import across_hosts, ray_node, transfer, uses_ray
+from flagscale_serve.engines.vllm_hosts import (
+    LEAVE_LAST,
+    across_hosts,
+    ray_node,
+    staying_for,
+    transfer,
+    uses_ray,
+)
 from flagscale_serve.service import Instance
 
 __all__ = ["MODULE", "VLLM", "Vllm"]
@@ -99,18 +106,21 @@ class Vllm:
             *rank.words,
             *instance.extra_args,
         )
-        files: tuple[File, ...] = ()
+        scripts: tuple[str, ...] = ()
         companions: tuple[Companion, ...] = ()
-        if context.seat.num_hosts > 1 and uses_ray(instance):
-            companions = (ray_node(context),)
+        if rank.is_headless:
+            argv = (*staying_for(instance, context), *argv)
+            scripts = (LEAVE_LAST,)
+        elif context.seat.num_hosts > 1 and uses_ray(instance):
+            companions = (ray_node(instance, context),)
             wait = (context.python, f"{{run_dir}}/{_RAY}", str(context.seat.num_hosts))
             # Ray itself starts the processes of the other hosts.
             argv = () if context.seat.rank else (*wait, *argv)
-            files = (File(path=_RAY, text=text_of(_RAY)),)
+            scripts = (_RAY, LEAVE_LAST)
         return Rendered(
             argv=argv,
             env=env,
-            files=files,
+            files=tuple(File(path=name, text=text_of(name)) for name in scripts),
             companions=companions,
             served_names=instance.served_names,
             chosen=choice.chosen,
@@ -139,16 +149,18 @@ def _on_cpu(asked: dict[str, Any], context: Context, layout: Layout) -> tuple[di
     """Return options and environment that make vLLM a good guest on a CPU; what the user asked for wins.
 
     Left to itself it fills nine tenths of the memory with its key-value cache, pins itself to core 0, and
-    compiles for a minute before and during the first requests.
+    compiles for a minute before and during the first requests. Threads and cache are counted per process, and
+    there is one for each part of the model.
     """
+    ranks = context.seat.num_devices
     options: dict[str, Any] = {
-        "kv_cache_memory_bytes": context.kv_cache_bytes // _MIB * _MIB,
+        "kv_cache_memory_bytes": context.kv_cache_bytes // ranks // _MIB * _MIB,
         # A cache of that size may be shorter than the model's context: take what fits instead of refusing to
         # start.
         "max_model_len": "auto",
         "enforce_eager": True,
     }
-    env = {"OMP_NUM_THREADS": str(context.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    env = {"OMP_NUM_THREADS": str(max(1, context.num_threads // ranks)), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if asked.get("enforce_eager", True):
         # `enforce_eager` alone still compiles some functions at their first use, seconds into a user's
         # request.

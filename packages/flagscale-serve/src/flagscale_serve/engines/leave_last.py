@@ -1,0 +1,58 @@
+"""Run a command that leaves only after the instance it works for; placed in the run directory by the plan.
+
+Usage: leave_last.py HOST PORT COMMAND ...
+
+A stop reaches every host at once. vLLM's first rank then answers what is under way, and its port stays open
+so long; its other ranks, and Ray, end at once and would break those answers. So SIGTERM waits here until
+nobody listens at HOST:PORT. It runs in the engine's environment: standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+__all__ = ["main"]
+
+_INTERVAL_S = 0.2
+_CONNECT_S = 2.0
+
+
+def main() -> None:
+    """Run the command, and end as it ends."""
+    host, port, command = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    child = subprocess.Popen(command)  # noqa: S603 - the words of the plan, no shell
+    while child.poll() is None:
+        if asked and not _listens(host, port):
+            child.terminate()
+            child.wait()
+        else:
+            _wait(child)
+    if child.returncode < 0:
+        signal.signal(-child.returncode, signal.SIG_DFL)
+        os.kill(os.getpid(), -child.returncode)
+    sys.exit(child.returncode)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> None:
+    try:
+        child.wait(_INTERVAL_S)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), _CONNECT_S):
+            return True
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
