@@ -43,7 +43,9 @@ def answer_whether_installed():
     wanted = json.loads(sys.argv[-1])
     answer = {
         "python": "3.12.0",
-        "missing": [name for name in wanted["modules"] if name == os.environ.get("FAKE_MISSING")],
+        "missing": [
+            name for name in wanted["modules"] if name in os.environ.get("FAKE_MISSING", "").split(",")
+        ],
         "versions": dict.fromkeys(wanted["distributions"], "9.9"),
     }
     print(json.dumps(answer))

@@ -199,7 +199,9 @@ def test_what_works_for_the_first_rank_leaves_after_it(door, last):
     assert waiting.wait(60) == -signal.SIGTERM
 
 
-@pytest.mark.parametrize(("code", "ends"), [("raise SystemExit(3)", 3), ("import os; os.abort()", -6)])
+@pytest.mark.parametrize(
+    ("code", "ends"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
+)
 def test_what_leaves_by_itself_is_seen_to_end_as_it_did(door, last, code, ends):
     assert last(door, code).wait(60) == ends
 
@@ -311,6 +313,9 @@ runner:
 """
 
 
+PAIR = "runner: {deploy: {prefill_decode_disaggregation: true}}"
+
+
 UNUSED = """\
     prefill_decode_log_dir: /logs
     pd_proxy_port: 30001
@@ -339,14 +344,27 @@ def test_prefill_and_decode_on_one_host(serve_file):
     assert "--prefill http://127.0.0.1:{port:a-prefill-2}" in words(router)
     assert "--decode http://127.0.0.1:{port:a-decode-1}" in words(router)
     assert made.ports["a-router"] == 9000
-    # A half is not asked for a token by itself: that would break it. The router is.
-    assert [(probe.url.rpartition("/")[2], probe.expect) for probe in made.probes] == [
-        ("health", None),
-        ("health", None),
-        ("health", None),
-        ("completions", "usage.completion_tokens"),
+    # A half is not asked for a token by itself: that would break it. The router is, for each of them.
+    halves = ["a-prefill-1", "a-prefill-2", "a-decode-1"]
+    assert [(probe.process, probe.url.rpartition("}")[2]) for probe in made.probes] == [
+        *((name, "/health") for name in halves),
+        *((name, "/v1/completions") for name in (*halves, "a-router")),
     ]
+    through = [probe for probe in made.probes if probe.expect == "usage.completion_tokens"]
+    assert {probe.url for probe in through} == {"http://127.0.0.1:{port:a-router}/v1/completions"}
     check_golden("disaggregated.json", made)
+
+
+def test_halves_that_could_not_move_anything_are_not_started(shell, serve_file, model_dir):
+    path = serve_file(
+        f"- serve_id: a\n  engine: vllm\n  engine_args: {{model: {model_dir}}}\n", experiment=PAIR
+    )
+    shell.env["FAKE_MISSING"] = "nixl,nixl_rocm"
+    done = shell("run", path, "--detach")
+    assert done.returncode == 3
+    assert "has no `nixl`" in done.stderr
+    assert "pip install nixl" in done.stderr
+    assert not shell.engine_pids()
 
 
 def test_what_the_file_says_of_the_connector_is_kept(serve_file):

@@ -99,6 +99,12 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     used = {process.host for part in parts for process in part.processes}
     files = {file.path: file for part in parts for file in part.rendered.files}
     probes = [_probe(part, ready_timeout_s) for part in heads]
+    behind = {name: number for number, front in enumerate(service.fronts) for name in front.members}
+    for part in heads:
+        if not part.rendered.answers_alone and part.processes[-1].max_restarts:
+            # Half of a pair that was started again is ready when the whole pair answers.
+            _, through = fronts[behind[part.instance.name]]
+            probes.append(replace(through, process=part.instance.name))
     return Plan(
         kind="serve",
         name=service.name,

@@ -9,6 +9,7 @@ nobody listens at HOST:PORT. It runs in the engine's environment: standard libra
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -26,24 +27,19 @@ def main() -> None:
     host, port, command = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    child = subprocess.Popen(command)  # noqa: S603 - the words of the plan, no shell
+    child = subprocess.Popen(command)
     while child.poll() is None:
         if asked and not _listens(host, port):
             child.terminate()
             child.wait()
         else:
-            _wait(child)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_INTERVAL_S)
     if child.returncode < 0:
-        signal.signal(-child.returncode, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # nobody catches SIGKILL
+            signal.signal(-child.returncode, signal.SIG_DFL)
         os.kill(os.getpid(), -child.returncode)
     sys.exit(child.returncode)
-
-
-def _wait(child: subprocess.Popen[bytes]) -> None:
-    try:
-        child.wait(_INTERVAL_S)
-    except subprocess.TimeoutExpired:
-        return
 
 
 def _listens(host: str, port: int) -> bool:

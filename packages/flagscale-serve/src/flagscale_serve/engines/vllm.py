@@ -160,7 +160,10 @@ def _on_cpu(asked: dict[str, Any], context: Context, layout: Layout) -> tuple[di
         "max_model_len": "auto",
         "enforce_eager": True,
     }
-    env = {"OMP_NUM_THREADS": str(max(1, context.num_threads // ranks)), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    env = {
+        "OMP_NUM_THREADS": str(max(1, context.num_threads // ranks)),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     if asked.get("enforce_eager", True):
         # `enforce_eager` alone still compiles some functions at their first use, seconds into a user's
         # request.

@@ -48,8 +48,8 @@ def across_hosts(instance: Instance, layout: Layout, context: Context) -> Rank:
     seat = context.seat
     if uses_ray(instance) and context.chip == "cpu":
         raise InvalidService(
-            f"{instance.name}: engine_args.distributed_executor_backend: 'ray': vLLM does not use Ray on CPUs: "
-            "leave it out, vLLM connects the hosts itself"
+            f"{instance.name}: engine_args.distributed_executor_backend: 'ray': vLLM does not use Ray on "
+            "CPUs: leave it out, vLLM connects the hosts itself"
         )
     if seat.num_hosts == 1:
         return Rank()
