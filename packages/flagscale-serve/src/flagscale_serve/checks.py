@@ -135,8 +135,8 @@ def _look_for_nixl(service: Service, python: str) -> None:
     wanted = json.dumps({"modules": _NIXL, "distributions": []})
     if len(_ask((*service.shell, python, "-c", _LOOK, wanted), python, service)["missing"]) == len(_NIXL):
         raise EngineMissing(
-            f"prefill apart from decode: {python} has no `nixl`, by which vLLM moves keys and values: install "
-            "it there with `pip install nixl`, or name the Python that has it with --python"
+            f"prefill apart from decode: {python} has no `nixl`, by which vLLM moves keys and values: "
+            "install it there with `pip install nixl`, or name the Python that has it with --python"
         )
 
 
