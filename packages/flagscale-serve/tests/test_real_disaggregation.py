@@ -27,6 +27,8 @@ FILE = """
     dtype: float32
     kv_cache_memory_bytes: 67108864
     max_model_len: 1024
+    # Seconds for which prefill keeps what nobody has fetched; 30 are too few where all cores are taken.
+    kv_transfer_config: {{kv_connector_extra_config: {{kv_lease_duration: 600}}}}
 """
 PAIR = """
 runner:
