@@ -15,6 +15,7 @@ from flagscale_serve.engines.vllm_hosts import (
     transfer,
     uses_ray,
 )
+from flagscale_serve.errors import InvalidService
 from flagscale_serve.service import Instance
 
 __all__ = ["MODULE", "VLLM", "Vllm"]
@@ -23,6 +24,8 @@ MODULE = "vllm.entrypoints.cli.main"
 """vLLM's command line; run as a module, so that the interpreter is the one that was named."""
 _MIB = 1 << 20
 _DRAIN_S = 3600
+_TRACE_ONCE = 2
+"""Of vLLM's compilation modes, the one that its CPU platform makes of the default."""
 _RAY = "ray_launch.py"
 
 
@@ -75,6 +78,7 @@ class Vllm:
         # a grace of their own.
         defaults: dict[str, Any] = {"shutdown_timeout": _DRAIN_S}
         if context.chip == "cpu":
+            _check_stages(instance, layout)
             options, more = _on_cpu(asked, context, layout)
             defaults |= options
             env.update(more)
@@ -158,13 +162,18 @@ def _on_cpu(asked: dict[str, Any], context: Context, layout: Layout) -> tuple[di
         # A cache of that size may be shorter than the model's context: take what fits instead of refusing to
         # start.
         "max_model_len": "auto",
-        "enforce_eager": True,
     }
     env = {
         "OMP_NUM_THREADS": str(max(1, context.num_threads // ranks)),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    if asked.get("enforce_eager", True):
+    if layout.pipeline > 1:
+        # Nothing is compiled, and yet vLLM warms up, which makes what a stage receives: with `enforce_eager` and
+        # a size of the cache it is left out, and the first request ends the engine (vLLM 0.32).
+        options["compilation_config"] = {"mode": _TRACE_ONCE, "backend": "eager"}
+    else:
+        options["enforce_eager"] = True
+    if asked.get("enforce_eager", layout.pipeline == 1):
         # `enforce_eager` alone still compiles some functions at their first use, seconds into a user's
         # request.
         env["TORCH_COMPILE_DISABLE"] = "1"
@@ -173,6 +182,14 @@ def _on_cpu(asked: dict[str, Any], context: Context, layout: Layout) -> tuple[di
         options["distributed_executor_backend"] = "uni"
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return options, env
+
+
+def _check_stages(instance: Instance, layout: Layout) -> None:
+    if layout.pipeline > 1 and instance.settled.get("enforce_eager"):
+        raise InvalidService(
+            f"{instance.name}: engine_args.enforce_eager: true with pipeline_parallel_size "
+            f"{layout.pipeline}: vLLM on CPUs fails at the first request then: leave enforce_eager out"
+        )
 
 
 VLLM = Vllm()
