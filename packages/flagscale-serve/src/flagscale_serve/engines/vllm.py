@@ -168,8 +168,8 @@ def _on_cpu(asked: dict[str, Any], context: Context, layout: Layout) -> tuple[di
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     if layout.pipeline > 1:
-        # Nothing is compiled, and yet vLLM warms up, which makes what a stage receives: with `enforce_eager` and
-        # a size of the cache it is left out, and the first request ends the engine (vLLM 0.32).
+        # Nothing is compiled, and yet vLLM warms up, which makes the buffers of what a stage receives. With
+        # `enforce_eager` and a size of the cache it does not, and the first request ends it (vLLM 0.32).
         options["compilation_config"] = {"mode": _TRACE_ONCE, "backend": "eager"}
     else:
         options["enforce_eager"] = True
