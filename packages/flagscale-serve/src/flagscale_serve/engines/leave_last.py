@@ -4,7 +4,8 @@ Usage: leave_last.py HOST PORT COMMAND ...
 
 A stop reaches every host at once. vLLM's first rank then answers what is under way, and its port stays open
 so long; its other ranks, and Ray, end at once and would break those answers. So SIGTERM waits here until
-nobody listens at HOST:PORT. It runs in the engine's environment: standard library only.
+nobody listens at HOST:PORT. What ends before it was asked to has failed, whatever its exit code: vLLM's other
+ranks say 0 when their workers were killed. It runs in the engine's environment: standard library only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _CONNECT_S = 2.0
 
 
 def main() -> None:
-    """Run the command, and end as it ends."""
+    """Run the command, and end as it ends, or with 1 where it should not have ended."""
     host, port, command = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
@@ -39,6 +40,10 @@ def main() -> None:
         with contextlib.suppress(OSError):  # nobody catches SIGKILL
             signal.signal(-child.returncode, signal.SIG_DFL)
         os.kill(os.getpid(), -child.returncode)
+    if not asked and child.returncode == 0:
+        sys.exit(
+            "it ended although nobody had asked it to: a process below it was killed, or the first rank left"
+        )
     sys.exit(child.returncode)
 
 
