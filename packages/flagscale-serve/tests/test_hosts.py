@@ -199,6 +199,14 @@ def test_what_works_for_the_first_rank_leaves_after_it(door, last):
     assert waiting.wait(60) == -signal.SIGTERM
 
 
+def test_what_works_for_a_first_rank_that_is_gone_has_failed(door, last):
+    left = last(door, "import sys; sys.stdin.read()")
+    door.settimeout(60)
+    door.accept()[0].close()
+    door.close()
+    assert left.wait(60) == 1
+
+
 @pytest.mark.parametrize(
     ("code", "ends"), [("pass", 1), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
 )

@@ -4,8 +4,9 @@ Usage: leave_last.py HOST PORT COMMAND ...
 
 A stop reaches every host at once. vLLM's first rank then answers what is under way, and its port stays open
 so long; its other ranks, and Ray, end at once and would break those answers. So SIGTERM waits here until
-nobody listens at HOST:PORT. What ends before it was asked to has failed, whatever its exit code: vLLM's other
-ranks say 0 when their workers were killed. It runs in the engine's environment: standard library only.
+nobody listens at HOST:PORT. Whatever ends before it was asked to has failed, here or there, whatever its exit
+code: vLLM's ranks say 0 when a process below them was killed. It runs in the engine's environment: standard
+library only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 
 __all__ = ["main"]
 
-_INTERVAL_S = 0.2
+_INTERVAL_S = 0.5
 _CONNECT_S = 2.0
 
 
@@ -29,30 +30,35 @@ def main() -> None:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     child = subprocess.Popen(command)
+    had_listened = False
     while child.poll() is None:
-        if asked and not _listens(host, port):
+        is_listening = _listens(host, port)
+        had_listened = had_listened or is_listening
+        if not is_listening and (asked or had_listened):
+            # Nobody is left to work for.
             child.terminate()
             child.wait()
         else:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(_INTERVAL_S)
+    if not asked and child.returncode in (0, -signal.SIGTERM):
+        sys.exit("ended although nobody had asked it to: was a process killed, here or at the first rank?")
     if child.returncode < 0:
         with contextlib.suppress(OSError):  # nobody catches SIGKILL
             signal.signal(-child.returncode, signal.SIG_DFL)
         os.kill(os.getpid(), -child.returncode)
-    if not asked and child.returncode == 0:
-        sys.exit(
-            "it ended although nobody had asked it to: a process below it was killed, or the first rank left"
-        )
     sys.exit(child.returncode)
 
 
 def _listens(host: str, port: int) -> bool:
+    """Tell whether a connection is taken, or may be: a busy host answers late."""
     try:
         with socket.create_connection((host, port), _CONNECT_S):
             return True
-    except OSError:
+    except ConnectionRefusedError:
         return False
+    except OSError:
+        return True
 
 
 if __name__ == "__main__":
