@@ -285,7 +285,7 @@ def megatron016(session: nox.Session) -> None:
 
 @nox.session(python="3.11", venv_backend="venv")
 def vllm(session: nox.Session) -> None:
-    """A real vLLM server on the CPU, in an environment of its own.
+    """A real vLLM server on the CPU, in an environment of its own; also on two hosts, which only root can make.
 
     Its torch build (2.13.0, CPU) is not on PyPI: pip must be able to find it, by `--find-links` or by
     `--extra-index-url` of PyTorch's own CPU index; uv is not used because it does not read pip's settings.
@@ -296,14 +296,41 @@ def vllm(session: nox.Session) -> None:
     session.install("--no-deps", str(engines_folder / "vllm-metadata"))
     session.install(*TEST_TOOLS, *sources(closure("serve")), ROUTER)
     ours = [f"packages/flagscale-config/tests/test_{name}.py" for name in ("engine_parsers", "vllm_twins")]
-    real = ("packages/flagscale-serve/tests", *ours)
+    real = ["packages/flagscale-serve/tests", *ours]
+    if can_make_hosts(session, "sshd", "ip"):
+        real.append("tests/hosts/test_serving.py")
+    else:
+        session.warn("two hosts: not run: no root, no network namespaces, or no Debian packages here")
     session.run(
         "pytest", "-q", REPEATABLE, *real, "-m", "vllm", *session.posargs,
         env={"FLAGSCALE_TEST_VLLM_PYTHON": str(Path(session.bin) / "python")},
     )  # fmt: skip
 
 
-HOST_PACKAGES = {"sshd": "openssh-server", "ip": "iproute2", "sbatch": "slurm-wlm", "munged": "munge"}
+DEBIAN_PACKAGES = {
+    "sshd": "openssh-server",
+    "ip": "iproute2",
+    "sbatch": "slurm-wlm",
+    "munged": "munge",
+}
+
+
+def can_make_hosts(session: nox.Session, *tools: str) -> bool:
+    """Say whether this machine can play several hosts; Debian packages that are missing are installed."""
+    if os.geteuid() != 0 or subprocess.run(["unshare", "--net", "true"], check=False).returncode:
+        return False
+    search = "/usr/sbin:/usr/bin:/sbin:/bin"
+    missing = [DEBIAN_PACKAGES[tool] for tool in tools if shutil.which(tool, path=search) is None]
+    if not missing:
+        return True
+    install = ("apt-get", "install", "-q", "-y", "--no-install-recommends", *missing)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    done = [
+        subprocess.run(words, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
+        for words in (("apt-get", "update", "-q"), install)
+    ]
+    session.log(f"apt-get install {' '.join(missing)}: exit {done[-1]}")
+    return not any(done)
 
 
 @nox.session(python="3.12")
@@ -312,17 +339,8 @@ def hosts(session: nox.Session) -> None:
 
     Debian packages that are missing are installed.
     """
-    if os.geteuid() != 0:
-        session.error("hosts: makes network namespaces, which only root may: run it as root")
-    missing = [
-        package
-        for tool, package in HOST_PACKAGES.items()
-        if shutil.which(tool, path="/usr/sbin:/usr/bin:/sbin:/bin") is None
-    ]
-    if missing:
-        session.run("apt-get", "update", "-q", external=True, silent=True)
-        install = ("apt-get", "install", "-q", "-y", "--no-install-recommends", *missing)
-        session.run(*install, external=True, silent=True, env={"DEBIAN_FRONTEND": "noninteractive"})
+    if not can_make_hosts(session, *DEBIAN_PACKAGES):
+        session.error("hosts: makes network namespaces with Debian's daemons: needs root and those packages")
     session.install(TORCH, *sources(closure("train")), *ENGINES)
     session.install(*TEST_TOOLS, "kubernetes-validate~=1.33", "PyYAML")
     session.run("pytest", "-q", "tests/hosts", "-m", "hosts", "--durations=10", *session.posargs)

@@ -23,7 +23,10 @@ from pathlib import Path
 import pytest
 
 PATIENCE_S = 600.0
-TOOLS = ("ip", "ssh", "ssh-keygen", "sshd", "sbatch", "slurmctld", "munged")
+TOOLS = {
+    "network": ("ip", "ssh", "ssh-keygen", "sshd"),
+    "slurm": ("sbatch", "slurmctld", "munged"),
+}
 COMMAND = Path(sys.executable).with_name("flagscale-train")
 
 EXPERIMENT = """
@@ -184,13 +187,17 @@ class Network:
         until(lambda: self.listening(number), "the listener")
         return child
 
+    def pids(self, number: int) -> list[int]:
+        """Return the processes of a host, its sshd among them."""
+        return [int(word) for word in call("ip", "netns", "pids", self.space(number)).split()]
+
     def kill_worker(self, number: int) -> None:
         """Kill the training process of a host, as the kernel does when memory is short."""
-        for pid in call("ip", "netns", "pids", self.space(number)).split():
+        for pid in self.pids(number):
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(bytes(1))
                 if b"flagscale_train.worker" in words and b"flagscale_train.worker.torchrun" not in words:
-                    os.kill(int(pid), signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
 
     def answers(self, number: int) -> bool:
         import socket
@@ -214,9 +221,9 @@ class Network:
 
     def kill(self, number: int) -> None:
         """Kill everything on a host at once, its sshd too, as a crash does."""
-        for pid in call("ip", "netns", "pids", self.space(number)).split():
+        for pid in self.pids(number):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
 
     def listening(self, number: int) -> list[str]:
         """Return the sockets that listen on a host, but for its sshd."""
@@ -292,11 +299,11 @@ def write_data(prefix: Path) -> None:
             writer.add(array("H", ids).tobytes(), [len(ids)])
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _tools() -> None:
+def demand(*names: str) -> None:
+    """Fail where a test could not be run: a skipped proof looks like a proof."""
     if os.geteuid() != 0:
-        pytest.fail("these tests make network namespaces: run `nox -s hosts` as root", pytrace=False)
-    missing = [name for name in TOOLS if shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
+        pytest.fail("these tests make hosts, which only root may: run them as root", pytrace=False)
+    missing = [name for name in names if shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
     if missing:
         pytest.fail(
             f"{', '.join(missing)}: not installed: apt-get install openssh-server iproute2 slurm-wlm munge",
@@ -304,8 +311,14 @@ def _tools() -> None:
         )
 
 
+@pytest.fixture
+def mentioned() -> Callable[[str], list[str]]:
+    return mentioning
+
+
 @pytest.fixture(scope="session")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    demand(*TOOLS["network"])
     made = Network(tmp_path_factory.mktemp("network"), count=4)
     try:
         made.up()
@@ -423,6 +436,7 @@ class SlurmCluster:
 
 @pytest.fixture(scope="session")
 def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    demand(*TOOLS["slurm"])
     made = SlurmCluster(tmp_path_factory.mktemp("slurm"))
     try:
         made.up()

@@ -41,9 +41,10 @@ def remember(pid):
 
 def answer_whether_installed():
     wanted = json.loads(sys.argv[-1])
+    lacking = os.environ.get("FAKE_MISSING", "").split(",")
     answer = {
         "python": "3.12.0",
-        "missing": [name for name in wanted["modules"] if name == os.environ.get("FAKE_MISSING")],
+        "missing": [name for name in wanted["modules"] if name in lacking],
         "versions": dict.fromkeys(wanted["distributions"], "9.9"),
     }
     print(json.dumps(answer))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from importlib.resources import files
@@ -74,6 +76,8 @@ def test_tensor_parallelism_over_hosts_is_vllms_own(serve_file):
     assert "--headless" in words(other)
     assert "--headless" not in words(head)
     assert "--port" not in other.argv
+    assert words(other).startswith("py {run_dir}/leave_last.py {address:10.0.0.1} {port:a} py -m vllm.")
+    assert "leave_last.py" not in words(head)
     assert made.port_hosts["a-ranks"] == "10.0.0.1"
     (probe,) = made.probes
     assert probe.url == "http://{address:10.0.0.1}:{port:a}/v1/completions"
@@ -116,7 +120,9 @@ def test_ray_where_the_file_asks_for_it(serve_file):
     made = plan(served(serve_file, args), NVIDIA, nodes=nodes(), python="py")
     assert [process.name for process in made.processes] == ["a-ray", "a", "a-rank-1-ray"]
     ray, engine, other = made.processes
-    assert words(ray).startswith("py -m ray.scripts.scripts start --block --head --port {port:a-ranks}")
+    start = "py {run_dir}/leave_last.py {address:10.0.0.1} {port:a} py -m ray.scripts.scripts start --block "
+    assert words(ray).startswith(f"{start}--head --port {{port:a-ranks}}")
+    assert words(other).startswith(start)
     assert "--address {address:10.0.0.1}:{port:a-ranks}" in words(other)
     assert "--num-gpus 8" in words(other)
     assert words(engine).startswith("py {run_dir}/ray_launch.py 2 py -m vllm.entrypoints.cli.main serve /m")
@@ -152,6 +158,110 @@ def test_the_engine_waits_for_rays_last_host(tmp_path):
         "Ray has 3 of 3 hosts",
         "engine",
     ]
+
+
+@pytest.fixture
+def door():
+    """Something that listens, as the first rank does while it answers what is under way."""
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        yield made
+
+
+@pytest.fixture
+def last(tmp_path):
+    """Start a command that leaves last, and end it whatever happens."""
+    script = tmp_path / "leave_last.py"
+    script.write_text(files("flagscale_serve.engines").joinpath("leave_last.py").read_text())
+    started = []
+
+    def start(door, code: str) -> subprocess.Popen[str]:
+        where = ("127.0.0.1", str(door.getsockname()[1]))
+        # The command ends with its input, should the test fail.
+        argv = [sys.executable, str(script), *where, sys.executable, "-uc", code]
+        started.append(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.communicate()
+
+
+def test_what_works_for_the_first_rank_leaves_after_it(door, last):
+    waiting = last(door, "import sys; print('up'); sys.stdin.read()")
+    assert waiting.stdout.readline() == "up\n"
+    waiting.terminate()
+    door.settimeout(60)
+    for _ in range(2):  # it looks again and again whether the first rank is there, and stays
+        door.accept()[0].close()
+        assert waiting.poll() is None
+    door.close()
+    assert waiting.wait(60) == -signal.SIGTERM
+
+
+def test_what_works_for_a_first_rank_that_is_gone_has_failed(door, last):
+    left = last(door, "import sys; sys.stdin.read()")
+    door.settimeout(60)
+    door.accept()[0].close()
+    door.close()
+    assert left.wait(60) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "ends"), [("pass", 1), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
+)
+def test_what_leaves_by_itself_has_failed(door, last, code, ends):
+    assert last(door, code).wait(60) == ends
+
+
+def test_ray_is_refused_on_cpus(serve_file):
+    args = "tensor_parallel_size: 2, distributed_executor_backend: ray"
+    with pytest.raises(InvalidService, match="vLLM does not use Ray on CPUs"):
+        plan(served(serve_file, args), fake_host("cpu"), nodes=nodes(chip="cpu", devices=0))
+
+
+def on_cpus(*slots: int | None) -> tuple[Node, ...]:
+    machine = fake_host("cpu")
+    return tuple(
+        Node(target=Target(name=name), machine=machine, slots=number)
+        for name, number in zip(HOSTS, slots, strict=False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "slots", "hosts"),
+    [
+        (1, (None, None), ["10.0.0.1"]),
+        (2, (None, None), ["10.0.0.1", "10.0.0.2"]),
+        (2, (2, 2), ["10.0.0.1"]),
+        (4, (2, 2), ["10.0.0.1", "10.0.0.2"]),
+        (4, (1, 2, 2), ["10.0.0.2", "10.0.0.3"]),
+    ],
+)
+def test_each_slot_of_a_cpu_takes_one_process(serve_file, size, slots, hosts):
+    made = plan(served(serve_file, f"tensor_parallel_size: {size}"), fake_host("cpu"), nodes=on_cpus(*slots))
+    assert [process.host for process in made.processes] == hosts
+    # What each of them gets of its host is shared by its processes.
+    whole = plan(served(serve_file, ""), fake_host("cpu"), nodes=on_cpus(None)).processes[0]
+    mine = size // len(hosts)
+    for process in made.processes:
+        assert int(process.env["OMP_NUM_THREADS"]) == max(1, int(whole.env["OMP_NUM_THREADS"]) // mine)
+        assert abs(cache_of(process) - cache_of(whole) / mine) < 1 << 20
+
+
+def cache_of(process) -> int:
+    return int(process.argv[process.argv.index("--kv-cache-memory-bytes") + 1])
+
+
+def test_cpus_without_slots_for_all_are_refused(serve_file):
+    with pytest.raises(InvalidService, match=r"4 devices asked for: the hosts have 10.0.0.1 1, 10.0.0.2 1"):
+        plan(served(serve_file, "tensor_parallel_size: 4"), fake_host("cpu"), nodes=on_cpus(None, None))
+
+
+def test_a_host_without_accelerators_among_others_gets_nothing(serve_file):
+    mixed = (*on_cpus(None), *nodes(2)[1:])
+    made = plan(served(serve_file, "tensor_parallel_size: 8"), NVIDIA, nodes=mixed)
+    assert [process.host for process in made.processes] == ["10.0.0.2"]
 
 
 def test_sglang_meets_at_the_head(serve_file):
@@ -211,6 +321,9 @@ runner:
 """
 
 
+PAIR = "runner: {deploy: {prefill_decode_disaggregation: true}}"
+
+
 UNUSED = """\
     prefill_decode_log_dir: /logs
     pd_proxy_port: 30001
@@ -231,21 +344,35 @@ def test_prefill_and_decode_on_one_host(serve_file):
         ("a-router", None),
     ]
     first, _, decode, router = made.processes
-    assert kv_config(first) == kv_config(decode) == {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    assert kv_config(first) == {"kv_connector": "NixlConnector", "kv_role": "kv_producer"}
+    assert kv_config(decode) == {"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}
     assert first.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "{port:a-prefill-1-kv-0}"
     assert words(router).startswith("router-py -m vllm_router.launch_router --host 127.0.0.1 --port")
     assert "--policy random" in words(router)
     assert "--prefill http://127.0.0.1:{port:a-prefill-2}" in words(router)
     assert "--decode http://127.0.0.1:{port:a-decode-1}" in words(router)
     assert made.ports["a-router"] == 9000
-    # A half is not asked for a token by itself: that would break it. The router is.
-    assert [(probe.url.rpartition("/")[2], probe.expect) for probe in made.probes] == [
-        ("health", None),
-        ("health", None),
-        ("health", None),
-        ("completions", "usage.completion_tokens"),
+    # A half is not asked for a token by itself: that would break it. The router is, for each of them.
+    halves = ["a-prefill-1", "a-prefill-2", "a-decode-1"]
+    assert [(probe.process, probe.url.rpartition("}")[2]) for probe in made.probes] == [
+        *((name, "/health") for name in halves),
+        *((name, "/v1/completions") for name in (*halves, "a-router")),
     ]
+    through = [probe for probe in made.probes if probe.expect == "usage.completion_tokens"]
+    assert {probe.url for probe in through} == {"http://127.0.0.1:{port:a-router}/v1/completions"}
     check_golden("disaggregated.json", made)
+
+
+def test_halves_that_could_not_move_anything_are_not_started(shell, serve_file, model_dir):
+    path = serve_file(
+        f"- serve_id: a\n  engine: vllm\n  engine_args: {{model: {model_dir}}}\n", experiment=PAIR
+    )
+    shell.env["FAKE_MISSING"] = "nixl,nixl_rocm"
+    done = shell("run", path, "--detach")
+    assert done.returncode == 3
+    assert "has no `nixl`" in done.stderr
+    assert "pip install nixl" in done.stderr
+    assert not shell.engine_pids()
 
 
 def test_what_the_file_says_of_the_connector_is_kept(serve_file):
@@ -253,7 +380,7 @@ def test_what_the_file_says_of_the_connector_is_kept(serve_file):
     prefill = plan(served(serve_file, args, DISAGGREGATED), NVIDIA, python="py").processes[0]
     assert kv_config(prefill) == {
         "kv_connector": "NixlConnector",
-        "kv_role": "kv_both",
+        "kv_role": "kv_producer",
         "kv_load_failure_policy": "fail",
     }
 

@@ -81,6 +81,18 @@ def test_the_users_environment_and_options_win_over_ours(serve_file):
     assert str(MACHINES["cpu"].memory_bytes // 8) not in argv
 
 
+def test_stages_on_a_cpu_are_warmed_up(serve_file):
+    """vLLM makes what a stage receives while it warms up, which eager execution would leave out."""
+    item = "- serve_id: a\n  engine: vllm\n  engine_args: {{model: /a, pipeline_parallel_size: 2{}}}\n"
+    (process,) = plan(load(serve_file(item.format(""))), MACHINES["cpu"]).processes
+    assert "--enforce-eager" not in process.argv
+    assert "TORCH_COMPILE_DISABLE" not in process.env
+    config = process.argv[process.argv.index("--compilation-config") + 1]
+    assert json.loads(config) == {"mode": 2, "backend": "eager"}
+    with pytest.raises(InvalidService, match="enforce_eager: true with pipeline_parallel_size 2"):
+        plan(load(serve_file(item.format(", enforce_eager: true"))), MACHINES["cpu"])
+
+
 def test_an_accelerator_gets_none_of_the_cpus_options():
     (process,) = plan(model_service("vllm"), MACHINES["nvidia"]).processes
     assert "--enforce-eager" not in process.argv

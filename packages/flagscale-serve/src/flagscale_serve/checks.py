@@ -31,6 +31,8 @@ __all__ = [
 
 _TIMEOUT_S = 60.0
 _LEAST_FREE_BYTES = 64 << 20
+_NIXL = ("nixl", "nixl_rocm")
+"""vLLM takes the second on AMD's platform, the first on all others."""
 # Finds without importing: an import of an engine takes seconds, and can fail for reasons of the machine.
 _LOOK = """
 import importlib.metadata, importlib.util, json, sys
@@ -113,15 +115,29 @@ def check_engines(service: Service, python: str) -> dict[str, str]:
         Engine name -> its version.
 
     Raises:
-        EngineMissing: that Python does not exist or lacks an engine; says what to install.
+        EngineMissing: that Python does not exist or lacks an engine, or what an engine needs to move keys and
+            values; says what to install.
     """
     engines = {name: engine_named(name) for name in sorted({one.engine for one in service.instances})}
-    return {
+    found = {
         name: _look((*service.shell, python), engine, service)
         if engine.program is None
         else _look_for_program(engine, service)
         for name, engine in engines.items()
     }
+    if any(one.role for one in service.instances):
+        _look_for_nixl(service, python)
+    return found
+
+
+def _look_for_nixl(service: Service, python: str) -> None:
+    """Without it vLLM says so only when it has loaded the model."""
+    wanted = json.dumps({"modules": _NIXL, "distributions": []})
+    if len(_ask((*service.shell, python, "-c", _LOOK, wanted), python, service)["missing"]) == len(_NIXL):
+        raise EngineMissing(
+            f"prefill apart from decode: {python} has no `nixl`, by which vLLM moves keys and values: "
+            "install it there with `pip install nixl`, or name the Python that has it with --python"
+        )
 
 
 def check_router(service: Service, python: str) -> None:

@@ -1,4 +1,8 @@
-"""Which devices of which host each instance gets: first come, first served, in the order of the file."""
+"""Which devices of which host each instance gets: first come, first served, in the order of the file.
+
+Hosts without accelerators are shared by all instances. Each takes one process of an instance, or as many as
+its slots in the hostfile.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,8 @@ class Berth:
     machine: Machine
     node: Node | None = None
     """None: this host, and no other takes part."""
+    count: int = 1
+    """Processes of the instance on this host, one for each device where there are devices."""
     devices: tuple[Device, ...] = ()
     is_shared: bool = False
     """Whether the devices must be told, because others use the rest of them."""
@@ -74,26 +80,25 @@ class _Free:
 
     @property
     def count(self) -> int:
-        """Devices that nobody has yet."""
-        return len(self.devices)
+        """What an instance may have: devices that nobody has yet, or processes on a CPU."""
+        return (self.node.slots or 1) if self.is_cpu else len(self.devices)
 
     def take(self, count: int) -> Berth:
         self.load += 1
         if self.is_cpu:
-            return Berth(machine=self.node.machine, node=self.node)
+            return Berth(machine=self.node.machine, node=self.node, count=count)
         is_whole = count == len(self.node.machine.visible)
         mine, self.devices = self.devices[:count], self.devices[count:]
-        return Berth(machine=self.node.machine, node=self.node, devices=mine, is_shared=not is_whole)
+        return Berth(
+            machine=self.node.machine, node=self.node, count=count, devices=mine, is_shared=not is_whole
+        )
 
 
 def _aboard(instance: Instance, count: int, hosts: Sequence[_Free]) -> tuple[Berth, ...]:
     if all(host.is_cpu for host in hosts):
-        if count > 1:
-            raise InvalidService(
-                f"{instance.name}: {count} devices asked for: the hosts have no accelerators: use parallel "
-                "sizes of 1"
-            )
-        return (min(hosts, key=lambda host: host.load).take(1),)
+        hosts = sorted(hosts, key=lambda host: host.load)
+    else:
+        hosts = [host for host in hosts if not host.is_cpu]
     for host in hosts:
         if host.count >= count:
             return (host.take(count),)
@@ -114,7 +119,7 @@ def _on_this_host(
 ) -> dict[str, tuple[Berth, ...]]:
     """A single instance keeps what the user's environment shows it."""
     if machine.chip == "cpu":
-        return {name: (Berth(machine=machine),) for name in wanted}
+        return {name: (Berth(machine=machine, count=count),) for name, count in wanted.items()}
     total, free = sum(wanted.values()), machine.visible
     if total > len(free):
         asked = ", ".join(f"{name} {count}" for name, count in wanted.items())
@@ -124,6 +129,8 @@ def _on_this_host(
         )
     found: dict[str, tuple[Berth, ...]] = {}
     for name, count in wanted.items():
-        found[name] = (Berth(machine=machine, devices=free[:count], is_shared=len(instances) > 1),)
+        found[name] = (
+            Berth(machine=machine, count=count, devices=free[:count], is_shared=len(instances) > 1),
+        )
         free = free[count:]
     return found

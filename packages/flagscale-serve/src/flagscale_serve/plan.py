@@ -99,6 +99,12 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     used = {process.host for part in parts for process in part.processes}
     files = {file.path: file for part in parts for file in part.rendered.files}
     probes = [_probe(part, ready_timeout_s) for part in heads]
+    behind = {name: number for number, front in enumerate(service.fronts) for name in front.members}
+    for part in heads:
+        if not part.rendered.answers_alone and part.processes[-1].max_restarts:
+            # Half of a pair that was started again is ready when the whole pair answers.
+            _, through = fronts[behind[part.instance.name]]
+            probes.append(replace(through, process=part.instance.name))
     return Plan(
         kind="serve",
         name=service.name,
@@ -171,7 +177,7 @@ class _Crew:
                 head=_address(head),
                 own="127.0.0.1" if berth.node is None else _OWN,
                 rendezvous=f"{{port:{instance.name}-ranks}}",
-                num_devices=max(1, len(berth.devices)),
+                num_devices=berth.count,
                 interface=berth.node.interface if berth.node else None,
             )
             here = replace(

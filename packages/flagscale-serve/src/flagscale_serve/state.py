@@ -6,6 +6,7 @@ What does not live here: which run a target means (`targets.py`), starting and s
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class InstanceStatus:
     """How often it was started again."""
     behind: str | None = None
     """The router in front of it."""
+    hosts: tuple[str, ...] = ()
+    """The hosts that it spans, as the hostfile has them, its head first; none where there is no hostfile."""
     load: Load | None = None
     """How busy it is, where it was asked and tells."""
 
@@ -115,6 +118,7 @@ def status_of(run: hw.Run) -> ServiceStatus:
                 has_chat_template=_can_chat(one),
                 tokenizer=one["tokenizer"],
                 behind=one.get("behind"),
+                hosts=_hosts_of(made, one["name"]),
             )
             for one in made.get("facts", {}).get("instances", ())
         ),
@@ -130,6 +134,13 @@ def _is_ready(now: hw.RunStatus, process: hw.ProcessStatus | None) -> bool:
     return now.state == "ready" or bool(
         now.state == "starting" and process is not None and process.is_running and process.ready_at
     )
+
+
+def _hosts_of(made: dict[str, Any], name: str) -> tuple[str, ...]:
+    """List the hosts of an instance: its other ranks are named after it."""
+    mine = re.compile(rf"{re.escape(name)}(-rank-\d+)?(-ray)?")
+    hosts = [one.get("host", "local") for one in made.get("processes", ()) if mine.fullmatch(one["name"])]
+    return tuple(dict.fromkeys(host for host in hosts if host != "local"))
 
 
 def _log_of(run: hw.Run, made: dict[str, Any], name: str) -> Path:

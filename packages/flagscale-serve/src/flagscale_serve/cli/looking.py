@@ -63,9 +63,10 @@ def _print_status(now: ServiceStatus, *, as_json: bool) -> None:
     for one in now.instances:
         again = f", started again {one.restarts} times" if one.restarts else ""
         away = "" if one.is_ready or now.state != "starting" else ", not ready"
+        where = f", on {', '.join(one.hosts)}" if one.hosts else ""
         print(
-            f"  {one.name}: {one.engine}, model {one.model}, {one.url or 'no port yet'}, pid {one.pid or '-'}"
-            f"{away}{again}{_load_text(one.load)}"
+            f"  {one.name}: {one.engine}, model {one.model}, {one.url or 'no port yet'}{where}, "
+            f"pid {one.pid or '-'}{away}{again}{_load_text(one.load)}"
         )
     print(f"  {now.run_dir}")
 

@@ -7,7 +7,15 @@ from typing import Any
 from flagscale_hw import File, FlagOSProfile, flagos_env, runtime
 from flagscale_serve.engines.adapter import Companion, Context, Layout, Rendered, text_of
 from flagscale_serve.engines.choice import choose, count_of
-from flagscale_serve.engines.vllm_hosts import across_hosts, ray_node, transfer, uses_ray
+from flagscale_serve.engines.vllm_hosts import (
+    LEAVE_LAST,
+    across_hosts,
+    ray_node,
+    staying_for,
+    transfer,
+    uses_ray,
+)
+from flagscale_serve.errors import InvalidService
 from flagscale_serve.service import Instance
 
 __all__ = ["MODULE", "VLLM", "Vllm"]
@@ -16,6 +24,8 @@ MODULE = "vllm.entrypoints.cli.main"
 """vLLM's command line; run as a module, so that the interpreter is the one that was named."""
 _MIB = 1 << 20
 _DRAIN_S = 3600
+_TRACE_ONCE = 2
+"""Of vLLM's compilation modes, the one that its CPU platform makes of the default."""
 _RAY = "ray_launch.py"
 
 
@@ -68,6 +78,7 @@ class Vllm:
         # a grace of their own.
         defaults: dict[str, Any] = {"shutdown_timeout": _DRAIN_S}
         if context.chip == "cpu":
+            _check_stages(instance, layout)
             options, more = _on_cpu(asked, context, layout)
             defaults |= options
             env.update(more)
@@ -99,18 +110,21 @@ class Vllm:
             *rank.words,
             *instance.extra_args,
         )
-        files: tuple[File, ...] = ()
+        scripts: tuple[str, ...] = ()
         companions: tuple[Companion, ...] = ()
-        if context.seat.num_hosts > 1 and uses_ray(instance):
-            companions = (ray_node(context),)
+        if rank.is_headless:
+            argv = (*staying_for(instance, context), *argv)
+            scripts = (LEAVE_LAST,)
+        elif context.seat.num_hosts > 1 and uses_ray(instance):
+            companions = (ray_node(instance, context),)
             wait = (context.python, f"{{run_dir}}/{_RAY}", str(context.seat.num_hosts))
             # Ray itself starts the processes of the other hosts.
             argv = () if context.seat.rank else (*wait, *argv)
-            files = (File(path=_RAY, text=text_of(_RAY)),)
+            scripts = (_RAY, LEAVE_LAST)
         return Rendered(
             argv=argv,
             env=env,
-            files=files,
+            files=tuple(File(path=name, text=text_of(name)) for name in scripts),
             companions=companions,
             served_names=instance.served_names,
             chosen=choice.chosen,
@@ -139,17 +153,27 @@ def _on_cpu(asked: dict[str, Any], context: Context, layout: Layout) -> tuple[di
     """Return options and environment that make vLLM a good guest on a CPU; what the user asked for wins.
 
     Left to itself it fills nine tenths of the memory with its key-value cache, pins itself to core 0, and
-    compiles for a minute before and during the first requests.
+    compiles for a minute before and during the first requests. Threads and cache are counted per process, and
+    there is one for each part of the model.
     """
+    ranks = context.seat.num_devices
     options: dict[str, Any] = {
-        "kv_cache_memory_bytes": context.kv_cache_bytes // _MIB * _MIB,
+        "kv_cache_memory_bytes": context.kv_cache_bytes // ranks // _MIB * _MIB,
         # A cache of that size may be shorter than the model's context: take what fits instead of refusing to
         # start.
         "max_model_len": "auto",
-        "enforce_eager": True,
     }
-    env = {"OMP_NUM_THREADS": str(context.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    if asked.get("enforce_eager", True):
+    env = {
+        "OMP_NUM_THREADS": str(max(1, context.num_threads // ranks)),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    if layout.pipeline > 1:
+        # Nothing is compiled, and yet vLLM warms up, which makes the buffers of what a stage receives. With
+        # `enforce_eager` and a size of the cache it does not, and the first request ends it (vLLM 0.32).
+        options["compilation_config"] = {"mode": _TRACE_ONCE, "backend": "eager"}
+    else:
+        options["enforce_eager"] = True
+    if asked.get("enforce_eager", layout.pipeline == 1):
         # `enforce_eager` alone still compiles some functions at their first use, seconds into a user's
         # request.
         env["TORCH_COMPILE_DISABLE"] = "1"
@@ -158,6 +182,14 @@ def _on_cpu(asked: dict[str, Any], context: Context, layout: Layout) -> tuple[di
         options["distributed_executor_backend"] = "uni"
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return options, env
+
+
+def _check_stages(instance: Instance, layout: Layout) -> None:
+    if layout.pipeline > 1 and instance.settled.get("enforce_eager"):
+        raise InvalidService(
+            f"{instance.name}: engine_args.enforce_eager: true with pipeline_parallel_size "
+            f"{layout.pipeline}: vLLM on CPUs fails at the first request then: leave enforce_eager out"
+        )
 
 
 VLLM = Vllm()

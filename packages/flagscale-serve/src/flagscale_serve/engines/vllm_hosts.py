@@ -2,9 +2,9 @@
 
 Several hosts are vLLM's own business (`--nnodes`, `--node-rank`, `--master-addr`; ranks above 0 are
 `--headless`; https://docs.vllm.ai, "Parallelism and Scaling" and "Data Parallel Deployment"), or Ray's where
-the file asks for it (`distributed_executor_backend: ray`). Keys and values move from prefill to decode by
-NixlConnector (https://docs.vllm.ai, "NixlConnector Usage Guide"); FlagScale's P2pNcclConnector is in no vLLM
-from 0.25 on.
+the file asks for it (`distributed_executor_backend: ray`). Whatever works for the first rank leaves after it
+(`leave_last.py`). Keys and values move from prefill to decode by NixlConnector (https://docs.vllm.ai,
+"NixlConnector Usage Guide"); FlagScale's P2pNcclConnector is in no vLLM from 0.25 on.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from flagscale_serve.engines.adapter import Companion, Context, Layout
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.service import Instance
 
-__all__ = ["Rank", "across_hosts", "ray_node", "transfer", "uses_ray"]
+__all__ = ["LEAVE_LAST", "Rank", "across_hosts", "ray_node", "staying_for", "transfer", "uses_ray"]
+
+LEAVE_LAST = "leave_last.py"
+"""What `staying_for` runs; the plan places it in the run directory."""
 
 _CONNECTOR = "NixlConnector"
+_KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
+"""vLLM 0.32 says that `kv_both`, which its guide once recommended, will go; older ones do not look at it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +43,14 @@ def across_hosts(instance: Instance, layout: Layout, context: Context) -> Rank:
     """Describe one rank of an instance; nothing for one that stays on its host.
 
     Raises:
-        InvalidService: copies of the model that each span hosts.
+        InvalidService: copies of the model that each span hosts; Ray on CPUs.
     """
     seat = context.seat
+    if uses_ray(instance) and context.chip == "cpu":
+        raise InvalidService(
+            f"{instance.name}: engine_args.distributed_executor_backend: 'ray': vLLM does not use Ray on "
+            "CPUs: leave it out, vLLM connects the hosts itself"
+        )
     if seat.num_hosts == 1:
         return Rank()
     env = {"VLLM_HOST_IP": seat.own}
@@ -78,7 +88,12 @@ def uses_ray(instance: Instance) -> bool:
     return bool(instance.settled.get("distributed_executor_backend") == "ray")
 
 
-def ray_node(context: Context) -> Companion:
+def staying_for(instance: Instance, context: Context) -> tuple[str, ...]:
+    """Return the words in front of a command that must not end before the instance has given its answers."""
+    return (context.python, f"{{run_dir}}/{LEAVE_LAST}", context.seat.head, f"{{port:{instance.name}}}")
+
+
+def ray_node(instance: Instance, context: Context) -> Companion:
     """Return the Ray process of one host; the first is the head."""
     seat = context.seat
     where = (
@@ -87,9 +102,8 @@ def ray_node(context: Context) -> Companion:
         else ("--address", f"{seat.head}:{seat.rendezvous}")
     )
     words = ("--node-ip-address", seat.own, "--num-gpus", str(seat.num_devices), "--disable-usage-stats")
-    return Companion(
-        name="ray", argv=(context.python, "-m", "ray.scripts.scripts", "start", "--block", *where, *words)
-    )
+    ray = (context.python, "-m", "ray.scripts.scripts", "start", "--block", *where, *words)
+    return Companion(name="ray", argv=(*staying_for(instance, context), *ray))
 
 
 def transfer(instance: Instance, context: Context) -> tuple[dict[str, Any], dict[str, str]]:
@@ -113,4 +127,4 @@ def transfer(instance: Instance, context: Context) -> tuple[dict[str, Any], dict
         "VLLM_NIXL_SIDE_CHANNEL_HOST": context.seat.own,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": context.transfer_ports[0],
     }
-    return {"kv_transfer_config": {**config, "kv_connector": name, "kv_role": "kv_both"}}, env
+    return {"kv_transfer_config": {**config, "kv_connector": name, "kv_role": _KV_ROLES[instance.role]}}, env
