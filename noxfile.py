@@ -36,7 +36,7 @@ TORCH = "torch==2.11.0"
 REPEATABLE = "--hypothesis-profile=ci"
 # Folders with sessions of their own, whose tools no other session installs.
 APART = ("--ignore=tests/chips", "--ignore=tests/hosts")
-MARKED = "megatron or transformers or vllm or device or hosts"
+MARKED = "megatron or transformers or vllm or sglang or device or hosts"
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["tests"]

@@ -43,6 +43,7 @@ _PLAIN = {int: "int", float: "float", str: "str", None: "str"}
 _NAMED = {
     "json_list_type": "json",
     "loads": "json",
+    "parse_cuda_graph_config_arg": "json",
     "human_readable_int": "size",
 }
 

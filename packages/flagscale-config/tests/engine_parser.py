@@ -30,6 +30,16 @@ def vllm():
     raise SystemExit("this vLLM keeps its parser elsewhere")
 
 
+def sglang():
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    for action in parser._actions:
+        action.required = False  # the model, which is not in every example
+    return parser
+
+
 def described(action):
     flags = [flag for flag in action.option_strings if flag.startswith("--")]
     choices = None if action.choices is None else [str(getattr(c, "name", c)) for c in action.choices]
@@ -38,7 +48,7 @@ def described(action):
 
 def main():
     out, sys.stdout = sys.stdout, sys.stderr  # engines greet
-    parser = {"megatron": megatron, "vllm": vllm}[sys.argv[1]]()
+    parser = {"megatron": megatron, "vllm": vllm, "sglang": sglang}[sys.argv[1]]()
 
     def refuse(message):
         raise ValueError(message)

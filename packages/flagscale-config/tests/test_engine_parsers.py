@@ -1,4 +1,8 @@
-"""The tables hold every option of the real parsers, and what is rendered reads back to what it was."""
+"""The tables hold every option of the real parsers, and what is rendered reads back to what it was.
+
+SGLang's is asked by hand only: `FLAGSCALE_TEST_SGLANG_PYTHON=ENV/bin/python pytest -m sglang`, with an
+environment that can import `sglang.srt.server_args`; no accelerator is needed.
+"""
 
 import importlib.metadata
 import json
@@ -18,8 +22,9 @@ from flagscale_config.translation import effective_options
 ENGINES = [
     pytest.param("megatron", marks=pytest.mark.megatron),
     pytest.param("vllm", marks=pytest.mark.vllm),
+    pytest.param("sglang", marks=pytest.mark.sglang),
 ]
-DISTRIBUTION = {"megatron": "megatron-core", "vllm": "vllm"}
+DISTRIBUTION = {"megatron": "megatron-core", "vllm": "vllm", "sglang": "sglang"}
 OF_THE_MACHINE = {"mm_processor_device"}
 """Options whose choices depend on the devices that the parser finds."""
 
@@ -133,7 +138,7 @@ def value_of(option):
     return single
 
 
-UNDERSTOOD = {"vllm": {"config", "lora_modules", "device_ids"}, "megatron": set()}
+UNDERSTOOD = {"vllm": {"config", "lora_modules", "device_ids"}, "megatron": set(), "sglang": {"monokernel_backend"}}
 """Options that the parser acts on at once (it opens the file), or takes apart by a grammar of its own."""
 
 

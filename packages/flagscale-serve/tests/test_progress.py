@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from flagscale_serve.progress import Phases, Tail, details
 
 
@@ -27,6 +29,35 @@ def test_phases_follow_the_engines_words():
     assert phases.read("INFO:     Application startup complete.")
     assert phases.current == "waiting for the first token"
     assert phases.last_line == "INFO:     Application startup complete."
+
+
+SGLANG_STARTS = """\
+[2026-11-28 19:29:26] server_args=ServerArgs(model_path='/m', tokenizer_path='/m')
+[2026-11-28 19:29:40] {connect} begin.
+[2026-11-28 19:29:41] {connect} ends. elapsed=0.52 s
+[2026-11-28 19:29:41] Load weight begin. avail mem=138.91 GB
+[2026-11-28 19:29:43] Load weight end. elapsed=1.62 s, type=Qwen3ForCausalLM, avail mem=137.10 GB
+[2026-11-28 19:29:43] Memory pool end. avail mem=97.44 GB
+[2026-11-28 19:29:44] Capture target decode CUDA graph begin. backend=full
+[2026-11-28 19:29:49] Capture target decode CUDA graph end. elapsed=5.04 s
+INFO:     Application startup complete.
+"""
+
+
+@pytest.mark.parametrize("connect", ["Init torch distributed", "Init parallel"])
+def test_phases_of_sglang_are_those_of_0_5_17_and_0_5_23(connect):
+    phases = Phases("sglang")
+    seen = [
+        phases.current for line in SGLANG_STARTS.format(connect=connect).splitlines() if phases.read(line)
+    ]
+    assert seen == [
+        "starting the engine",
+        "connecting the devices",
+        "loading weights",
+        "making room for keys and values",
+        "capturing graphs",
+        "waiting for the first token",
+    ]
 
 
 def test_details_are_the_lines_below_the_quoted_one(tmp_path):

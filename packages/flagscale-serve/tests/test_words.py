@@ -42,6 +42,9 @@ def argv_of(*args, **more):
         ("enforce_eager: true", "--disable-cuda-graph"),
         ("enable_prefix_caching: false", "--disable-radix-cache"),
         ("tool_call_parser: hermes", "--tool-call-parser hermes"),
+        ("tool_call_parser: hermes, enable_auto_tool_choice: true", "--tool-call-parser hermes"),
+        ("tool_call_parser: deepseek_v31", "--tool-call-parser deepseekv31"),
+        ("reasoning_parser: deepseek_r1", "--reasoning-parser deepseek-r1"),
         ("served_model_name: org/name", "--served-model-name org/name"),
     ],
 )
@@ -92,6 +95,7 @@ def test_speed_options_without_counterpart_are_skipped_aloud(serve_file):
     ("engine", "asked", "machine", "message"),
     [
         ("sglang", "limit_mm_per_prompt: {image: 1}, logits_processors: [a.b]", NVIDIA, "logits_processors"),
+        ("sglang", "enable_auto_tool_choice: true", NVIDIA, "enable_auto_tool_choice"),
         ("sglang", "", CPU, "needs an accelerator"),
         ("sglang", "api_key: k", NVIDIA, "command line only"),
         ("llama_cpp", "tool_call_parser: hermes", CPU, "tool_call_parser"),

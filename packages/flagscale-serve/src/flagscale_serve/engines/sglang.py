@@ -1,7 +1,8 @@
 """SGLang: `python -m sglang.launch_server`, on accelerators.
 
-Not run here: its option table comes from its own parser (0.5.23), the rest from its documentation
-(https://docs.sglang.io, "Server Arguments" and "Multi-Node Deployment").
+Its option table comes from its own parser (0.5.23), which reads what is rendered here; the phases come from
+the log lines of 0.5.17 and 0.5.23, the rest from its documentation (https://docs.sglang.io, "Server
+Arguments" and "Multi-Node Deployment").
 """
 
 from __future__ import annotations
@@ -32,12 +33,11 @@ class Sglang:
     install = "pip install 'flagscale-serve[sglang]'"
     phases = (
         ("server_args=", "starting the engine"),
-        ("Init torch distributed", "connecting the devices"),
+        ("Init torch distributed begin", "connecting the devices"),  # 0.5.17
+        ("Init parallel begin", "connecting the devices"),  # 0.5.23
         ("Load weight begin", "loading weights"),
-        ("Load weight end", "weights are loaded"),
-        ("KV Cache is allocated", "making room for keys and values"),
-        ("Capture cuda graph begin", "capturing graphs"),
-        ("Capture cuda graph end", "opening the port"),
+        ("Load weight end", "making room for keys and values"),
+        ("CUDA graph begin", "capturing graphs"),
         ("Application startup complete", "waiting for the first token"),
     )
     grace_s = 30.0
@@ -81,7 +81,14 @@ class Sglang:
             }
             if seat.interface:
                 env |= {"GLOO_SOCKET_IFNAME": seat.interface, "NCCL_SOCKET_IFNAME": seat.interface}
-        choice = choose(instance, self.name, label="SGLang", defaults=defaults, version=context.version)
+        choice = choose(
+            instance,
+            self.name,
+            label="SGLang",
+            defaults=defaults,
+            version=context.version,
+            ignored=_unneeded(instance),
+        )
         name = instance.served_names[0]
         argv = (
             context.python,
@@ -102,6 +109,12 @@ class Sglang:
         if choice.skipped:
             warnings = (f"{instance.name}: SGLang has no use for {', '.join(choice.skipped)}: skipped",)
         return Rendered(argv=argv, env=env, warnings=warnings, served_names=(name,), chosen=choice.chosen)
+
+
+def _unneeded(instance: Instance) -> tuple[str, ...]:
+    """Return the wishes that need no word: with a parser, SGLang lets a model choose its tools by itself."""
+    has_parser = "tool_call_parser" in {**instance.options, **instance.specific.get("sglang", {})}
+    return ("enable_auto_tool_choice",) if has_parser else ()
 
 
 SGLANG = Sglang()
