@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 import tomllib
 from collections.abc import Callable
@@ -285,7 +286,7 @@ def megatron016(session: nox.Session) -> None:
 
 @nox.session(python="3.11", venv_backend="venv")
 def vllm(session: nox.Session) -> None:
-    """A real vLLM server on the CPU, in an environment of its own; also on two hosts, which only root can make.
+    """A real vLLM server on the CPU, in an environment of its own; and on two hosts where root can make them.
 
     Its torch build (2.13.0, CPU) is not on PyPI: pip must be able to find it, by `--find-links` or by
     `--extra-index-url` of PyTorch's own CPU index; uv is not used because it does not read pip's settings.

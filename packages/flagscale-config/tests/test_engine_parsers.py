@@ -138,7 +138,11 @@ def value_of(option):
     return single
 
 
-UNDERSTOOD = {"vllm": {"config", "lora_modules", "device_ids"}, "megatron": set(), "sglang": {"monokernel_backend"}}
+UNDERSTOOD = {
+    "vllm": {"config", "lora_modules", "device_ids"},
+    "megatron": set(),
+    "sglang": {"monokernel_backend"},
+}
 """Options that the parser acts on at once (it opens the file), or takes apart by a grammar of its own."""
 
 
