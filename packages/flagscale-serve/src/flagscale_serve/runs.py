@@ -205,12 +205,13 @@ def check(prepared: Prepared) -> tuple[Model, ...]:
         return ()
     if prepared.is_local:
         check_addresses((*prepared.service.instances, *prepared.service.fronts))
-        check_router(prepared.service, sys.executable)
     for one in prepared.plan.facts["instances"]:
         if one.get("fit", {}).get("verdict") == "too big":
             raise InvalidService(words_of(Fit(**one["fit"])))
     if prepared.problem is not None:
         raise prepared.problem
+    if prepared.is_local:
+        check_router(prepared.service, sys.executable)
     return prepared.models
 
 
