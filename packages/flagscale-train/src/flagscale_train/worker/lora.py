@@ -6,7 +6,8 @@ checkpoints.
 Under tensor parallelism the part of an adapter that meets a divided axis is divided with it, the other part
 is the same on every rank. Each expert has adapters of its own, on the rank that has the expert.
 
-Layers of Transformer Engine are told by the same rules; `benchmarks/transformer_engine.py` compares both on a GPU.
+Layers of Transformer Engine are told by the same rules; `benchmarks/transformer_engine.py` compares both on a
+GPU.
 """
 
 from __future__ import annotations
