@@ -1,6 +1,7 @@
 """A tiny experiment in FlagScale's two-level layout, and its data."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -121,6 +122,25 @@ def run_forked():
     def tail(log):
         lines = log.read_text(errors="replace").splitlines() if log.exists() else ["no log"]
         return "\n".join(line for line in lines[-12:] if "rror" in line)
+
+    return run
+
+
+@pytest.fixture
+def said_by(tmp_path):
+    """Run a script in a process of its own, told of a file where its ranks may meet; return its lines."""
+
+    def run(script):
+        done = subprocess.run(
+            [sys.executable, "-c", script, tmp_path / "store"],
+            env={**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
 
     return run
 

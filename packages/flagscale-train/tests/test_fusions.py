@@ -1,9 +1,5 @@
 """The loss of large vocabularies against torch's own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytestmark = pytest.mark.megatron
@@ -39,14 +35,5 @@ print(off.item())
 """
 
 
-def test_the_loss_of_a_split_vocabulary_is_that_of_the_whole(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tmp_path / "store"],
-        env={**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert float(done.stdout.splitlines()[-1]) < 1e-5
+def test_the_loss_of_a_split_vocabulary_is_that_of_the_whole(said_by):
+    assert float(said_by(SCRIPT)[-1]) < 1e-5

@@ -1,9 +1,5 @@
 """Grouped experts, which no CPU run reaches: Megatron refuses the option without a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytestmark = pytest.mark.megatron
@@ -109,16 +105,7 @@ print(max((a - b).abs().max().item() for a, b in pairs))
 """
 
 
-def test_grouped_experts_compute_what_sequential_ones_do_with_adapters_too(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tmp_path / "store"],
-        env={**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    alone, adapted = map(float, done.stdout.splitlines()[-2:])
+def test_grouped_experts_compute_what_sequential_ones_do_with_adapters_too(said_by):
+    alone, adapted = map(float, said_by(SCRIPT)[-2:])
     assert alone < 1e-5
     assert adapted < 1e-5

@@ -132,8 +132,7 @@ def check_engines(service: Service, python: str) -> dict[str, str]:
 
 def _look_for_nixl(service: Service, python: str) -> None:
     """Without it vLLM says so only when it has loaded the model."""
-    wanted = json.dumps({"modules": _NIXL, "distributions": []})
-    if len(_ask((*service.shell, python, "-c", _LOOK, wanted), python, service)["missing"]) == len(_NIXL):
+    if len(_ask((*service.shell, python), service, _NIXL)["missing"]) == len(_NIXL):
         raise EngineMissing(
             f"prefill apart from decode: {python} has no `nixl`, by which vLLM moves keys and values: "
             "install it there with `pip install nixl`, or name the Python that has it with --python"
@@ -146,13 +145,11 @@ def check_router(service: Service, python: str) -> None:
     Raises:
         EngineMissing: it has not.
     """
-    if service.fronts:
-        wanted = json.dumps({"modules": [router.MODULE], "distributions": []})
-        if _ask((python, "-c", _LOOK, wanted), python, service)["missing"]:
-            raise EngineMissing(
-                f"{service.fronts[0].name}: several instances behind one address need a router, which "
-                f"{python} does not have: install it there with `{router.INSTALL}`"
-            )
+    if service.fronts and _ask((python,), service, (router.MODULE,))["missing"]:
+        raise EngineMissing(
+            f"{service.fronts[0].name}: several instances behind one address need a router, which "
+            f"{python} does not have: install it there with `{router.INSTALL}`"
+        )
 
 
 def check_ray(application: Application, python: str) -> None:
@@ -161,8 +158,7 @@ def check_ray(application: Application, python: str) -> None:
     Raises:
         EngineMissing: it has not.
     """
-    wanted = json.dumps({"modules": MODULES, "distributions": []})
-    found = _ask((*application.shell, python, "-c", _LOOK, wanted), python, application)
+    found = _ask((*application.shell, python), application, MODULES)
     if found["missing"]:
         raise EngineMissing(
             f"{application.source}: a composed application runs on Ray Serve: {python} (Python "
@@ -192,11 +188,10 @@ def check_disk(folder: Path) -> None:
 
 def has_modules(python: str, modules: Sequence[str]) -> bool:
     """Tell whether an interpreter has some modules; one that is not there has none."""
-    wanted = json.dumps({"modules": list(modules), "distributions": []})
     env = {**os.environ, "PYTHONSAFEPATH": "1"}
     try:
         done = subprocess.run(
-            (python, "-c", _LOOK, wanted),
+            (python, *_question(modules)),
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,
@@ -235,8 +230,7 @@ def _look_for_program(engine: Engine, service: Service) -> str:
 
 def _look(start: Sequence[str], engine: Engine, service: Service) -> str:
     python = start[-1]
-    wanted = json.dumps({"modules": engine.modules, "distributions": engine.distributions})
-    found = _ask((*start, "-c", _LOOK, wanted), python, service)
+    found = _ask(start, service, engine.modules, engine.distributions)
     missing = found["missing"] + [name for name, version in found["versions"].items() if version is None]
     if missing:
         raise EngineMissing(
@@ -247,10 +241,22 @@ def _look(start: Sequence[str], engine: Engine, service: Service) -> str:
     return str(next(iter(found["versions"].values()), "unknown"))
 
 
-def _ask(argv: Sequence[str], python: str, service: Service | Application) -> dict[str, Any]:
+def _question(modules: Sequence[str], distributions: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the words behind an interpreter that let it say which of these it has."""
+    return ("-c", _LOOK, json.dumps({"modules": list(modules), "distributions": list(distributions)}))
+
+
+def _ask(
+    start: Sequence[str],
+    service: Service | Application,
+    modules: Sequence[str],
+    distributions: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Ask the interpreter at the end of `start`, in the folder and environment of a service."""
+    python = start[-1]
     try:
         done = subprocess.run(
-            argv,
+            (*start, *_question(modules, distributions)),
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,

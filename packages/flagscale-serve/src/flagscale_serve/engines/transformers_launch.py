@@ -130,8 +130,8 @@ class Bounded:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass one request on."""
-        taken = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
-        if taken > self.largest:
+        told = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
+        if told > self.largest:
             await self.refusal(scope, receive, send)
             return
         taken = 0

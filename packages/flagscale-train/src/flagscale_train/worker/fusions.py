@@ -26,7 +26,7 @@ __all__ = ["accumulate_product", "install", "vocab_parallel_cross_entropy"]
 _APEX = "fused_weight_gradient_mlp_cuda"
 """Apex's extension, which Megatron imports by this name."""
 _INDEXABLE = 2**31
-"""Elements that compiled kernels count in 32 bits; with 64 they take half as long again."""
+"""Elements that compiled kernels count in 32 bits; counting in 64 is slower."""
 
 
 def install() -> None:
