@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from flagscale_serve.service import Front, Instance
 
-__all__ = ["DISTRIBUTION", "ENGINE", "INSTALL", "MODULE", "router_argv"]
+__all__ = ["DISTRIBUTION", "ENGINE", "INSTALL", "MODULE", "is_router", "router_argv"]
 
 ENGINE = "router"
 """What stands for the engine in facts and status."""
@@ -23,6 +23,11 @@ MODULE = "vllm_router"
 MAX_BODY_BYTES = 64 << 20
 """Larger requests are refused with 413. The longest contexts are a few MiB; pictures come to tens."""
 INSTALL = "pip install 'flagscale-serve[router]'"
+
+
+def is_router(argv: Sequence[str]) -> bool:
+    """Tell whether a command line is a router's."""
+    return f"{MODULE}.launch_router" in argv
 
 
 def router_argv(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flagscale_config.experiment import Resources, ServeInstance
 
 __all__ = [
+    "RAY_KEYS",
     "Front",
     "Instance",
     "Service",
@@ -44,6 +45,10 @@ _OURS = ("model", "served_model_name", "host", "port", "api_key")
 _POLICIES = {"random": "random", "robin": "round_robin", "slo": "power_of_two"}
 """FlagScale's strategies for prefill and decode in the router's words; `slo` chose the least loaded."""
 _DEFAULT_POLICY = "cache_aware"
+RAY_KEYS = ("distributed_executor_backend", "data_parallel_backend")
+"""vLLM's options by either of which Ray spreads an instance over hosts."""
+_RENDEZVOUS_KEYS = ("data_parallel_rpc_port", "master_port")
+"""vLLM's names for the port at which ranks meet: of copies, and of the parts of one copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,11 +222,24 @@ def of_experiment(experiment: Experiment, *, default_engine: str, engine: str | 
 
 
 def _rendezvous_port(experiment: Experiment, instances: Sequence[Instance]) -> int | None:
-    """Read `master_port`, or `ray_port` where Ray is asked for and the file gives it."""
+    """Read `master_port`, or `ray_port` where Ray is asked for and the file gives it; else the engine's."""
     runner = experiment.runner
-    by_ray = any(one.settled.get("distributed_executor_backend") == "ray" for one in instances)
+    by_ray = any(one.settled.get(key) == "ray" for one in instances for key in RAY_KEYS)
     if by_ray and "ray_port" in runner.model_fields_set:
         return runner.ray_port
+    if by_ray:
+        return runner.master_port
+    for one in instances:
+        for key in _RENDEZVOUS_KEYS:
+            where = f"{one.name}: engine_args.{key}"
+            port = port_of(one.settled.get(key), where)
+            if None not in (port, runner.master_port) and port != runner.master_port:
+                raise InvalidService(
+                    f"{where}: {port}: contradicts experiment.runner.master_port: {runner.master_port}: give "
+                    "one of the two"
+                )
+            if port is not None:
+                return port
     return runner.master_port
 
 
