@@ -156,9 +156,7 @@ def test_where_copies_meet_is_the_files_port_and_leased_on_the_first_host(serve_
 
 def test_two_ports_for_the_same_thing_are_refused(serve_file):
     args = "data_parallel_size: 16, data_parallel_rpc_port: 13345"
-    with pytest.raises(
-        InvalidService, match="data_parallel_rpc_port: 13345: contradicts .*master_port: 29777"
-    ):
+    with pytest.raises(InvalidService, match=r"data_parallel_rpc_port: 13345: contradicts .*port: 29777"):
         plan(served(serve_file, args, "runner: {master_port: 29777}"), NVIDIA, nodes=nodes())
 
 
@@ -190,9 +188,7 @@ def test_what_only_one_rank_can_be_told_is_refused_per_host_too(serve_file):
 
 def test_a_part_of_the_copies_needs_hosts(serve_file):
     args = "data_parallel_size: 8, data_parallel_size_local: 4"
-    with pytest.raises(
-        InvalidService, match="this is one host: name the hosts in experiment.runner.hostfile"
-    ):
+    with pytest.raises(InvalidService, match="this is one host: name the hosts in"):
         plan(served(serve_file, args), NVIDIA)
     alone = plan(served(serve_file, "data_parallel_size: 8, data_parallel_size_local: 8"), NVIDIA)
     assert "--data-parallel-size-local" not in alone.processes[0].argv
@@ -458,10 +454,10 @@ def test_prefill_and_decode_on_one_host(serve_file):
     assert "--prefill http://127.0.0.1:{port:a-prefill-2}" in words(router)
     assert "--decode http://127.0.0.1:{port:a-decode-1}" in words(router)
     assert made.ports["a-router"] == 9000
-    # Each half generates a token by itself, and the router one for each of them.
+    # Each half generates a token by itself; the router's tells something of a half that is the only one.
     halves = ["a-prefill-1", "a-prefill-2", "a-decode-1"]
     asked = [(probe.process, probe.url.partition("{port:")[2].partition("}")[0]) for probe in made.probes]
-    through = [(name, "a-router") for name in (*halves, "a-router")]
+    through = [(name, "a-router") for name in ("a-decode-1", "a-router")]
     assert asked == [*((name, name) for name in halves), *through]
     assert {probe.expect for probe in made.probes} == {"usage.completion_tokens"}
     check_golden("disaggregated.json", made)

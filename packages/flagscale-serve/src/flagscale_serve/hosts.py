@@ -107,8 +107,8 @@ def check_routers(made: hw.Plan, python: str) -> None:
             raise NotServing(f"{host}: {report.problem}")
         if report.versions.get(DISTRIBUTION) is None:
             raise EngineMissing(
-                f"{where[host]}: several instances behind one address need a router, which {python} on {host} "
-                f"does not have: install it there with `{INSTALL}`"
+                f"{where[host]}: several instances behind one address need a router, which {python} on "
+                f"{host} does not have: install it there with `{INSTALL}`"
             )
 
 

@@ -138,8 +138,8 @@ def _on_this_host(
     for name, need in wanted.items():
         if need.per_host not in (None, need.count):
             raise InvalidService(
-                f"{name}: data_parallel_size_local: {need.per_host} of {need.count} devices on each host: this "
-                "is one host: name the hosts in experiment.runner.hostfile, or leave it out"
+                f"{name}: data_parallel_size_local: {need.per_host} of {need.count} devices on each host: "
+                "this is one host: name the hosts in experiment.runner.hostfile, or leave it out"
             )
     counts = {name: need.count for name, need in wanted.items()}
     if machine.chip == "cpu":

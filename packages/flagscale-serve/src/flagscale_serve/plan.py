@@ -100,9 +100,11 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     files = {file.path: file for part in parts for file in part.rendered.files}
     probes = [_probe(part, ready_timeout_s) for part in heads]
     behind = {name: number for number, front in enumerate(service.fronts) for name in front.members}
+    roles = [part.instance.role for part in heads]
     for part in heads:
-        if part.instance.role and part.processes[-1].max_restarts:
-            # A half that was started again is ready when the router knows it, too.
+        if part.instance.role and roles.count(part.instance.role) == 1 and part.processes[-1].max_restarts:
+            # The only one of its kind, started again, is ready when the router uses it. Where there are
+            # others the router answers without it, which says nothing of it.
             _, through = fronts[behind[part.instance.name]]
             probes.append(replace(through, process=part.instance.name))
     return Plan(

@@ -65,6 +65,9 @@ def router_argv(
         *("--worker-startup-check-interval", "1"),
         # Its own habit is to notice a dead instance after three minutes.
         *("--health-check-interval-secs", "5", "--health-failure-threshold", "2"),
+        # An engine answers /health when its model is there, so that one answer is enough to be used again:
+        # with its habit of two, an instance that was started again stands idle for up to ten seconds.
+        *("--health-success-threshold", "1"),
         # It tries a request five times, and the instance whose cache fits again and again: one that died is
         # to be left out before the last try (its habit is ten failures), and not for a minute.
         *("--cb-failure-threshold", "3", "--cb-timeout-duration-secs", "10"),

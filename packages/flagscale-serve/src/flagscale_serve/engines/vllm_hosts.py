@@ -98,8 +98,8 @@ def across_hosts(instance: Instance, layout: Layout, context: Context) -> Rank:
         )
     if rest:
         raise InvalidService(
-            f"{instance.name}: data_parallel_size: {layout.data}: copies of {layout.copy_devices} devices are "
-            f"not shared evenly by {seat.num_hosts} hosts of {seat.num_devices} devices: choose "
+            f"{instance.name}: data_parallel_size: {layout.data}: copies of {layout.copy_devices} devices "
+            f"cannot be shared evenly by {seat.num_hosts} hosts of {seat.num_devices} devices: choose "
             "tensor_parallel_size so that copies fit into a host; or let each copy answer for itself with "
             f"resources.num_replicas: {layout.data} instead; or, for a mixture of experts, set "
             "data_parallel_backend to ray"
