@@ -48,7 +48,7 @@ from flagscale_serve.bench import Measured, Workload, measure, percentile
 from flagscale_serve.chat import Server
 from flagscale_serve.router import MODULE as ROUTER
 from flagscale_serve.router import router_argv
-from flagscale_serve.service import Front, Instance
+from flagscale_serve.service import DEFAULT_POLICY, Front, Instance
 
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu-tiny": {
@@ -256,12 +256,12 @@ def process_began(run_dir: Path) -> float:
 def router(url: str) -> Iterator[str]:
     """Start the router with the words of a plan, in front of one server."""
     port, metrics = free_port(), free_port()
-    instance = Instance(name="one", model="/m", served_names=(NAME,), engine="vllm")
-    front = Front(name="front", host="127.0.0.1", port=port, policy="cache_aware", members=("one",))
+    # The policy chooses between two: the one server by both of its names.
     base = url.removesuffix("/v1")
-    argv = router_argv(
-        front, [instance], python=sys.executable, host=front.host, urls={"one": base}, startup_s=60
-    )
+    urls = {"one": base, "two": base.replace("127.0.0.1", "localhost")}
+    members = [Instance(name=name, model="/m", served_names=(NAME,), engine="vllm") for name in urls]
+    front = Front(name="front", host="127.0.0.1", port=port, policy=DEFAULT_POLICY, members=tuple(urls))
+    argv = router_argv(front, members, python=sys.executable, host=front.host, urls=urls, startup_s=60)
     given = {"{port:front}": str(port), "{port:front-metrics}": str(metrics)}
     process = subprocess.Popen(
         [given.get(word, word) for word in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -375,6 +375,35 @@ def test_sglang_meets_at_the_head(serve_file):
         assert "--nnodes 2" in words(process)
 
 
+SGLANG = "  engine_args_specific: {sglang: {%s}}\n"
+
+
+@pytest.mark.parametrize("words", ["attn_dp_size: 16", "dp_size: 16, enable_dp_attention: true"])
+def test_sglang_shares_attention_over_hosts(serve_file, words):
+    """Attention in data parallel takes no devices of its own: it shares those of tensors."""
+    file = served(serve_file, "tensor_parallel_size: 16", engine="sglang", more=SGLANG % words)
+    head, other = plan(file, NVIDIA, nodes=nodes(4), python="py").processes
+    for rank, process in enumerate((head, other)):
+        assert f"--node-rank {rank}" in " ".join(process.argv)
+        assert "--nnodes 2" in " ".join(process.argv)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("dp_size: 2", "SGLang keeps copies on one host: on 4 hosts set .*attn_dp_size"),
+        ("attn_dp_size: 3", "attn_dp_size: 3: must divide tensor_parallel_size 16"),
+        ("dp_size: 5, enable_dp_attention: true", "attn_dp_size: 5: must divide tensor_parallel_size 16"),
+        ("nnodes: 2", "nnodes: 2: one command starts all hosts"),
+        ("node_rank: 1", "node_rank: 1: one command starts all hosts"),
+    ],
+)
+def test_what_sglang_cannot_share_over_hosts_is_refused(serve_file, words, said):
+    file = served(serve_file, "tensor_parallel_size: 16", engine="sglang", more=SGLANG % words)
+    with pytest.raises(InvalidService, match=said):
+        plan(file, NVIDIA, nodes=FOUR_HOSTS)
+
+
 def test_instances_fill_the_hosts_in_order(serve_file):
     more = "- serve_id: b\n  engine_args: {model: /b, tensor_parallel_size: 4}\n"
     more += "- serve_id: c\n  engine_args: {model: /c, tensor_parallel_size: 8}\n"

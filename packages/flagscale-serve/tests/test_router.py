@@ -73,7 +73,7 @@ def ask_until(url: str, is_over: threading.Event) -> list[tuple[float, float, st
 
 @pytest.mark.transformers
 def test_what_a_dead_instance_would_get_goes_to_the_other(shell, serve_file, model_dir, eventually, alive):
-    """The router prefers the instance that knows the prompt, also when nobody is there any more."""
+    """The router goes on to choose an instance for a while after nobody is there any more."""
     done = shell("run", serve_file(SHORT_ITEM.format(model=model_dir)), "--detach", "--timeout", 120)
     assert done.returncode == 0, done.stderr
     *both, front = shell.the_status()["instances"]
@@ -87,9 +87,9 @@ def test_what_a_dead_instance_would_get_goes_to_the_other(shell, serve_file, mod
 
     before = {one["name"]: asked(one) for one in both}
     assert {ask() for _ in range(4)} == {200}
-    preferred = max(both, key=lambda one: asked(one) - before[one["name"]])
-    os.kill(preferred["pid"], signal.SIGKILL)
-    eventually(lambda: not alive(preferred["pid"]))
+    chosen = max(both, key=lambda one: asked(one) - before[one["name"]])
+    os.kill(chosen["pid"], signal.SIGKILL)
+    eventually(lambda: not alive(chosen["pid"]))
     assert {ask() for _ in range(8)} == {200}
 
 

@@ -68,7 +68,7 @@ def router_argv(
         # An engine answers /health when its model is there, so that one answer is enough to be used again:
         # with its habit of two, an instance that was started again stands idle for up to ten seconds.
         *("--health-success-threshold", "1"),
-        # It tries a request five times, and the instance whose cache fits again and again: one that died is
+        # It tries a request five times, and one that died, which has the least to do, again and again: it is
         # to be left out before the last try (its habit is ten failures), and not for a minute.
         *("--cb-failure-threshold", "3", "--cb-timeout-duration-secs", "10"),
         *("--max-payload-size", str(MAX_BODY_BYTES)),
