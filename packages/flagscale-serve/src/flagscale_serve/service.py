@@ -48,12 +48,12 @@ _POLICIES = {"random": "random", "robin": "round_robin", "slo": "power_of_two"}
 DEFAULT_POLICY = "power_of_two"
 """The less loaded of two instances drawn at random, for copies of one item.
 
-The router's own default, `cache_aware`, sends a request to the instance that knows the beginning of its prompt.
-For that vllm-router 0.1.17 first asks the instances for the tokens of the prompt (`/v1/completions/render`),
-waits, and has no option against it: in front of two servers that answer after 50 ms, at 32 requests at a time,
-it added 53 to 82 ms to the median, `power_of_two` 0.8 and 1.6 ms in two rounds of three (`benchmarks/serve.py`
-measures it so), and the servers had three times the requests. What is lost: turns of one conversation do not
-come back to the instance that has their keys and values.
+The router's own default, `cache_aware`, sends a request to the instance that knows the beginning of its
+prompt. For that vllm-router 0.1.17 first asks the instances for the tokens of the prompt
+(`/v1/completions/render`), waits, and has no option against it: in front of two servers that answer after
+50 ms, at 32 requests at a time, it added 53 to 82 ms to the median, `power_of_two` 0.8 and 1.6 ms in two
+rounds of three (`benchmarks/serve.py` measures it so), and the servers had three times the requests. Lost:
+turns of one conversation do not come back to the instance that has their keys and values.
 """
 RAY_KEYS = ("distributed_executor_backend", "data_parallel_backend")
 """vLLM's options by either of which Ray spreads an instance over hosts."""
