@@ -42,11 +42,17 @@ def test_copies_answer_at_one_address(shell, serve_file, model_dir, alive):
             f"{router['url']}/completions",
             json={**body, "prompt": f"word {number}"},
             headers=key,
+            timeout=shell.patience_s,
             trust_env=False,
         )
         assert answer.json()["choices"][0]["text"] == f"WORD {number}"
     # The key is the instances' own: the router passes it on, and has none in its command line.
-    refused = httpx.post(f"{router['url']}/completions", json={**body, "prompt": "x"}, trust_env=False)
+    refused = httpx.post(
+        f"{router['url']}/completions",
+        json={**body, "prompt": "x"},
+        timeout=shell.patience_s,
+        trust_env=False,
+    )
     assert refused.status_code == 401
     streamed = shell("chat", "-m", "Hello", "--api-key", "the-very-key")
     assert streamed.stdout.startswith("user=Hello")
@@ -80,7 +86,10 @@ def test_what_a_dead_instance_would_get_goes_to_the_other(shell, serve_file, mod
     body = {"model": "m", "prompt": "the same thing again and again", "max_tokens": 1}
 
     def ask() -> int:
-        return httpx.post(f"{front['url']}/completions", json=body, trust_env=False).status_code
+        answer = httpx.post(
+            f"{front['url']}/completions", json=body, timeout=shell.patience_s, trust_env=False
+        )
+        return answer.status_code
 
     def asked(one: dict) -> int:
         return Path(one["log"]).read_text().count("POST /v1/completions HTTP")
