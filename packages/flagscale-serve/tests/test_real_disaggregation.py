@@ -19,8 +19,6 @@ import pytest
 
 pytestmark = pytest.mark.vllm
 READY_S = 600
-# After this long the router knows that an instance is dead: two looks of 5 s, generously.
-NOTICED_S = 60
 PROMPT, NUM_TOKENS = "def main():", 24
 FILE = """
 - serve_id: tiny
@@ -103,22 +101,19 @@ def test_the_halves_chat(three):
     assert said.stdout == expected["chat"] + "\n"
 
 
-def ask_until(url: str, is_over: threading.Event) -> list[tuple[float, float, str]]:
-    """Ask again and again; return begin, end and problem of each request."""
-    found: list[tuple[float, float, str]] = []
+def ask_until(url: str, is_over: threading.Event, asked: list[tuple[float, str]]) -> None:
+    """Ask again and again; note when each request began, and its problem."""
     body = {"model": "tiny", "max_tokens": 4, "temperature": 0}
     with httpx.Client(timeout=300, trust_env=False) as client:
         while not is_over.is_set():
-            began, problem = time.monotonic(), ""
+            began = time.monotonic()
             try:
-                answer = client.post(
-                    f"{url}/completions", json={**body, "prompt": f"{len(found)} {'x' * 150}"}
-                )
+                prompt = f"{len(asked)} {'x' * 150}"
+                answer = client.post(f"{url}/completions", json={**body, "prompt": prompt})
                 problem = "" if answer.status_code == 200 else f"{answer.status_code} {answer.text}"
             except httpx.HTTPError as error:
                 problem = repr(error)
-            found.append((began, time.monotonic(), problem))
-    return found
+            asked.append((began, problem))
 
 
 def test_one_prefill_is_killed_under_load_and_the_other_goes_on(three, eventually):
@@ -126,23 +121,31 @@ def test_one_prefill_is_killed_under_load_and_the_other_goes_on(three, eventuall
     first, second, decode, front = shell.the_status()["instances"]
     before = prompt_tokens(first)["local_compute"], prompt_tokens(second)["local_compute"]
     is_over = threading.Event()
+    asked: list[tuple[float, str]] = []
     with ThreadPoolExecutor(2) as pool:
-        loads = [pool.submit(ask_until, front["url"], is_over) for _ in range(2)]
+        loads = [pool.submit(ask_until, front["url"], is_over, asked) for _ in range(2)]
         try:
             for one, then in zip((first, second), before, strict=True):
-                eventually(lambda one=one, then=then: prompt_tokens(one)["local_compute"] > then)
+                eventually(
+                    lambda one=one, then=then: prompt_tokens(one)["local_compute"] > then, deadline_s=READY_S
+                )
             killed_at = time.monotonic()
             os.kill(first["pid"], signal.SIGKILL)
-            eventually(lambda: "killed by signal 9" in shell.the_status()["reason"])
-            eventually(lambda: shell.the_status()["is_ready"], deadline_s=READY_S)
-            ready_at = time.monotonic()
+            # They are asked in turn, and the router leaves out the dead one when it has looked twice.
+            eventually(
+                lambda: (
+                    len(asked) > 8
+                    and asked[-8][0] > killed_at
+                    and not any(problem for _, problem in asked[-8:])
+                ),
+                deadline_s=READY_S,
+            )
+            assert "killed by signal 9" in shell.the_status()["reason"]
         finally:
             is_over.set()
-        asked = [one for load in loads for one in load.result()]
-    meanwhile = [one for one in asked if killed_at < one[0] < ready_at]
-    # Those under way fail, and some until the router has noticed, which takes it two looks of 5 s.
-    assert [problem for _, _, problem in meanwhile].count("") > len(meanwhile) / 2
-    assert [one for one in meanwhile if one[2] and one[0] > killed_at + NOTICED_S] == []
+        for load in loads:
+            load.result()
+    eventually(lambda: shell.the_status()["is_ready"], deadline_s=READY_S)
     again, other, same, _ = shell.the_status()["instances"]
     assert (again["restarts"], other["restarts"], same["restarts"]) == (1, 0, 0)
     assert (other["pid"], same["pid"]) == (second["pid"], decode["pid"])
