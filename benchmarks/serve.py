@@ -18,7 +18,7 @@ is made by `vllm bench serve`.
     engine and the front of each policy in turn. Bound: output tokens/s, front / engine >= 0.97. What the
     front adds to a request is measured on a server that answers after 50 ms sharp, at 32 at a time, since an
     engine's own times vary by more; bound: <= 2 ms in the median. The bounds judge the first of
-    `--policies`; `power_of_two` is not one of them, for the router wants two instances for it.
+    `--policies` (default: a plan's own).
 
 Prints a table, writes JSON with `--json FILE`, and exits 1 when a bound is broken.
 """
@@ -49,7 +49,7 @@ from flagscale_serve.bench import Measured, Workload, measure, percentile
 from flagscale_serve.chat import Server
 from flagscale_serve.router import MODULE as ROUTER
 from flagscale_serve.router import router_argv
-from flagscale_serve.service import Front, Instance
+from flagscale_serve.service import DEFAULT_POLICY, Front, Instance
 
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu-tiny": {
@@ -95,7 +95,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=("run", "front"), help="one half: (a) or (b)")
-    parser.add_argument("--policies", type=lambda text: text.split(","), default=["cache_aware"])
+    parser.add_argument("--policies", type=lambda text: text.split(","), default=[DEFAULT_POLICY])
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
     if given.only != "run" and importlib.util.find_spec(ROUTER) is None:
@@ -271,12 +271,12 @@ def process_began(run_dir: Path) -> float:
 def router(url: str, policy: str) -> Iterator[str]:
     """Start the router with the words of a plan, in front of one server."""
     port, metrics = free_port(), free_port()
-    instance = Instance(name="one", model="/m", served_names=(NAME,), engine="vllm")
-    front = Front(name="front", host="127.0.0.1", port=port, policy=policy, members=("one",))
+    # A policy that chooses needs two: the one server by both of its names.
     base = url.removesuffix("/v1")
-    argv = router_argv(
-        front, [instance], python=sys.executable, host=front.host, urls={"one": base}, startup_s=60
-    )
+    urls = {"one": base, "two": base.replace("127.0.0.1", "localhost")}
+    members = [Instance(name=name, model="/m", served_names=(NAME,), engine="vllm") for name in urls]
+    front = Front(name="front", host="127.0.0.1", port=port, policy=policy, members=tuple(urls))
+    argv = router_argv(front, members, python=sys.executable, host=front.host, urls=urls, startup_s=60)
     given = {"{port:front}": str(port), "{port:front-metrics}": str(metrics)}
     process = subprocess.Popen(
         [given.get(word, word) for word in argv], stdout=subprocess.DEVNULL, stderr=None

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,8 +20,8 @@ import pytest
 from flagscale_config import load
 from flagscale_hw import Target, render_scripts
 from flagscale_hw.testing import fake_host
-from flagscale_serve import InvalidService, Node, plan
-from flagscale_serve.hosts import promised_nodes, targets_of
+from flagscale_serve import EngineMissing, InvalidService, Node, plan
+from flagscale_serve.hosts import check_routers, promised_nodes, targets_of
 
 GOLDEN = Path(__file__).parent / "golden"
 HOSTS = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
@@ -106,13 +107,114 @@ def test_copies_by_data_parallelism_are_counted_on_each_host(serve_file):
     assert "--nnodes" not in words(head)
 
 
-def test_a_copy_that_spans_hosts_needs_ray(serve_file):
-    args = "tensor_parallel_size: 16, data_parallel_size: 2"
-    eight = nodes(2, devices=8) + tuple(
-        Node(target=Target(name=f"10.0.1.{n}"), machine=NVIDIA, slots=8) for n in (1, 2)
-    )
-    with pytest.raises(InvalidService, match="each copy needs 16 devices"):
-        plan(served(serve_file, args), NVIDIA, nodes=eight)
+FOUR_HOSTS = nodes(2) + tuple(
+    Node(target=Target(name=f"10.0.1.{n}"), machine=NVIDIA, slots=8, interface="eth1") for n in (1, 2)
+)
+
+
+@pytest.mark.parametrize(
+    ("args", "devices", "per_host"),
+    [
+        ("tensor_parallel_size: 2, data_parallel_size: 4", 8, [4]),
+        ("tensor_parallel_size: 2, data_parallel_size: 4, data_parallel_size_local: 4", 8, [4]),
+        ("tensor_parallel_size: 2, data_parallel_size: 4, data_parallel_size_local: 2", 8, [2, 2]),
+        ("tensor_parallel_size: 2, data_parallel_size: 4, data_parallel_size_local: 1", 8, [1, 1, 1, 1]),
+        ("tensor_parallel_size: 2, pipeline_parallel_size: 2, data_parallel_size: 6", 8, [2, 2, 2]),
+        # Two hosts would have room for six devices, three each, but a copy would lie on both.
+        ("tensor_parallel_size: 2, data_parallel_size: 3", 4, [1, 1, 1]),
+    ],
+)
+def test_every_host_gets_whole_copies_and_its_own_ranks(serve_file, args, devices, per_host):
+    hosts = tuple(replace(node, slots=devices) for node in FOUR_HOSTS)
+    made = plan(served(serve_file, args), NVIDIA, nodes=hosts, python="py")
+    assert [process.host for process in made.processes] == [
+        node.target.name for node in hosts[: len(per_host)]
+    ]
+    start = 0
+    for rank, (process, copies) in enumerate(zip(made.processes, per_host, strict=True)):
+        if len(per_host) > 1:
+            assert f"--data-parallel-size-local {copies}" in words(process)
+        assert ("--headless" in process.argv) == (rank > 0)
+        assert ("--port" in process.argv) == (rank == 0)
+        assert (f"--data-parallel-start-rank {start}" in words(process)) == (rank > 0)
+        start += copies
+
+
+def test_where_copies_meet_is_the_files_port_and_leased_on_the_first_host(serve_file):
+    args = "data_parallel_size: 16, data_parallel_rpc_port: 13345, api_server_count: 4"
+    made = plan(served(serve_file, args), NVIDIA, nodes=nodes())
+    assert (made.ports["a-ranks"], made.port_hosts["a-ranks"]) == (13345, "10.0.0.1")
+    head, other = made.processes
+    for process in (head, other):
+        assert words(process).count("--data-parallel-rpc-port") == 1
+        assert "--data-parallel-rpc-port {port:a-ranks}" in words(process)
+    # Only the first host has servers, and vLLM refuses the word on the others.
+    assert "--api-server-count 4" in words(head)
+    assert "--api-server-count" not in other.argv
+    check_golden("hosts-data-16.json", made)
+
+
+def test_two_ports_for_the_same_thing_are_refused(serve_file):
+    args = "data_parallel_size: 16, data_parallel_rpc_port: 13345"
+    with pytest.raises(InvalidService, match=r"data_parallel_rpc_port: 13345: contradicts .*port: 29777"):
+        plan(served(serve_file, args, "runner: {master_port: 29777}"), NVIDIA, nodes=nodes())
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("tensor_parallel_size: 16, data_parallel_size: 2", "resources.num_replicas: 2 instead"),
+        ("data_parallel_size: 30, data_parallel_size_local: 8", "30 devices asked for, 8 on each host"),
+        ("data_parallel_size: 6, data_parallel_size_local: 1", "6 devices asked for, 1 on each host"),
+        ("tensor_parallel_size: 3, data_parallel_size: 11", "33 devices asked for for copies of 3"),
+        ("data_parallel_size: 4, data_parallel_size_local: 0", "data_parallel_size_local: 0: a whole number"),
+        ("data_parallel_size: 16, headless: true", "headless: True: one command starts all hosts"),
+        ("data_parallel_size: 16, data_parallel_start_rank: 8", "data_parallel_start_rank: 8: one command"),
+        ("data_parallel_size: 16, data_parallel_address: 10.0.0.1", "data_parallel_address: '10.0.0.1': one"),
+        ("tensor_parallel_size: 16, nnodes: 2, node_rank: 0", "nnodes: 2: one command starts all hosts"),
+        ("data_parallel_size: 16, data_parallel_size_local: 8, data_parallel_hybrid_lb: true", "one address"),
+    ],
+)
+def test_data_parallelism_that_hosts_cannot_share_is_refused(serve_file, args, said):
+    with pytest.raises(InvalidService, match=said):
+        plan(served(serve_file, args), NVIDIA, nodes=FOUR_HOSTS)
+
+
+def test_what_only_one_rank_can_be_told_is_refused_per_host_too(serve_file):
+    more = "node_args: {10.0.0.2: {engine_args: {data_parallel_start_rank: 8}}}"
+    with pytest.raises(InvalidService, match="data_parallel_start_rank: 8: one command starts all hosts"):
+        plan(served(serve_file, "data_parallel_size: 16", more), NVIDIA, nodes=nodes())
+
+
+def test_a_part_of_the_copies_needs_hosts(serve_file):
+    args = "data_parallel_size: 8, data_parallel_size_local: 4"
+    with pytest.raises(InvalidService, match="this is one host: name the hosts in"):
+        plan(served(serve_file, args), NVIDIA)
+    alone = plan(served(serve_file, "data_parallel_size: 8, data_parallel_size_local: 8"), NVIDIA)
+    assert "--data-parallel-size-local" not in alone.processes[0].argv
+
+
+@pytest.mark.parametrize("key", ["data_parallel_backend", "distributed_executor_backend"])
+def test_ray_spreads_the_copies(serve_file, key):
+    args = f"tensor_parallel_size: 4, data_parallel_size: 4, {key}: ray"
+    made = plan(served(serve_file, args), NVIDIA, nodes=nodes(), python="py")
+    assert [process.name for process in made.processes] == ["a-ray", "a", "a-rank-1-ray"]
+    engine = made.processes[1]
+    assert "--data-parallel-backend ray" in words(engine)
+    assert "--data-parallel-size-local 2" in words(engine)
+    assert "--data-parallel-start-rank" not in engine.argv
+    assert "VLLM_RAY_DP_PACK_STRATEGY" not in engine.env
+
+
+def test_ray_lets_a_copy_span_hosts(serve_file):
+    args = "tensor_parallel_size: 16, data_parallel_size: 2, data_parallel_backend: ray"
+    made = plan(served(serve_file, args), NVIDIA, nodes=FOUR_HOSTS, python="py")
+    assert len(made.processes) == 5
+    engine = made.processes[1]
+    assert words(engine).startswith("py {run_dir}/ray_launch.py 4 ")
+    assert engine.env["VLLM_RAY_DP_PACK_STRATEGY"] == "span"
+    assert "--data-parallel-backend ray" in words(engine)
+    assert "--data-parallel-size-local" not in engine.argv
 
 
 def test_ray_where_the_file_asks_for_it(serve_file):
@@ -273,6 +375,35 @@ def test_sglang_meets_at_the_head(serve_file):
         assert "--nnodes 2" in words(process)
 
 
+SGLANG = "  engine_args_specific: {sglang: {%s}}\n"
+
+
+@pytest.mark.parametrize("words", ["attn_dp_size: 16", "dp_size: 16, enable_dp_attention: true"])
+def test_sglang_shares_attention_over_hosts(serve_file, words):
+    """Attention in data parallel takes no devices of its own: it shares those of tensors."""
+    file = served(serve_file, "tensor_parallel_size: 16", engine="sglang", more=SGLANG % words)
+    head, other = plan(file, NVIDIA, nodes=nodes(4), python="py").processes
+    for rank, process in enumerate((head, other)):
+        assert f"--node-rank {rank}" in " ".join(process.argv)
+        assert "--nnodes 2" in " ".join(process.argv)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("dp_size: 2", "SGLang keeps copies on one host: on 4 hosts set .*attn_dp_size"),
+        ("attn_dp_size: 3", "attn_dp_size: 3: must divide tensor_parallel_size 16"),
+        ("dp_size: 5, enable_dp_attention: true", "attn_dp_size: 5: must divide tensor_parallel_size 16"),
+        ("nnodes: 2", "nnodes: 2: one command starts all hosts"),
+        ("node_rank: 1", "node_rank: 1: one command starts all hosts"),
+    ],
+)
+def test_what_sglang_cannot_share_over_hosts_is_refused(serve_file, words, said):
+    file = served(serve_file, "tensor_parallel_size: 16", engine="sglang", more=SGLANG % words)
+    with pytest.raises(InvalidService, match=said):
+        plan(file, NVIDIA, nodes=FOUR_HOSTS)
+
+
 def test_instances_fill_the_hosts_in_order(serve_file):
     more = "- serve_id: b\n  engine_args: {model: /b, tensor_parallel_size: 4}\n"
     more += "- serve_id: c\n  engine_args: {model: /c, tensor_parallel_size: 8}\n"
@@ -352,14 +483,12 @@ def test_prefill_and_decode_on_one_host(serve_file):
     assert "--prefill http://127.0.0.1:{port:a-prefill-2}" in words(router)
     assert "--decode http://127.0.0.1:{port:a-decode-1}" in words(router)
     assert made.ports["a-router"] == 9000
-    # A half is not asked for a token by itself: that would break it. The router is, for each of them.
+    # Each half generates a token by itself; the router's tells something of a half that is the only one.
     halves = ["a-prefill-1", "a-prefill-2", "a-decode-1"]
-    assert [(probe.process, probe.url.rpartition("}")[2]) for probe in made.probes] == [
-        *((name, "/health") for name in halves),
-        *((name, "/v1/completions") for name in (*halves, "a-router")),
-    ]
-    through = [probe for probe in made.probes if probe.expect == "usage.completion_tokens"]
-    assert {probe.url for probe in through} == {"http://127.0.0.1:{port:a-router}/v1/completions"}
+    asked = [(probe.process, probe.url.partition("{port:")[2].partition("}")[0]) for probe in made.probes]
+    through = [(name, "a-router") for name in ("a-decode-1", "a-router")]
+    assert asked == [*((name, name) for name in halves), *through]
+    assert {probe.expect for probe in made.probes} == {"usage.completion_tokens"}
     check_golden("disaggregated.json", made)
 
 
@@ -412,6 +541,25 @@ def test_prefill_and_decode_on_chosen_hosts(serve_file):
     assert [made.ports[f"a-decode-1-kv-{number}"] for number in range(4)] == [21201, 21202, 21203, 21204]
     assert made.port_hosts["a-decode-1-kv-0"] == "10.0.0.2"
     check_golden("disaggregated-hosts.json", made)
+
+
+def test_a_half_on_two_hosts_has_its_ports_on_both(serve_file):
+    """Each copy listens where keys and values are fetched, at the first port and its rank."""
+    made = plan(served(serve_file, "data_parallel_size: 8", DISAGGREGATED), NVIDIA, nodes=FOUR_HOSTS[:3])
+    assert [one.host for one in made.processes] == [*HOSTS[:2], "10.0.1.1", "10.0.0.1"]
+    tight = tuple(replace(node, slots=6) for node in FOUR_HOSTS)
+    file = served(
+        serve_file, "data_parallel_size: 4", DISAGGREGATED.replace("prefill_num: 2", "prefill_num: 1")
+    )
+    made = plan(file, NVIDIA, nodes=tuple(replace(node, slots=2) for node in tight))
+    assert [one.name for one in made.processes][:2] == ["a-prefill-1", "a-prefill-1-rank-1"]
+    for number in range(4):
+        here, there = f"a-prefill-1-kv-{number}", f"a-prefill-1-rank-1-kv-{number}"
+        assert made.ports[here] == made.ports[there] == 21001 + number
+        assert [made.port_hosts[name] for name in (here, there)] == ["10.0.0.1", "10.0.0.2"]
+    assert {one.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] for one in made.processes[:2]} == {
+        "{port:a-prefill-1-kv-0}"
+    }
 
 
 def test_the_ports_of_the_file_are_used(serve_file):
@@ -533,3 +681,45 @@ def test_a_plan_of_hosts_becomes_scripts(serve_file):
     scripts = render_scripts(made)
     assert len(scripts) == 2
     assert "--headless" in list(scripts.values())[1]
+
+
+ROUTED = "  resources: {num_replicas: 2}\n"
+
+
+@pytest.fixture
+def far_python(tmp_path, monkeypatch) -> Path:
+    """A Python on hosts behind ssh, which are this one; it tells who asked for it, and may have a router."""
+    ssh, python = tmp_path / "ssh", tmp_path / "python"
+    ssh.write_text(
+        "#!/bin/sh\nfor word; do host=$last; last=$word; done\n"
+        f'export FAR_HOST="$host" PYTHONPATH="{tmp_path}/$host"\nexec sh -c "$last"\n'
+    )
+    python.write_text(
+        f'#!/bin/sh\necho "$FAR_HOST" >> {tmp_path}/asked\nexec {sys.executable} "$@"\n',
+    )
+    for script in (ssh, python):
+        script.chmod(0o755)
+    monkeypatch.setenv("FLAGSCALE_SSH", str(ssh))
+    monkeypatch.setattr("flagscale_serve.hosts.DISTRIBUTION", "some-router")
+    return python
+
+
+def put_router(folder: Path) -> None:
+    info = folder / "some_router-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-router\nVersion: 1.0\n")
+
+
+def test_only_the_host_of_the_router_must_have_one(serve_file, far_python, tmp_path):
+    made = plan(served(serve_file, "tensor_parallel_size: 8", more=ROUTED), NVIDIA, nodes=nodes())
+    assert [one.host for one in made.processes] == ["10.0.0.1", "10.0.0.2", "10.0.0.1"]
+    with pytest.raises(EngineMissing, match=r"a-router: .* on 10.0.0.1 does not have: install it there with"):
+        check_routers(made, str(far_python))
+    put_router(tmp_path / "10.0.0.1")
+    check_routers(made, str(far_python))
+    assert set((tmp_path / "asked").read_text().split()) == {"10.0.0.1"}
+
+
+def test_without_a_router_no_host_is_asked(serve_file, far_python, tmp_path):
+    check_routers(plan(served(serve_file, ""), NVIDIA, nodes=nodes()), str(far_python))
+    assert not (tmp_path / "asked").exists()

@@ -1,4 +1,4 @@
-"""Prefill apart from decode on two real vLLM servers: keys and values move through NIXL, over CPU memory.
+"""Prefill apart from decode on real vLLM servers, 2P1D: keys and values move through NIXL, over CPU memory.
 
 They are started once, behind the real vllm-router. They run where vllm-router is, beside a Python that has
 vLLM and nixl, named by FLAGSCALE_TEST_VLLM_PYTHON: `nox -s vllm`.
@@ -10,7 +10,9 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -30,22 +32,24 @@ FILE = """
     # Seconds for which prefill keeps what nobody has fetched; 30 are too few where all cores are taken.
     kv_transfer_config: {{kv_connector_extra_config: {{kv_lease_duration: 600}}}}
 """
-PAIR = """
+# In turn, so that every prefill gets its share.
+THREE = """
 runner:
   deploy:
     prefill_decode_disaggregation: true
-    prefill_num: 1
+    prefill_num: 2
     decode_num: 1
+    prefill_decode_strategy: robin
 """
 
 
 @pytest.fixture(scope="module")
-def pair(module_service, real_model, vllm_python, tmp_path_factory):
-    """The command line that started both halves, and what the model says by itself."""
+def three(module_service, real_model, vllm_python, tmp_path_factory):
+    """The command line that started them all, and what the model says by itself."""
     shell, serve_file = module_service
     model, expected = real_model(vllm_python, tmp_path_factory.mktemp("model"), PROMPT, NUM_TOKENS)
     shell.env["FLAGSCALE_SERVE_PYTHON"] = vllm_python
-    file = serve_file(FILE.format(model=model), experiment=PAIR)
+    file = serve_file(FILE.format(model=model), experiment=THREE)
     done = shell("run", file, "--detach", "--timeout", READY_S)
     assert done.returncode == 0, done.stderr
     return shell, expected
@@ -70,47 +74,86 @@ def prompt_tokens(instance: dict) -> dict[str, float]:
     return {name: float(value) for name, value in rows} | {"bytes": sum(map(float, moved))}
 
 
-def test_what_was_computed_in_one_half_is_answered_from_the_other(pair):
-    shell, expected = pair
-    prefill, decode, front = shell.the_status()["instances"]
-    assert [one["behind"] for one in (prefill, decode)] == [front["name"]] * 2
-    before = prompt_tokens(prefill), prompt_tokens(decode)
+def test_what_each_prefill_computed_is_answered_from_decode(three):
+    shell, expected = three
+    *halves, front = shell.the_status()["instances"]
+    assert [one["behind"] for one in halves] == [front["name"]] * 3
+    before = [prompt_tokens(one) for one in halves]
     long = "to be or not to be, " * 25  # several blocks of 128 tokens
-    assert text_of(ask(front, PROMPT)) == expected["completion"]
-    through_both = text_of(ask(front, long))
-    after = prompt_tokens(prefill), prompt_tokens(decode)
-    asked = len(PROMPT) + len(long)  # every byte is a token
-    assert after[0]["local_compute"] - before[0]["local_compute"] == asked
-    assert after[1]["external_kv_transfer"] - before[1]["external_kv_transfer"] == asked
-    assert after[1]["local_compute"] == before[1]["local_compute"] == 0
-    assert after[1]["bytes"] > before[1]["bytes"]
-    assert text_of(ask(prefill, long)) == through_both  # the same model, alone
+    prompts = [PROMPT, long, f"again: {long}", f"and again: {long}"]
+    answers = [text_of(ask(front, prompt)) for prompt in prompts]
+    after = [prompt_tokens(one) for one in halves]
+    grown = [{name: now[name] - then[name] for name in now} for now, then in zip(after, before, strict=True)]
+    *prefills, decode = grown
+    asked = sum(map(len, prompts))  # every byte is a token
+    # What one of them computed, the other did not, and decode computed nothing: it fetched from both.
+    assert all(one["local_compute"] > 0 for one in prefills)
+    assert sum(one["local_compute"] for one in prefills) == decode["external_kv_transfer"] == asked
+    assert decode["local_compute"] == 0
+    assert decode["bytes"] > 0
+    assert answers[0] == expected["completion"]
+    assert answers[1] == text_of(ask(halves[0], long))  # the same model, alone
 
 
-def test_the_halves_chat(pair):
-    shell, expected = pair
+def test_the_halves_chat(three):
+    shell, expected = three
     said = shell("chat", "--temperature", "0", "--max-tokens", NUM_TOKENS, "-m", PROMPT)
     assert said.stdout == expected["chat"] + "\n"
 
 
-def test_a_killed_half_is_started_again_and_the_pair_answers(pair, eventually):
-    shell, expected = pair
-    prefill, decode, front = shell.the_status()["instances"]
-    os.kill(prefill["pid"], signal.SIGKILL)
-    eventually(lambda: "killed by signal 9" in shell.the_status()["reason"])
-    began = time.monotonic()
-    assert ask(front, PROMPT).status_code >= 500
-    assert time.monotonic() - began < 60  # it is told, and waits for nothing
+def ask_until(url: str, is_over: threading.Event, asked: list[tuple[float, str]]) -> None:
+    """Ask again and again; note when each request began, and its problem."""
+    body = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+    with httpx.Client(timeout=300, trust_env=False) as client:
+        while not is_over.is_set():
+            began = time.monotonic()
+            try:
+                prompt = f"{len(asked)} {'x' * 150}"
+                answer = client.post(f"{url}/completions", json={**body, "prompt": prompt})
+                problem = "" if answer.status_code == 200 else f"{answer.status_code} {answer.text}"
+            except httpx.HTTPError as error:
+                problem = repr(error)
+            asked.append((began, problem))
+
+
+def test_one_prefill_is_killed_under_load_and_the_other_goes_on(three, eventually):
+    shell, expected = three
+    first, second, decode, front = shell.the_status()["instances"]
+    before = prompt_tokens(first)["local_compute"], prompt_tokens(second)["local_compute"]
+    is_over = threading.Event()
+    asked: list[tuple[float, str]] = []
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(ask_until, front["url"], is_over, asked) for _ in range(2)]
+        try:
+            for one, then in zip((first, second), before, strict=True):
+                eventually(
+                    lambda one=one, then=then: prompt_tokens(one)["local_compute"] > then, deadline_s=READY_S
+                )
+            killed_at = time.monotonic()
+            os.kill(first["pid"], signal.SIGKILL)
+            # They are asked in turn, and the router leaves out the dead one when it has looked twice.
+            eventually(
+                lambda: (
+                    len(asked) > 8
+                    and asked[-8][0] > killed_at
+                    and not any(problem for _, problem in asked[-8:])
+                ),
+                deadline_s=READY_S,
+            )
+            assert "killed by signal 9" in shell.the_status()["reason"]
+        finally:
+            is_over.set()
+        for load in loads:
+            load.result()
     eventually(lambda: shell.the_status()["is_ready"], deadline_s=READY_S)
-    assert text_of(ask(front, PROMPT)) == expected["completion"]  # at once: ready is said of the whole pair
-    again, same, _ = shell.the_status()["instances"]
-    assert (again["restarts"], same["restarts"], same["pid"]) == (1, 0, decode["pid"])
-    assert prompt_tokens(again)["local_compute"] >= len(PROMPT)
-    assert prompt_tokens(same)["local_compute"] == 0
+    again, other, same, _ = shell.the_status()["instances"]
+    assert (again["restarts"], other["restarts"], same["restarts"]) == (1, 0, 0)
+    assert (other["pid"], same["pid"]) == (second["pid"], decode["pid"])
+    assert text_of(ask(front, PROMPT)) == expected["completion"]
 
 
-def test_a_stop_leaves_nothing(pair, alive, everybody):
-    shell, _ = pair
+def test_a_stop_leaves_nothing(three, alive, everybody):
+    shell, _ = three
     status = shell.the_status()
     pids = everybody(status)
     assert shell("stop").returncode == 0

@@ -159,7 +159,7 @@ def test_copies_are_instances_behind_a_router_at_the_public_port(serve_file):
         ("vllm_model-3", None),
     ]
     (front,) = service.fronts
-    assert (front.name, front.port, front.policy) == ("vllm_model-router", 8001, "cache_aware")
+    assert (front.name, front.port, front.policy) == ("vllm_model-router", 8001, "power_of_two")
     assert front.members == tuple(one.name for one in service.instances)
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import flagscale_hw as hw
-from flagscale_serve.errors import InvalidService, NotServing
+from flagscale_serve.errors import EngineMissing, InvalidService, NotServing
+from flagscale_serve.router import DISTRIBUTION, INSTALL, is_router
 from flagscale_serve.service import absolute
 
 if TYPE_CHECKING:
     from flagscale_config import Experiment
 
-__all__ = ["Node", "find_nodes", "promised_nodes", "targets_of"]
+__all__ = ["Node", "check_routers", "find_nodes", "promised_nodes", "targets_of"]
 
 _LEADER, _SIZE = "LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE"
 
@@ -83,6 +84,32 @@ def find_nodes(
         for report, (_, entry) in zip(reports, listed, strict=True)
         if report.machine is not None
     )
+
+
+def check_routers(made: hw.Plan, python: str) -> None:
+    """Ask each host that runs a router, and no other, whether it has one.
+
+    Args:
+        made: a plan over several hosts.
+        python: interpreter that runs the routers there.
+
+    Raises:
+        EngineMissing: it has not.
+        NotServing: a host cannot be reached.
+    """
+    where = {process.host: process.name for process in made.processes if is_router(process.argv)}
+    targets = [target for target in made.targets if target.name in where]
+    if not targets:
+        return
+    for report in hw.survey(targets, hw.SurveyRequest(python=python, packages=(DISTRIBUTION,))):
+        host = report.target.name
+        if report.problem:
+            raise NotServing(f"{host}: {report.problem}")
+        if report.versions.get(DISTRIBUTION) is None:
+            raise EngineMissing(
+                f"{where[host]}: several instances behind one address need a router, which {python} on "
+                f"{host} does not have: install it there with `{INSTALL}`"
+            )
 
 
 def targets_of(experiment: Experiment) -> list[tuple[hw.Target, hw.HostEntry]]:

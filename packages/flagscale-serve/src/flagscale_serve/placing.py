@@ -14,7 +14,19 @@ from flagscale_serve.errors import InvalidService
 from flagscale_serve.hosts import Node
 from flagscale_serve.service import Instance
 
-__all__ = ["Berth", "place"]
+__all__ = ["Berth", "Need", "place"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What an instance asks for."""
+
+    count: int
+    """Devices in all."""
+    copy: int = 1
+    """Devices of one copy of the model: a host gets whole copies, or a copy gets whole hosts."""
+    per_host: int | None = None
+    """Devices on each host, where the file says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +49,13 @@ class Berth:
 
 
 def place(
-    instances: Sequence[Instance], wanted: Mapping[str, int], machine: Machine, nodes: Sequence[Node]
+    instances: Sequence[Instance], wanted: Mapping[str, Need], machine: Machine, nodes: Sequence[Node]
 ) -> dict[str, tuple[Berth, ...]]:
     """Give each instance its devices.
 
     Args:
         instances: in the order in which they choose.
-        wanted: instance -> number of devices.
+        wanted: instance -> its devices.
         machine: this host, where there are no nodes.
         nodes: the hosts; none: this host alone.
 
@@ -51,7 +63,8 @@ def place(
         Instance -> its berths, more than one where it spans hosts, which then share it evenly.
 
     Raises:
-        InvalidService: there are too few devices, or the file names a host that is not there.
+        InvalidService: there are too few devices, they cannot be shared evenly, or the file names a host that
+            is not there.
     """
     if not nodes:
         return _on_this_host(instances, wanted, machine)
@@ -94,41 +107,52 @@ class _Free:
         )
 
 
-def _aboard(instance: Instance, count: int, hosts: Sequence[_Free]) -> tuple[Berth, ...]:
+def _aboard(instance: Instance, need: Need, hosts: Sequence[_Free]) -> tuple[Berth, ...]:
     if all(host.is_cpu for host in hosts):
         hosts = sorted(hosts, key=lambda host: host.load)
     else:
         hosts = [host for host in hosts if not host.is_cpu]
-    for host in hosts:
-        if host.count >= count:
-            return (host.take(count),)
-    for number in range(2, len(hosts) + 1):
-        share, rest = divmod(count, number)
+    for number in range(1, len(hosts) + 1):
+        share, rest = divmod(need.count, number)
+        if rest or need.per_host not in (None, share) or (share % need.copy and need.copy % share):
+            continue
         able = [host for host in hosts if host.count >= share]
-        if rest == 0 and len(able) >= number:
+        if len(able) >= number:
             return tuple(host.take(share) for host in able[:number])
     left = ", ".join(f"{host.node.target.name} {host.count}" for host in hosts)
+    asked = f"{need.count} devices asked for"
+    if need.per_host is not None:
+        asked += f", {need.per_host} on each host"
+    elif need.copy < need.count:
+        asked += f" for copies of {need.copy}"
     raise InvalidService(
-        f"{instance.name}: {count} devices asked for: the hosts have {left} left, and each must give the "
+        f"{instance.name}: {asked}: the hosts have {left} left, and each must give the "
         "same number: lower the parallel sizes, add hosts, or serve fewer instances"
     )
 
 
 def _on_this_host(
-    instances: Sequence[Instance], wanted: Mapping[str, int], machine: Machine
+    instances: Sequence[Instance], wanted: Mapping[str, Need], machine: Machine
 ) -> dict[str, tuple[Berth, ...]]:
     """A single instance keeps what the user's environment shows it."""
+    for name, need in wanted.items():
+        if need.per_host not in (None, need.count):
+            raise InvalidService(
+                f"{name}: data_parallel_size_local: {need.per_host} of {need.count} devices on each host: "
+                "this is one host: name the hosts in experiment.runner.hostfile, or leave it out"
+            )
+    counts = {name: need.count for name, need in wanted.items()}
     if machine.chip == "cpu":
-        return {name: (Berth(machine=machine, count=count),) for name, count in wanted.items()}
-    total, free = sum(wanted.values()), machine.visible
+        return {name: (Berth(machine=machine, count=count),) for name, count in counts.items()}
+    total, free = sum(counts.values()), machine.visible
     if total > len(free):
-        asked = ", ".join(f"{name} {count}" for name, count in wanted.items())
+        asked = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise InvalidService(
             f"devices: {total} asked for ({asked}): this process may use {len(free)} ({machine.chip}): lower "
             "tensor_parallel_size, or serve fewer instances"
         )
     found: dict[str, tuple[Berth, ...]] = {}
-    for name, count in wanted.items():
+    for name, count in counts.items():
         found[name] = (
             Berth(machine=machine, count=count, devices=free[:count], is_shared=len(instances) > 1),
         )

@@ -19,7 +19,7 @@ from flagscale_serve.errors import InvalidService
 from flagscale_serve.fit import fit
 from flagscale_serve.hosts import Node
 from flagscale_serve.model import Model
-from flagscale_serve.placing import Berth, place
+from flagscale_serve.placing import Berth, Need, place
 from flagscale_serve.router import ENGINE as ROUTER
 from flagscale_serve.router import router_argv
 from flagscale_serve.service import Front, Instance, Service, absolute, is_composed, of_experiment
@@ -89,7 +89,7 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
             )
         chip = nodes[0].machine.chip if nodes else machine.chip
         service = of_experiment(what, default_engine=default_engine(chip).name, engine=engine)
-    wanted = {one.name: _num_devices(one) for one in service.instances}
+    wanted = {one.name: _need(one) for one in service.instances}
     berths = place(service.instances, wanted, machine, nodes)
     _check_cpu(service.instances, berths)
     crew = _Crew(service, berths, python, versions or {}, 0 if nodes else max_restarts)
@@ -100,9 +100,11 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     files = {file.path: file for part in parts for file in part.rendered.files}
     probes = [_probe(part, ready_timeout_s) for part in heads]
     behind = {name: number for number, front in enumerate(service.fronts) for name in front.members}
+    roles = [part.instance.role for part in heads]
     for part in heads:
-        if not part.rendered.answers_alone and part.processes[-1].max_restarts:
-            # Half of a pair that was started again is ready when the whole pair answers.
+        if part.instance.role and roles.count(part.instance.role) == 1 and part.processes[-1].max_restarts:
+            # The only one of its kind, started again, is ready when the router uses it. Where there are
+            # others the router answers without it, which says nothing of it.
             _, through = fronts[behind[part.instance.name]]
             probes.append(replace(through, process=part.instance.name))
     return Plan(
@@ -168,7 +170,7 @@ class _Crew:
         if len(berths) > 1:
             self._lease(f"{instance.name}-ranks", self._rendezvous, head)
             self._rendezvous = None  # one number serves one instance; the others take what is free
-        ports = self._transfer_ports(instance, head)
+        ports = self._transfer_ports(instance, berths)
         found = []
         for rank, berth in enumerate(berths):
             seat = Seat(
@@ -232,17 +234,22 @@ class _Crew:
         self.ports[name] = number
         self.port_hosts[name] = berth.host
 
-    def _transfer_ports(self, instance: Instance, head: Berth) -> tuple[str, ...]:
-        """Lease a port per device for keys and values; the engine counts on from the first."""
+    def _transfer_ports(self, instance: Instance, berths: Sequence[Berth]) -> tuple[str, ...]:
+        """Lease ports for keys and values: on each host, one for each device of the instance.
+
+        The engine counts on from the first one, through all hosts.
+        """
         if instance.role is None:
             return ()
-        count = max(1, len(head.devices))
+        count = sum(berth.count for berth in berths)
         first = None
         if count > 1:
             first = _TRANSFER_PORT + 100 * [one.name for one in self._service.instances].index(instance.name)
         names = [f"{instance.name}-kv-{number}" for number in range(count)]
-        for number, name in enumerate(names):
-            self._lease(name, None if first is None else first + number, head)
+        for rank, berth in enumerate(berths):
+            for number, name in enumerate(names):
+                where = name if rank == 0 else f"{instance.name}-rank-{rank}-kv-{number}"
+                self._lease(where, None if first is None else first + number, berth)
         return tuple(f"{{port:{name}}}" for name in names)
 
     def _context(
@@ -313,15 +320,17 @@ def _check_cpu(instances: Sequence[Instance], berths: Mapping[str, tuple[Berth, 
             )
 
 
-def _num_devices(instance: Instance) -> int:
+def _need(instance: Instance) -> Need:
     """Count the devices of one instance, from its parallel sizes or from `resources.num_gpus`."""
-    size = engine_named(instance.engine).layout(instance).devices
-    if instance.num_devices is not None and instance.num_devices < size:
+    layout = engine_named(instance.engine).layout(instance)
+    if instance.num_devices is not None and instance.num_devices < layout.devices:
         raise InvalidService(
-            f"{instance.name}: resources.num_gpus: {instance.num_devices}: the parallel sizes need {size} "
-            "devices: raise it, or leave it out"
+            f"{instance.name}: resources.num_gpus: {instance.num_devices}: the parallel sizes need "
+            f"{layout.devices} devices: raise it, or leave it out"
         )
-    return instance.num_devices or size
+    per_host = None if layout.data_per_host is None else layout.data_per_host * layout.copy_devices
+    count = instance.num_devices or layout.devices
+    return Need(count=count, copy=layout.copy_devices, per_host=per_host)
 
 
 def _probe(part: _Part, timeout_s: float) -> Probe:
@@ -331,7 +340,7 @@ def _probe(part: _Part, timeout_s: float) -> Probe:
     if part.rendered.answers_alone:
         probe = _token_probe(instance.name, address, instance, timeout_s, part.rendered.served_names[0])
         return replace(probe, process=instance.name if part.processes[-1].max_restarts else None)
-    # Half of a pair breaks when it is asked alone; the router's probe generates the token.
+    # The router's probe generates the token.
     return Probe(
         url=f"http://{address}:{{port:{instance.name}}}/health",
         headers=_key(instance),

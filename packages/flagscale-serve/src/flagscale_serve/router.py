@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from flagscale_serve.service import Front, Instance
 
-__all__ = ["DISTRIBUTION", "ENGINE", "INSTALL", "MODULE", "router_argv"]
+__all__ = ["DISTRIBUTION", "ENGINE", "INSTALL", "MODULE", "is_router", "router_argv"]
 
 ENGINE = "router"
 """What stands for the engine in facts and status."""
@@ -23,6 +23,11 @@ MODULE = "vllm_router"
 MAX_BODY_BYTES = 64 << 20
 """Larger requests are refused with 413. The longest contexts are a few MiB; pictures come to tens."""
 INSTALL = "pip install 'flagscale-serve[router]'"
+
+
+def is_router(argv: Sequence[str]) -> bool:
+    """Tell whether a command line is a router's."""
+    return f"{MODULE}.launch_router" in argv
 
 
 def router_argv(
@@ -60,7 +65,10 @@ def router_argv(
         *("--worker-startup-check-interval", "1"),
         # Its own habit is to notice a dead instance after three minutes.
         *("--health-check-interval-secs", "5", "--health-failure-threshold", "2"),
-        # It tries a request five times, and the instance whose cache fits again and again: one that died is
+        # An engine answers /health when its model is there, so that one answer is enough to be used again:
+        # with its habit of two, an instance that was started again stands idle for up to ten seconds.
+        *("--health-success-threshold", "1"),
+        # It tries a request five times, and one that died, which has the least to do, again and again: it is
         # to be left out before the last try (its habit is ten failures), and not for a minute.
         *("--cb-failure-threshold", "3", "--cb-timeout-duration-secs", "10"),
         *("--max-payload-size", str(MAX_BODY_BYTES)),

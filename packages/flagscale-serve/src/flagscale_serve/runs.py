@@ -30,6 +30,7 @@ from flagscale_serve.checks import (
 )
 from flagscale_serve.errors import EngineMissing, InvalidModel, InvalidService, NotServing, RunFailed
 from flagscale_serve.fit import Fit, words_of
+from flagscale_serve.hosts import check_routers
 from flagscale_serve.model import Model
 from flagscale_serve.plan import MAX_RESTARTS, READY_TIMEOUT_S, plan
 from flagscale_serve.progress import details
@@ -212,6 +213,8 @@ def check(prepared: Prepared) -> tuple[Model, ...]:
         raise prepared.problem
     if prepared.is_local:
         check_router(prepared.service, sys.executable)
+    elif not prepared.is_cloud:
+        check_routers(prepared.plan, prepared.python)
     return prepared.models
 
 

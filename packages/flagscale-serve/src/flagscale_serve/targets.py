@@ -17,7 +17,6 @@ import flagscale_hw as hw
 from flagscale_serve.engines import default_engine, engine_named
 from flagscale_serve.errors import InvalidService, NotServing
 from flagscale_serve.hosts import Node, find_nodes, promised_nodes
-from flagscale_serve.router import DISTRIBUTION
 from flagscale_serve.service import Service, absolute, is_composed, of_experiment, of_model, served_name
 from flagscale_serve.state import list_runs
 
@@ -122,9 +121,6 @@ class Target:
         task = self.experiment.task.backend
         names = {self.engine or item.engine or task or "vllm" for item in self.experiment.serve}
         packages = [word for name in sorted(names) for word in engine_named(name).distributions]
-        copies = [item.resources.num_replicas for item in self.experiment.serve]
-        if self.experiment.runner.deploy.prefill_decode_disaggregation or set(copies) - {1, None}:
-            packages.append(DISTRIBUTION)
         return find_nodes(self.experiment, python=self.python, packages=packages)
 
     @property

@@ -21,11 +21,18 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    data_per_host: int | None = None
+    """Copies that the file wants on each host; None: as many as there is room for."""
+
+    @property
+    def copy_devices(self) -> int:
+        """Devices of one copy of the model."""
+        return self.tensor * self.pipeline
 
     @property
     def devices(self) -> int:
         """Devices of the whole instance."""
-        return self.tensor * self.pipeline * self.data
+        return self.copy_devices * self.data
 
 
 @dataclass(frozen=True, kw_only=True)

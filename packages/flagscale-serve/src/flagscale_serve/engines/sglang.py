@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flagscale_serve.engines.adapter import Context, Layout, Rendered
+from flagscale_serve.engines.adapter import Context, Layout, Rendered, Seat
 from flagscale_serve.engines.choice import choose, count_of
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.service import Instance
@@ -21,6 +21,9 @@ _SIZES = {
     "pipeline": ("pipeline_parallel_size", "pp_size"),
     "data": ("data_parallel_size", "dp_size"),
 }
+_OLD_WORD = "enable_dp_attention"
+"""With `dp_size` it says what `attn_dp_size` says since 0.5.23."""
+_OF_ONE_RANK = ("dist_init_addr", "nnodes", "node_rank")
 
 
 class Sglang:
@@ -49,9 +52,37 @@ class Sglang:
             kind: count_of(own.get(word, instance.options.get(common)), f"{instance.name}: {common}")
             for kind, (common, word) in _SIZES.items()
         }
-        if own.get("enable_dp_attention"):
+        if own.get(_OLD_WORD):
             sizes["data"] = 1  # the copies share the devices of tensor parallelism
         return Layout(**sizes)
+
+    def _check_ranks(self, instance: Instance, seat: Seat) -> None:
+        """Refuse what would end SGLang after a minute, as 0.5.23 checks it, and what only one rank is told.
+
+        Raises:
+            InvalidService: copies over several hosts; attention that cannot be shared by the devices.
+        """
+        layout, own = self.layout(instance), instance.specific.get(self.name, {})
+        for key in _OF_ONE_RANK:
+            if own.get(key) and (key, own[key]) != ("nnodes", 1):
+                raise InvalidService(
+                    f"{instance.name}: engine_args_specific.sglang.{key}: {own[key]!r}: one command starts "
+                    "all hosts: name them in experiment.runner.hostfile, and remove this"
+                )
+        if seat.num_hosts > 1 and layout.data > 1:
+            raise InvalidService(
+                f"{instance.name}: data_parallel_size: {layout.data}: SGLang keeps copies on one host: on "
+                f"{seat.num_hosts} hosts set engine_args_specific.sglang.attn_dp_size, which shares "
+                "attention, or let each copy answer for itself with resources.num_replicas"
+            )
+        parts = own.get("attn_dp_size") or (
+            own.get("dp_size", instance.options.get("data_parallel_size")) if own.get(_OLD_WORD) else None
+        )
+        if layout.tensor % count_of(parts, f"{instance.name}: attn_dp_size"):
+            raise InvalidService(
+                f"{instance.name}: attn_dp_size: {parts}: must divide tensor_parallel_size {layout.tensor}, "
+                "among whose devices it shares attention: choose a divisor"
+            )
 
     def render(self, instance: Instance, context: Context) -> Rendered:
         """Translate one instance; see `Engine.render`."""
@@ -71,6 +102,7 @@ class Sglang:
                 "on the machine can read it: remove it and serve on 127.0.0.1, or use engine `vllm`"
             )
         seat = context.seat
+        self._check_ranks(instance, seat)
         defaults: dict[str, Any] = {"enable_metrics": True}
         env = {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
         if seat.num_hosts > 1:

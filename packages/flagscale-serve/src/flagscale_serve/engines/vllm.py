@@ -14,6 +14,7 @@ from flagscale_serve.engines.vllm_hosts import (
     staying_for,
     transfer,
     uses_ray,
+    without_ranks,
 )
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.service import Instance
@@ -60,7 +61,10 @@ class Vllm:
             count_of(asked.get(f"{kind}_parallel_size"), f"{instance.name}: engine_args.{kind}_parallel_size")
             for kind in ("tensor", "pipeline", "data")
         )
-        return Layout(tensor=tensor, pipeline=pipeline, data=data)
+        local = asked.get("data_parallel_size_local")
+        if local is not None:
+            local = count_of(local, f"{instance.name}: engine_args.data_parallel_size_local")
+        return Layout(tensor=tensor, pipeline=pipeline, data=data, data_per_host=local)
 
     def render(self, instance: Instance, context: Context) -> Rendered:
         """Translate one instance; see `Engine.render`."""
@@ -87,9 +91,10 @@ class Vllm:
         env.update({**rank.env, **more})
         if instance.api_key is not None:
             env["VLLM_API_KEY"] = instance.api_key
+        said = without_ranks(instance, rank)
         choice = choose(
             # What the file says of the transfer is part of `moved`, for each role in its own way.
-            instance.without("kv_transfer_config") if instance.role else instance,
+            said.without("kv_transfer_config") if instance.role else said,
             self.name,
             label="vLLM",
             defaults={**defaults, **rank.options, **moved},
@@ -128,7 +133,6 @@ class Vllm:
             companions=companions,
             served_names=instance.served_names,
             chosen=choice.chosen,
-            answers_alone=not instance.role,
         )
 
 

@@ -2,9 +2,9 @@
 
 Several hosts are vLLM's own business (`--nnodes`, `--node-rank`, `--master-addr`; ranks above 0 are
 `--headless`; https://docs.vllm.ai, "Parallelism and Scaling" and "Data Parallel Deployment"), or Ray's where
-the file asks for it (`distributed_executor_backend: ray`). Whatever works for the first rank leaves after it
-(`leave_last.py`). Keys and values move from prefill to decode by NixlConnector (https://docs.vllm.ai,
-"NixlConnector Usage Guide"); FlagScale's P2pNcclConnector is in no vLLM from 0.25 on.
+the file asks for it (`distributed_executor_backend: ray`, `data_parallel_backend: ray`). Whatever works for
+the first rank leaves after it (`leave_last.py`). Keys and values move from prefill to decode by NixlConnector
+(https://docs.vllm.ai, "NixlConnector Usage Guide"); FlagScale's P2pNcclConnector is in no vLLM from 0.25 on.
 """
 
 from __future__ import annotations
@@ -13,15 +13,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flagscale_serve.engines.adapter import Companion, Context, Layout
+from flagscale_serve.engines.adapter import Companion, Context, Layout, Seat
 from flagscale_serve.errors import InvalidService
-from flagscale_serve.service import Instance
+from flagscale_serve.service import RAY_KEYS, Instance
 
-__all__ = ["LEAVE_LAST", "Rank", "across_hosts", "ray_node", "staying_for", "transfer", "uses_ray"]
+__all__ = [
+    "LEAVE_LAST",
+    "Rank",
+    "across_hosts",
+    "ray_node",
+    "staying_for",
+    "transfer",
+    "uses_ray",
+    "without_ranks",
+]
 
 LEAVE_LAST = "leave_last.py"
 """What `staying_for` runs; the plan places it in the run directory."""
 
+_OF_ONE_RANK = (
+    "data_parallel_address",
+    "data_parallel_rank",
+    "data_parallel_start_rank",
+    "headless",
+    "master_addr",
+    "nnodes",
+    "node_rank",
+)
+"""One file starts all ranks, so that none of these can stand in it: the hostfile says them all."""
+_SEVERAL_DOORS = (
+    "data_parallel_external_lb",
+    "data_parallel_hybrid_lb",
+    "data_parallel_multi_port_external_lb",
+)
+"""With these every host, or every rank, has an address of its own."""
+_SETTLED = ("data_parallel_rpc_port", "data_parallel_size_local", "master_port")
+"""What the file says of these has gone into ports and places already."""
 _CONNECTOR = "NixlConnector"
 _KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 """vLLM 0.32 says that `kv_both`, which its guide once recommended, will go; older ones do not look at it."""
@@ -43,12 +70,14 @@ def across_hosts(instance: Instance, layout: Layout, context: Context) -> Rank:
     """Describe one rank of an instance; nothing for one that stays on its host.
 
     Raises:
-        InvalidService: copies of the model that each span hosts; Ray on CPUs.
+        InvalidService: the file says what only one rank can be told; copies of the model that cannot be
+            shared among the hosts; Ray on CPUs.
     """
     seat = context.seat
+    _check_ranks(instance)
     if uses_ray(instance) and context.chip == "cpu":
         raise InvalidService(
-            f"{instance.name}: engine_args.distributed_executor_backend: 'ray': vLLM does not use Ray on "
+            f"{instance.name}: engine_args.{RAY_KEYS[0]} or {RAY_KEYS[1]}: 'ray': vLLM does not use Ray on "
             "CPUs: leave it out, vLLM connects the hosts itself"
         )
     if seat.num_hosts == 1:
@@ -56,8 +85,9 @@ def across_hosts(instance: Instance, layout: Layout, context: Context) -> Rank:
     env = {"VLLM_HOST_IP": seat.own}
     if seat.interface:
         env |= {"GLOO_SOCKET_IFNAME": seat.interface, "NCCL_SOCKET_IFNAME": seat.interface}
+    copies, rest = divmod(layout.data, seat.num_hosts)
     if uses_ray(instance):
-        return Rank(env=env | {"RAY_ADDRESS": f"{seat.head}:{seat.rendezvous}"})
+        return _by_ray(layout, seat, env, None if rest else copies)
     headless = {"headless": True} if seat.rank else {}
     if layout.data == 1:
         return Rank(
@@ -66,13 +96,13 @@ def across_hosts(instance: Instance, layout: Layout, context: Context) -> Rank:
             env=env,
             is_headless=bool(headless),
         )
-    copies, rest = divmod(seat.num_devices, layout.tensor * layout.pipeline)
     if rest:
         raise InvalidService(
-            f"{instance.name}: data_parallel_size: {layout.data}: each copy needs "
-            f"{layout.tensor * layout.pipeline} devices, into which {seat.num_devices} devices of a host "
-            "cannot be divided: choose tensor_parallel_size so that copies fit into a host, or set "
-            "distributed_executor_backend to ray"
+            f"{instance.name}: data_parallel_size: {layout.data}: copies of {layout.copy_devices} devices "
+            f"cannot be shared evenly by {seat.num_hosts} hosts of {seat.num_devices} devices: choose "
+            "tensor_parallel_size so that copies fit into a host; or let each copy answer for itself with "
+            f"resources.num_replicas: {layout.data} instead; or, for a mixture of experts, set "
+            "data_parallel_backend to ray"
         )
     start = {"data_parallel_start_rank": copies * seat.rank} if seat.rank else {}
     return Rank(
@@ -83,9 +113,44 @@ def across_hosts(instance: Instance, layout: Layout, context: Context) -> Rank:
     )
 
 
+def _by_ray(layout: Layout, seat: Seat, env: dict[str, str], copies: int | None) -> Rank:
+    """Leave the ranks to Ray; `copies` of each host, None where a copy takes several hosts."""
+    env = env | {"RAY_ADDRESS": f"{seat.head}:{seat.rendezvous}"}
+    if layout.data == 1:
+        return Rank(env=env)
+    options: dict[str, Any] = {"data_parallel_backend": "ray"}
+    if copies is None:
+        return Rank(options=options, env=env | {"VLLM_RAY_DP_PACK_STRATEGY": "span"})
+    return Rank(options={**options, "data_parallel_size_local": copies}, env=env)
+
+
+def _check_ranks(instance: Instance) -> None:
+    """Refuse what would be told to every rank, although it is true of one."""
+    for key in (*_OF_ONE_RANK, *_SEVERAL_DOORS):
+        value = instance.settled.get(key)
+        if value in (None, False, 0) or (key == "nnodes" and value == 1):
+            continue
+        if key in _OF_ONE_RANK:
+            what = "one command starts all hosts: name them in experiment.runner.hostfile, and remove this"
+        else:
+            what = (
+                "an instance has one address: leave it out, and vLLM spreads requests from the first host "
+                "(more of its servers there: api_server_count); or serve copies behind a router with "
+                "resources.num_replicas"
+            )
+        raise InvalidService(f"{instance.name}: engine_args.{key}: {value!r}: {what}")
+
+
+def without_ranks(instance: Instance, rank: Rank) -> Instance:
+    """Return it without what is said for its ranks one by one."""
+    for key in (*_OF_ONE_RANK, *_SEVERAL_DOORS, *_SETTLED):
+        instance = instance.without(key)
+    return instance.without("api_server_count") if rank.is_headless else instance
+
+
 def uses_ray(instance: Instance) -> bool:
     """Tell whether the file wants Ray to spread the instance."""
-    return bool(instance.settled.get("distributed_executor_backend") == "ray")
+    return any(instance.settled.get(key) == "ray" for key in RAY_KEYS)
 
 
 def staying_for(instance: Instance, context: Context) -> tuple[str, ...]:
