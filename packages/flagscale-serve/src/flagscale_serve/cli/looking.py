@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagscale_serve.cli.output import add, say, seconds, word
+from flagscale_serve.cli.output import OVERRIDES, add, say, seconds, word
 
 if TYPE_CHECKING:
     from flagscale_serve.metrics import Load
@@ -29,9 +29,9 @@ def add_looking(verbs: Any) -> None:
             nargs="?",
             type=word,
             metavar="RUN",
-            help="run directory or id, file, or model directory (default: the only one)",
+            help="run directory or id, file, recipe, or model (default: the only one)",
         )
-        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
         if name == "logs":
             parser.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
         if name == "stop":
