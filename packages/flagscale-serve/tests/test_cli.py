@@ -73,6 +73,7 @@ def test_plan_of_a_model_that_is_not_whole_is_shown_and_exits_2(shell, model_dir
     ("words", "code", "message"),
     [
         (["run", "no/such/thing"], 2, "no such model directory, serve file, recipe or run"),
+        (["run", "Qwen/Qwen3-0.6B"], 2, "`hf download Qwen/Qwen3-0.6B --local-dir DIR`"),
         (["run", "missing.yaml"], 2, "missing.yaml"),
         (["status", "missing.yaml"], 2, "missing.yaml"),
         (["run"], 2, "required"),

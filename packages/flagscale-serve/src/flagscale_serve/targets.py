@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from flagscale_serve.state import list_runs
 __all__ = ["Target", "file_of", "file_words", "find_run", "read_target", "state_dir"]
 
 _TASK = "serve"
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PLAIN = Path(__file__).parent / "plain_model.yaml"
 """The serve file that a plain model with options stands for."""
 
@@ -206,10 +208,11 @@ def _load(target: str, overrides: Sequence[str]) -> Any:
 
     is_file = Path(target).exists() or Path(target).suffix in (".yaml", ".yml")
     if not is_file and target not in recipes(_TASK):
+        fetch = f"; a model of a hub is fetched first: `hf download {target} --local-dir DIR`"
         raise InvalidService(
             f"{target}: no such model directory, serve file, recipe or run: give the path of a directory "
             "with config.json, of a FlagScale serve file (.yaml), or a name that `flagscale-config "
-            "recipes` lists"
+            f"recipes` lists{fetch if _HUB_NAME.fullmatch(target) else ''}"
         )
     return load(target, overrides, task=_TASK)
 
