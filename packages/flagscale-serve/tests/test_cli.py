@@ -84,6 +84,7 @@ def test_plan_of_a_model_that_is_not_whole_is_shown_and_exits_2(shell, model_dir
             2,
             "written max_model_len=VALUE behind a model, and ++serve.0.engine_args.max_model_len=VALUE",
         ),
+        (["run", "--config-path", "conf", "--config-name=x"], 2, "run CONFIG_PATH/CONFIG_NAME.yaml"),
         (["serve", "{model}"], 2, "no command 'serve': use `flagscale-serve run`"),
         (["tune", "{model}"], 2, "required: --try"),
         (["chat", "{model}", "--complete"], 2, "message: nothing to say"),

@@ -58,13 +58,15 @@ def _run_command(argv: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells people who come from `vllm serve` how things are written here."""
+    """Tells people who come from `vllm serve` and FlagScale's `run.py` how things are written here."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2 and a message."""
         wrong = re.fullmatch(r"unrecognized arguments: --?([a-z][\w-]*)\b.*", message)
         unknown = re.match(r"argument COMMAND: invalid choice: '(\w+)'", message)
-        if wrong is not None:
+        if wrong is not None and wrong[1] in ("config-path", "config-name"):
+            message += ": the file itself is what to give: `flagscale-serve run CONFIG_PATH/CONFIG_NAME.yaml`"
+        elif wrong is not None:
             option = wrong[1].replace("-", "_")
             message += (
                 f": options of an engine are written {option}=VALUE behind a model, and "
