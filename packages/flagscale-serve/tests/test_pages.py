@@ -70,9 +70,18 @@ def test_a_model_is_asked_measured_and_tuned(shell, run_page):
     answers = [json.loads(line) for line in (shell.home / "answers.jsonl").read_text().splitlines()]
     assert [one["text"] for one in answers] == ["ONCE UPON A TIME", "HELLO", "HI"]
     assert answers[2]["custom_id"] == "third"
+    counts = json.loads((shell.home / "counts.json").read_text())
+    assert {name: counts[name] for name in ("total", "done", "failed")} == {
+        "total": 3,
+        "done": 3,
+        "failed": 0,
+    }
     levels = json.loads((shell.home / "measured/bench.json").read_text())["levels"]
     assert [one["concurrency"] for one in levels] == [1, 4]
     assert (shell.home / "measured/bench.html").stat().st_size
+    tuned = json.loads((shell.home / "tuned.json").read_text())
+    assert len(tuned["trials"]) == 3
+    assert tuned["best"]["fate"] == "measured"
     best = load(shell.home / "tune/best.yaml")
     assert best.serve[0].engine_args["model"] == str((shell.home / "model").absolute())
     # Beside the journal, where one looks for them.

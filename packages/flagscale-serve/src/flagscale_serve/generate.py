@@ -69,6 +69,11 @@ class Progress:
         """Rate of this run."""
         return self.tokens / max(1e-9, time.monotonic() - self.began)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Render as plain JSON."""
+        counts = {name: getattr(self, name) for name in ("total", "done", "kept", "failed", "tokens")}
+        return {**counts, "tokens_per_s": round(self.tokens_per_s, 3)}
+
 
 def generate(  # noqa: PLR0913 - what people set on a batch
     target: str | None,

@@ -70,6 +70,15 @@ class Tuned:
         """The FlagScale file of the best trial."""
         return self.folder / _BEST
 
+    def to_dict(self) -> dict[str, Any]:
+        """Render as plain JSON."""
+        return {
+            "best": None if self.best is None else asdict(self.best),
+            "file": str(self.file),
+            "kept": self.kept,
+            "trials": [asdict(one) for one in self.trials],
+        }
+
 
 def parse_space(words: Sequence[str]) -> dict[str, list[Any]]:
     """Read `max_num_seqs=64,128` into the values to try: numbers, true, false, null, else text.

@@ -170,10 +170,11 @@ def _grid(
         return _LEFT + value / last * (_WIDTH - _LEFT - _RIGHT)
 
     parts, y = _levels(top, up)
+    steps = round(last / across)
     parts += [
-        f'<text x="{x(number * across):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">'
-        f"{number * across:g}</text>"
-        for number in range(round(last / across) + 1)
+        f'<text x="{x(number * across):.1f}" y="{_HEIGHT - _BOTTOM + 16}" '
+        f'text-anchor="{"end" if number == steps else "middle"}">{number * across:g}</text>'
+        for number in range(steps + 1)
     ]
     return parts, x, y
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def add_generate(verbs: Any) -> None:
     parser.add_argument("--system", metavar="TEXT", help="instructions in front of each conversation")
     parser.add_argument("--api-key", metavar="KEY", help="the server's key (default: $OPENAI_API_KEY)")
     add_engine(parser)
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON")
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -155,6 +157,8 @@ def _generate(arguments: argparse.Namespace) -> int:
             api_key=arguments.api_key,
             tell=tell,
         )
+    if arguments.json:
+        print(json.dumps(ended.to_dict(), indent=2))
     kept = f", {ended.kept} of them before" if ended.kept else ""
     rate = f"{ended.tokens} tokens, {ended.tokens_per_s:.1f} tokens/s"
     say(f"{ended.done} of {ended.total} answered{kept}; {rate}")

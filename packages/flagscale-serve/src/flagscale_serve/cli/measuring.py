@@ -87,6 +87,7 @@ def add_tune(verbs: Any) -> None:
         metavar="DIR",
         help="for the journal and best.yaml (default: tune)",
     )
+    parser.add_argument("--json", action="store_true", help="print every trial as JSON")
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +177,9 @@ def _tune(arguments: argparse.Namespace) -> int:
     )
     kept = f", {done.kept} of them before" if done.kept else ""
     say(f"{len(done.trials)} trials{kept}")
-    if done.best is not None:
+    if arguments.json:
+        print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False))
+    elif done.best is not None:
         print(f"best: {trial_text(done.best)}\n{done.file}")
     return 0
 
