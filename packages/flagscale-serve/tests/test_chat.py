@@ -99,6 +99,8 @@ def test_two_models_and_a_choice(shell, model_dir, serve_file):
     assert "choose one of first, second" in refused.stderr
     assert shell("chat", path, "-m", "Hi", "--model", "second").stdout.endswith("m=second\n")
     assert "b: Application startup complete" in shell("logs", path).stdout
+    last = shell("logs", path, "-n", 1).stdout.splitlines()
+    assert [line.partition(":")[0] for line in last] == ["a", "b"]
     assert shell("stop", path).returncode == 0
 
 

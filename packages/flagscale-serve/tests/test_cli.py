@@ -102,6 +102,7 @@ def test_plan_of_a_model_that_is_not_whole_is_shown_and_exits_2(shell, model_dir
         (["run", "{model}", "--run-dir", ""], 2, "--run-dir: empty"),
         (["run", "{model}", "--run-dir", "{model}"], 2, "holds other files: give --run-dir a new or empty"),
         (["run", "{model}", "--no-wait"], 2, "add --detach, or leave it out"),
+        (["logs", "-n", "-1"], 2, "give a whole number, 0 or more"),
         (["stop", ""], 2, "empty"),
         (["stop", "--grace", "-1"], 2, "give seconds, 0 or more"),
         (["stop", "--grace", "nan"], 2, "'nan': give a number"),

@@ -18,6 +18,7 @@ __all__ = [
     "OVERRIDES",
     "add",
     "add_engine",
+    "count",
     "engine_options",
     "finite",
     "interrupt_on_signals",
@@ -98,6 +99,13 @@ def seconds(text: str) -> float:
     if (number := finite(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text!r}: give seconds, 0 or more")
     return number
+
+
+def count(text: str) -> int:
+    """Read a number of things."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 0 or more")
+    return int(text)
 
 
 def interrupt_on_signals() -> None:
