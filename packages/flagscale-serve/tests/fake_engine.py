@@ -69,7 +69,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        if self.path == "/metrics":
+        key = os.environ.get("FAKE_METRICS_KEY")
+        if self.path == "/metrics" and key and self.headers.get("Authorization") != f"Bearer {key}":
+            self.answer(401, {"error": "Unauthorized"})
+        elif self.path == "/metrics":
             self.send_response(200)
             self.end_headers()
             lines = [

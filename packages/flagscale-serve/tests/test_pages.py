@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,11 @@ PAGES = Path(__file__).resolve().parents[3] / "docs/serve"
 pytestmark = pytest.mark.skipif(not PAGES.exists(), reason="the pages are in the repository only")
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 @pytest.fixture
 def run_page(shell, model_dir):
     """Run every shell block of a page in one bash, so that variables last; return what it printed."""
@@ -34,7 +40,7 @@ def run_page(shell, model_dir):
     path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
 
     def run(name: str) -> str:
-        text = (PAGES / name).read_text("utf-8")
+        text = (PAGES / name).read_text("utf-8").replace("30600", str(free_port()))
         blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
         assert blocks
         done = subprocess.run(
