@@ -211,7 +211,8 @@ def shell_in(folder: Path) -> Iterator[Shell]:
     yield shell
     import flagscale_hw as hw
 
-    for plan in [*folder.glob("state/serve/*/2*/plan.json"), *folder.glob("outputs/runs/2*/plan.json")]:
+    homes = ("state/serve/*", "outputs/runs", "outputs/*/runs", "tune/runs")
+    for plan in [path for home in homes for path in folder.glob(f"{home}/2*/plan.json")]:
         hw.open_run(plan.parent).stop(0.0)
     until(lambda: not [pid for pid in shell.engine_pids() if is_alive(pid)])
 

@@ -45,7 +45,7 @@ def answer_whether_installed():
     answer = {
         "python": "3.12.0",
         "missing": [name for name in wanted["modules"] if name in lacking],
-        "versions": dict.fromkeys(wanted["distributions"], "9.9"),
+        "versions": dict.fromkeys(wanted["distributions"], os.environ.get("FAKE_VERSION", "9.9")),
     }
     print(json.dumps(answer))
 
@@ -69,7 +69,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        if self.path == "/metrics":
+        key = os.environ.get("FAKE_METRICS_KEY")
+        if self.path == "/metrics" and key and self.headers.get("Authorization") != f"Bearer {key}":
+            self.answer(401, {"error": "Unauthorized"})
+        elif self.path == "/metrics":
             self.send_response(200)
             self.end_headers()
             lines = [

@@ -89,7 +89,12 @@ def test_bench_by_our_own_generator(shell, served):
     assert json.loads(page.with_name("bench.json").read_text()) == told
     found = Page(page.read_text())
     assert found.fetched == []
-    assert found.tags["svg"] == 6
+    assert found.tags["svg"] == 7
+    assert "Latency over throughput" in page.read_text()
+    assert "Failed requests" not in page.read_text()
+    assert told["subject"]["versions"] == {"transformers": "9.9"}
+    assert "transformers_launch.py" in told["subject"]["commands"]["model"]
+    assert "GiB" in told["subject"]["machine"]
     assert found.tags["tr"] == 3
 
 
@@ -145,6 +150,8 @@ def test_requests_that_are_refused_are_counted(shell, served):
     (level,) = json.loads(done.stdout)["levels"]
     assert (level["answered"], level["failed"]) == (0, 2)
     assert level["errors"] == ["HTTP 400: 13 is unlucky"]
+    (page,) = (shell.home / served["run_dir"]).glob("bench-*/bench.html")
+    assert "<li>1 at a time: 2 x HTTP 400: 13 is unlucky</li>" in page.read_text()
 
 
 PROFILE = """

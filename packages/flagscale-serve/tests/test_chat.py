@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
+
+from flagscale_serve.chat import Conversation, Server
+from flagscale_serve.cli.talking import talk
 
 
 @pytest.fixture
@@ -87,4 +99,128 @@ def test_two_models_and_a_choice(shell, model_dir, serve_file):
     assert "choose one of first, second" in refused.stderr
     assert shell("chat", path, "-m", "Hi", "--model", "second").stdout.endswith("m=second\n")
     assert "b: Application startup complete" in shell("logs", path).stdout
+    last = shell("logs", path, "-n", 1).stdout.splitlines()
+    assert [line.partition(":")[0] for line in last] == ["a", "b"]
     assert shell("stop", path).returncode == 0
+
+
+# The first terminal that the leader of a session opens is its own: so Ctrl-C reaches it.
+ON_TERMINAL = """
+import os, runpy
+os.close(os.open(os.ttyname(0), os.O_RDWR))
+runpy.run_module("flagscale_serve.cli", run_name="__main__")
+"""
+
+
+class Terminal:
+    """The command line as a person at a terminal has it."""
+
+    def __init__(self, shell, *words):
+        self._mine, theirs = pty.openpty()
+        self._patience_s, self._shown = shell.patience_s, ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ON_TERMINAL, *words],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, **shell.env, "TERM": "dumb"},
+            cwd=shell.home,
+            start_new_session=True,
+        )
+        os.close(theirs)
+
+    def until(self, sign):
+        """Read until a sign has been shown; return what stands in front of it."""
+        end = time.monotonic() + self._patience_s
+        while sign not in self._shown:
+            assert time.monotonic() < end, f"{sign!r} not in {self._shown[-500:]!r}"
+            if select.select([self._mine], [], [], 0.5)[0]:
+                self._shown += os.read(self._mine, 65536).decode()
+        before, _, self._shown = self._shown.partition(sign)
+        return before
+
+    def type(self, text):
+        os.write(self._mine, text.encode())
+
+    def say(self, text):
+        """Type a line at the prompt and return what is shown until the next one."""
+        self.type(f"{text}\n")
+        self.until(text)
+        return self.until("> ").strip()
+
+    def close(self):
+        os.close(self._mine)
+
+
+@contextmanager
+def terminal(shell, *words):
+    here = Terminal(shell, *words)
+    try:
+        yield here
+        here.process.wait(shell.patience_s)
+    finally:
+        here.process.kill()
+        here.process.wait()
+        here.close()
+
+
+def test_a_conversation_on_a_terminal(served):
+    with terminal(served, "chat") as here:
+        here.until("/help tells the commands")
+        here.until("> ")
+        assert here.say("One") == "user=One t=None n=512 m=tiny-qwen3"
+        first = "user=One|assistant=user=One t=None n=512 m=tiny-qwen3"
+        assert here.say("Two").startswith(f"{first}|user=Two t=None")
+        assert here.say("/retry").startswith(f"{first}|user=Two t=None")
+        here.say("/system Be brief")
+        here.say("/clear")
+        assert here.say("Three") == "system=Be brief|user=Three t=None n=512 m=tiny-qwen3"
+        assert "/retry" in here.say("/what")
+        here.say("/clear")
+        here.type('"""Four\n')
+        here.until(". ")
+        here.type('five"""\n')
+        assert "user=Four\r\nfive t=None" in here.until("> ")
+        here.type("\x04")
+    assert here.process.returncode == 0
+    history = Path(served.env["FLAGSCALE_STATE_DIR"]) / "serve/chat_history"
+    assert "/system" in history.read_text()
+    assert history.stat().st_mode & 0o777 == 0o600
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave(monkeypatch, tmp_path):
+    # By hand: between the prompt and the wait for a key, Python's readline loses the signal until one comes.
+    typed = iter([KeyboardInterrupt, "a \\", KeyboardInterrupt, "  ", "/system Be brief", EOFError])
+
+    def read(_prompt):
+        now = next(typed)
+        if isinstance(now, str):
+            return now
+        raise now
+
+    monkeypatch.setattr("builtins.input", read)
+    shown = []
+    conversation = Conversation(Server(url="http://127.0.0.1:9/v1", model="m"))
+    talk(conversation, shown.append, history=tmp_path / "no/such/folder" / "history")
+    assert "".join(shown).count("(Ctrl-D leaves)") == 2
+    assert (conversation.system, conversation.said) == ("Be brief", [])
+
+
+def test_ctrl_c_breaks_an_answer_off_and_the_conversation_goes_on(served):
+    with terminal(served, "chat", "--max-tokens", "15") as here:  # for which the fake engine never ends
+        here.until("> ")
+        here.type("Go on\n")
+        here.until("xxxx")
+        here.type("\x03")
+        here.until("(broken off)")
+        here.until("> ")
+        here.type("/quit\n")
+    assert here.process.returncode == 0
+
+
+def test_a_mistake_does_not_end_the_conversation(served):
+    with terminal(served, "chat", "--max-tokens", "13") as here:
+        here.until("> ")
+        assert "HTTP 400: 13 is unlucky" in here.say("Hi")
+        here.type("/quit\n")
+    assert here.process.returncode == 0

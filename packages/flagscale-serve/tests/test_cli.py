@@ -73,10 +73,22 @@ def test_plan_of_a_model_that_is_not_whole_is_shown_and_exits_2(shell, model_dir
     ("words", "code", "message"),
     [
         (["run", "no/such/thing"], 2, "no such model directory, serve file, recipe or run"),
+        (["run", "Qwen/Qwen3-0.6B"], 2, "`hf download Qwen/Qwen3-0.6B --local-dir DIR`"),
         (["run", "missing.yaml"], 2, "missing.yaml"),
         (["status", "missing.yaml"], 2, "missing.yaml"),
         (["run"], 2, "required"),
-        (["run", "{model}", "a.b=c"], 2, "overrides belong to a serve file"),
+        (["run", "{model}", "a.b=c"], 2, "a: unknown key"),
+        (["run", "{model}", "max_modl_len=64"], 2, "did you mean max_model_len?"),
+        (
+            ["run", "{model}", "--max-model-len", "64"],
+            2,
+            "written max_model_len=VALUE behind a model, and ++serve.0.engine_args.max_model_len=VALUE",
+        ),
+        (["run", "--config-path", "conf", "--config-name=x"], 2, "run CONFIG_PATH/CONFIG_NAME.yaml"),
+        (["serve", "{model}"], 2, "no command 'serve': use `flagscale-serve run`"),
+        (["tune", "{model}"], 2, "required: --try"),
+        (["chat", "{model}", "--complete"], 2, "message: nothing to say"),
+        ([], 2, "Serve language models"),
         (["run", "{model}", "--port", "70000"], 2, "70000"),
         (["run", "{model}", "--max-restarts", "-1"], 2, "max_restarts -1"),
         (["run", "{model}", "--engine", "llamafile"], 2, "llamafile"),
@@ -90,6 +102,7 @@ def test_plan_of_a_model_that_is_not_whole_is_shown_and_exits_2(shell, model_dir
         (["run", "{model}", "--run-dir", ""], 2, "--run-dir: empty"),
         (["run", "{model}", "--run-dir", "{model}"], 2, "holds other files: give --run-dir a new or empty"),
         (["run", "{model}", "--no-wait"], 2, "add --detach, or leave it out"),
+        (["logs", "-n", "-1"], 2, "give a whole number, 0 or more"),
         (["stop", ""], 2, "empty"),
         (["stop", "--grace", "-1"], 2, "give seconds, 0 or more"),
         (["stop", "--grace", "nan"], 2, "'nan': give a number"),
@@ -189,3 +202,22 @@ def test_the_recipe_asks_for_the_model(shell):
     assert done.returncode == 2
     assert "serve.0.engine_args.model" in done.stderr
     assert "required" in done.stderr
+
+
+def test_options_of_a_model_are_those_of_a_file(shell, model_dir):
+    words = ("max-model-len=64", "served_model_name=mine", "serve.0.engine_args.dtype=float32")
+    done = shell("plan", model_dir, *words, "--engine", "vllm", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    (argv,) = (one["argv"] for one in plan["processes"])
+    said = [argv[argv.index(name) + 1] for name in ("--max-model-len", "--served-model-name", "--dtype")]
+    assert said == ["64", "mine", "float32"]
+    assert str(model_dir) in argv
+    places = [row["place"] or "" for row in plan["facts"]["instances"][0]["options"]]
+    assert any("max_model_len=64" in place for place in places)
+    # A run is found by its model, whatever options it has.
+    assert shell("run", model_dir, *words, "--detach").returncode == 0
+    status = shell.the_status(model_dir, *words)
+    assert (status["name"], status["instances"][0]["model"]) == (model_dir.name, "mine")
+    assert status["run_dir"].startswith(shell.env["FLAGSCALE_STATE_DIR"])
+    assert shell("stop", model_dir).returncode == 0

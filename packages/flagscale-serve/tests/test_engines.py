@@ -11,7 +11,7 @@ from importlib.resources import files
 import pytest
 
 from flagscale_config import load
-from flagscale_hw.testing import fake_host
+from flagscale_hw.testing import fake_host, faked_host
 from flagscale_serve import InvalidService, plan
 
 CPU = fake_host("cpu")
@@ -105,3 +105,12 @@ def test_the_launcher_gives_the_model_its_name(tmp_path, model_dir):
     entry = home / "hub" / "models--org--name"
     snapshot = entry / "snapshots" / (entry / "refs" / "main").read_text()
     assert (snapshot / "config.json").read_text() == (model_dir / "config.json").read_text()
+
+
+def test_a_build_for_cpus_is_refused_where_devices_would_lie_idle(shell, model_dir):
+    shell.env["FAKE_VERSION"] = "0.33.0+cpu"
+    with faked_host("nvidia", 1):
+        done = shell("plan", model_dir, "--engine", "vllm")
+    assert done.returncode == 3
+    assert "has vllm 0.33.0+cpu, which is built for CPUs, and this machine has nvidia" in done.stderr
+    assert shell("plan", model_dir, "--engine", "vllm").returncode == 0

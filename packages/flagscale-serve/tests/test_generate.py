@@ -283,6 +283,15 @@ def test_status_tells_how_busy_an_instance_is(shell, model_dir):
     assert "25% of the key-value cache" in shown
 
 
+def test_how_busy_an_instance_is_may_need_its_key(shell, model_dir):
+    shell.env["FAKE_METRICS_KEY"] = "secret"
+    assert shell("run", model_dir, "--detach").returncode == 0
+    for key, running in (("", None), ("wrong", None), ("k\u00e9y", None), ("secret", 3)):
+        shell.env["OPENAI_API_KEY"] = key
+        load = shell.the_status()["instances"][0]["load"] or {}
+        assert load.get("running") == running
+
+
 def test_a_server_that_tells_nothing_is_not_asked_twice(server):
     assert read_load(server.url) is None  # answers, but not with metrics
     server.shutdown()

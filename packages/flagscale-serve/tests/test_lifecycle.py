@@ -70,7 +70,13 @@ def test_an_engine_that_dies_at_start_gives_its_first_cause(shell, model_dir):
     assert status["state"] == "failed"
     assert "weights are made of cheese" in status["reason"]
     assert shell("status", model_dir).returncode == 4
-    assert "raise RuntimeError" in shell("logs", model_dir).stdout
+    whole = shell("logs", model_dir).stdout
+    assert "raise RuntimeError" in whole
+    lines = whole.splitlines(keepends=True)
+    for words in (("-n", 2), ("-f", "-n", 2)):
+        assert shell("logs", model_dir, *words).stdout == "".join(lines[-2:])
+    assert shell("logs", model_dir, "-n", len(lines) + 1).stdout == whole
+    assert shell("logs", model_dir, "-n", 0).stdout == ""
 
 
 @pytest.mark.parametrize("mode", ["deaf", "family"])

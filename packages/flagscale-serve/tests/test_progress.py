@@ -70,3 +70,17 @@ def test_details_are_the_lines_below_the_quoted_one(tmp_path):
     assert details(reason, log) == "Value error, no such thing; For information visit y"
     assert details("something else", log) == ""
     assert details(reason, tmp_path / "missing.log") == ""
+
+
+def test_what_stumbled_is_explained_by_what_was_raised_for_it(tmp_path):
+    log = tmp_path / "a.log"
+    chained = "\nDuring handling of the above exception, another exception occurred:\n\nTraceback:\n"
+    log.write_text(
+        f"Traceback (most recent call last):\n  File x\nKeyError: 'nosuch'\n{chained}  File y\n"
+        "ValueError: model type `nosuch` is not known\n"
+    )
+    assert details("a: exited with code 1: KeyError: 'nosuch'", log) == (
+        "ValueError: model type `nosuch` is not known"
+    )
+    log.write_text("KeyError: 'nosuch'\n  a hint\nlater\nValueError: of something else\n")
+    assert details("a: exited with code 1: KeyError: 'nosuch'", log) == "a hint"

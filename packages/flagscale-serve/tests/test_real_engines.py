@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -155,7 +156,37 @@ def test_llama_cpp_serves_what_the_model_says(shell, for_transformers, alive, ev
     assert status["instances"][0]["engine"] == "llama_cpp"
     check_answers(shell, status, expected)
     assert status["instances"][0]["load"]["waiting"] == 0
+    check_bad_requests_of_llama_cpp(status)
     check_stop(shell, alive, everybody, status)
+
+
+def check_bad_requests_of_llama_cpp(status: dict) -> None:
+    """It says what is wrong in OpenAI's form, and many slow clients take no place from others.
+
+    It answers to every name, and reads whatever it is sent: 100 MB cost that request its time, not others'.
+    """
+    (instance,) = status["instances"]
+    address = urlsplit(instance["url"])
+    begun = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+    with ExitStack() as during:
+        client = during.enter_context(httpx.Client(base_url=instance["url"], timeout=300, trust_env=False))
+        for _ in range(64):
+            slow = during.enter_context(socket.create_connection((address.hostname, address.port)))
+            slow.sendall(begun)
+        pool = during.enter_context(ThreadPoolExecutor(1))
+        large = pool.submit(client.post, "/completions", content=b"x" * 100_000_000)
+        asked = {"model": instance["model"], "prompt": "x", "max_tokens": 1}
+        for sent, code in (
+            (client.post("/completions", content=b'{"model": '), 400),
+            (client.post("/completions", json={**asked, "prompt": "x" * 5000}), 400),
+            (client.post("/completions", json={**asked, "temperature": "hot"}), 400),
+            (client.post("/no/such/path", json=asked), 404),
+            (large.result(), 400),
+        ):
+            assert sent.status_code == code, sent.text[:500]
+            error = sent.json()["error"]
+            assert (error["code"], bool(error["message"]), bool(error["type"])) == (code, True, True)
+        assert client.post("/completions", json={**asked, "model": "no-such"}).status_code == 200
 
 
 VLLM_FILE = """

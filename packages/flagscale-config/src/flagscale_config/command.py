@@ -42,8 +42,17 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     except SystemExit as error:  # argparse
         return _exit_code(error)
     except Exception as error:  # noqa: BLE001  the one place where a bug becomes a line and exit code 1
-        return _failed(error, is_debug=is_debug)
+        try:
+            return _failed(error, is_debug=is_debug)
+        except BrokenPipeError:  # nobody reads what went wrong; the exit code still says it
+            _discard_output()
+            return _code_of(error)
     return code
+
+
+def _code_of(error: Exception) -> int:
+    code = getattr(error, "exit_code", None)
+    return code if isinstance(code, int) else _BUG
 
 
 def _open_closed_streams() -> None:
@@ -67,8 +76,12 @@ def _let_every_letter_pass() -> None:
 
 
 def _discard_output() -> None:
-    """Python flushes standard output once more at exit; give it somewhere to go."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Python flushes what it prints to once more at exit; give it somewhere to go."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:

@@ -1,11 +1,11 @@
-"""Ask a served model one thing, and stream what it says."""
+"""Ask a served model, once or in a conversation, and stream what it says."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import httpx
 
 __all__ = [
+    "Conversation",
     "Server",
     "chat",
     "check_text",
@@ -49,6 +50,10 @@ class Server:
     """Directory of the tokenizer, where it is known."""
     python: str | None = None
     """Interpreter that runs a vLLM there, where it is known."""
+    api_key: str | None = None
+    """Its key, where this process started it and so knows."""
+    run_dir: str | None = None
+    """Where its run lives; None for an address."""
 
     @property
     def is_local(self) -> bool:
@@ -62,6 +67,7 @@ def chat(  # noqa: PLR0913 - what people set on a request
     *,
     system: str | None = None,
     complete: bool = False,
+    overrides: Sequence[str] = (),
     model: str | None = None,
     max_tokens: int = 512,
     temperature: float | None = None,
@@ -74,6 +80,7 @@ def chat(  # noqa: PLR0913 - what people set on a request
         message: what to say; with `complete`, the text to go on from.
         system: instructions in front of the message.
         complete: continue plain text, without the model's chat template.
+        overrides: Hydra overrides of a serve file.
         model: name or instance to ask when the target serves several.
         max_tokens: length of the answer at most, in tokens.
         temperature: 0 always takes the likeliest token; None leaves it to the server.
@@ -87,25 +94,70 @@ def chat(  # noqa: PLR0913 - what people set on a request
     check_text("message", message)
     if system is not None:
         check_text("system", system)
-    server = find_server(target, model)
-    if complete and system is not None:
+    server = find_server(target, model, overrides)
+    if not complete:
+        talk = Conversation(
+            server, system=system, max_tokens=max_tokens, temperature=temperature, api_key=api_key
+        )
+        yield from talk.say(message)
+        return
+    if system is not None:
         raise InvalidService(
             "system: a plain completion has no system message: put it into the text, or leave out complete"
         )
-    if not complete and server.has_chat_template is False:
-        raise InvalidService(
-            f"{server.model}: the model has no chat template: ask for a plain completion (--complete), or "
-            "put a chat_template.jinja into its directory"
-        )
-    body: dict[str, Any] = {"max_tokens": max_tokens, "stream": True}
-    if temperature is not None:
-        body["temperature"] = temperature
-    if complete:
-        body["prompt"] = message
-    else:
-        said = [{"role": "system", "content": system}] if system is not None else []
-        body["messages"] = [*said, {"role": "user", "content": message}]
-    yield from _ask(server, body, key_of(api_key))
+    yield from _ask(server, _body({"prompt": message}, max_tokens, temperature), key_of(api_key))
+
+
+def _body(question: dict[str, Any], max_tokens: int, temperature: float | None) -> dict[str, Any]:
+    body = {**question, "max_tokens": max_tokens, "stream": True}
+    return body if temperature is None else {**body, "temperature": temperature}
+
+
+@dataclass
+class Conversation:
+    """Questions and answers that a model is sent again with each further question.
+
+    Raises:
+        InvalidService: the model has no chat template.
+    """
+
+    server: Server
+    _: KW_ONLY
+    system: str | None = None
+    """Instructions in front of it; may change on the way."""
+    max_tokens: int = 512
+    """Length of each answer at most, in tokens."""
+    temperature: float | None = None
+    api_key: str | None = None
+    """The server's key; else `$OPENAI_API_KEY`."""
+    said: list[dict[str, str]] = field(default_factory=list)
+    """What was said so far: messages with `role` and `content`, without the instructions."""
+
+    def __post_init__(self) -> None:
+        if self.server.has_chat_template is False:
+            raise InvalidService(
+                f"{self.server.model}: the model has no chat template: ask for a plain completion "
+                "(--complete), or put a chat_template.jinja into its directory"
+            )
+
+    def say(self, message: str) -> Generator[str, None, None]:
+        """Yield the answer piece by piece; one that is broken off is kept as far as it came.
+
+        Raises:
+            NotServing, InvalidService, RequestFailed: as `chat`; an unanswered question is not kept.
+        """
+        check_text("message", message)
+        question = {"role": "user", "content": message}
+        front = [{"role": "system", "content": self.system}] if self.system is not None else []
+        body = _body({"messages": [*front, *self.said, question]}, self.max_tokens, self.temperature)
+        pieces: list[str] = []
+        try:
+            for piece in _ask(self.server, body, key_of(self.api_key)):
+                pieces.append(piece)
+                yield piece
+        finally:
+            if pieces:
+                self.said += [question, {"role": "assistant", "content": "".join(pieces)}]
 
 
 def key_of(given: str | None) -> str | None:
@@ -168,6 +220,7 @@ def find_server(target: str | None, model: str | None = None, overrides: Sequenc
         engines=_engines(now.instances, instance),
         tokenizer=instance.tokenizer,
         python=vllm_python(run),
+        run_dir=str(run.dir),
     )
 
 

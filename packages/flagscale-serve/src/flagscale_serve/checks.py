@@ -108,15 +108,15 @@ def _check_head_dim(model: Model) -> None:
         )
 
 
-def check_engines(service: Service, python: str) -> dict[str, str]:
-    """Ask the Python that should run the engines whether it has them.
+def check_engines(service: Service, python: str, chip: str) -> dict[str, str]:
+    """Ask the Python that should run the engines whether it has them, and builds of them for this chip.
 
     Returns:
         Engine name -> its version.
 
     Raises:
         EngineMissing: that Python does not exist or lacks an engine, or what an engine needs to move keys and
-            values; says what to install.
+            values, or has a build for CPUs where another chip is meant; says what to install.
     """
     engines = {name: engine_named(name) for name in sorted({one.engine for one in service.instances})}
     found = {
@@ -127,6 +127,12 @@ def check_engines(service: Service, python: str) -> dict[str, str]:
     }
     if any(one.role for one in service.instances):
         _look_for_nixl(service, python)
+    if chip != "cpu" and "cpu" in found.get("vllm", ""):
+        # vLLM asks its own version which platform it is for, and would leave the devices idle without a word.
+        raise EngineMissing(
+            f"engine vllm: {python} has vllm {found['vllm']}, which is built for CPUs, and this machine has "
+            f"{chip}: install the build for {chip} there, or name the Python that has it with --python"
+        )
     return found
 
 

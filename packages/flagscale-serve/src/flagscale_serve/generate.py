@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from flagscale_serve.chat import Server, check_text, find_server, key_of, listed_model, message_of
 from flagscale_serve.errors import InvalidService, NotServing
 from flagscale_serve.runs import Options, check, prepare, start, wait_ready
+from flagscale_serve.service import Service
 
 if TYPE_CHECKING:
     import httpx
@@ -67,6 +68,11 @@ class Progress:
     def tokens_per_s(self) -> float:
         """Rate of this run."""
         return self.tokens / max(1e-9, time.monotonic() - self.began)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Render as plain JSON."""
+        counts = {name: getattr(self, name) for name in ("total", "done", "kept", "failed", "tokens")}
+        return {**counts, "tokens_per_s": round(self.tokens_per_s, 3)}
 
 
 def generate(  # noqa: PLR0913 - what people set on a batch
@@ -123,7 +129,7 @@ def generate(  # noqa: PLR0913 - what people set on a batch
             batch = _Batch(
                 server=server,
                 settings=settings,
-                key=key_of(api_key),
+                key=key_of(api_key or server.api_key),
                 digests=digests,
                 file=file,
                 progress=progress,
@@ -244,7 +250,8 @@ def _server(
     run = start(prepared, detach=False)
     during.callback(run.stop)
     wait_ready(run)
-    return find_server(str(run.dir), model)
+    key = prepared.service.instances[0].api_key if isinstance(prepared.service, Service) else None
+    return replace(find_server(str(run.dir), model), api_key=key)
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -92,9 +93,13 @@ def _look(url: str, timeout_s: float) -> _Look | None:
     import httpx
 
     base = url.removesuffix("/").removesuffix("/v1")
+    key = os.environ.get("OPENAI_API_KEY")
     try:
         response = httpx.get(f"{base}/metrics", timeout=timeout_s, trust_env=False)
-    except httpx.HTTPError:
+        if response.status_code == 401 and key:  # llama.cpp shows them to its clients only
+            headers = {"Authorization": f"Bearer {key}"}
+            response = httpx.get(f"{base}/metrics", headers=headers, timeout=timeout_s, trust_env=False)
+    except (httpx.HTTPError, UnicodeEncodeError):  # the key may be no key at all
         return None
     at = time.monotonic()
     if response.status_code != 200:

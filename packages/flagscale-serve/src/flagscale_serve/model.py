@@ -116,7 +116,7 @@ def _check_directory(path: Path) -> None:
         raise InvalidModel(
             f"{path}: a file: the directory of a model is needed (Hugging Face layout): give its folder"
         )
-    tail = "/".join(path.parts[-2:])
+    tail = "/".join(path.parts[-2:]) if len(path.parts) > 2 else "ORG/NAME"
     raise InvalidModel(
         f"{path}: no such directory: give a model directory on this machine; one from the Hugging Face Hub "
         f"is fetched with `hf download {tail} --local-dir DIR`"

@@ -117,7 +117,10 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
         probes=(*probes, *(probe for _, probe in fronts)),
         watches=tuple(_watches(heads, fronts)),
         stop=StopPolicy(grace_s=max(engine_named(i.engine).grace_s for i in service.instances)),
-        facts=_facts(service, machine, heads, berths, models or {}),
+        facts={
+            **_facts(service, machine, heads, berths, models or {}),
+            **({"versions": dict(versions)} if versions else {}),
+        },
         secrets=tuple(
             name
             for name in ("VLLM_API_KEY", "LLAMA_API_KEY")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from flagscale_serve.application import ENGINE as APPLICATION
@@ -14,6 +16,11 @@ _FIRST = {ROUTER: "waiting for the instances", APPLICATION: "starting Ray and th
 _TAIL_BYTES = 256 * 1024
 _MAX_DETAILS = 3
 _LINE_LIMIT = 300
+_CHAINED = (
+    "During handling of the above exception, another exception occurred:",
+    "The above exception was the direct cause of the following exception:",
+)
+_RAISED = re.compile(r"[A-Za-z_][\w.]*: \S")
 
 
 class Tail:
@@ -69,7 +76,8 @@ class Phases:
 def details(reason: str, log: Path) -> str:
     """Return what an engine wrote below the line that a run's reason quotes; empty when there is nothing.
 
-    Validation errors say in their first line only how many mistakes were made.
+    Validation errors say in their first line only how many mistakes were made, and what stumbled first
+    (`KeyError: 'nosuch'`) is explained by what was raised for it.
     """
     try:
         with log.open("rb") as file:
@@ -80,9 +88,21 @@ def details(reason: str, log: Path) -> str:
     quoted = [place for place, line in enumerate(lines) if len(line.strip()) > 8 and line.strip() in reason]
     if not quoted:
         return ""
+    after = lines[quoted[-1] + 1 :]
+    if (explained := _explained(after)) is not None:
+        return explained
     below: list[str] = []
-    for line in lines[quoted[-1] + 1 :]:
+    for line in after:
         if not line.startswith(" ") or len(below) == _MAX_DETAILS:
             break
         below.append(line.strip()[:_LINE_LIMIT])
     return "; ".join(below)
+
+
+def _explained(after: Sequence[str]) -> str | None:
+    """Return the exception that was raised while one was handled, if the next thing in a log is that."""
+    said = [line for line in after if line.strip()]
+    if not said or said[0].strip() not in _CHAINED:
+        return None
+    raised = (line for line in said[1:] if _RAISED.match(line))
+    return next(raised, "")[:_LINE_LIMIT] or None

@@ -167,7 +167,7 @@ def _look(
     if not is_local:
         return models, {}, None
     try:
-        versions = check_engines(service, python)
+        versions = check_engines(service, python, chip)
     except EngineMissing as error:
         problem = problem or error
     return models, versions, problem

@@ -5,7 +5,9 @@ What does not live here: how a run stands (`state.py`), starting what a target m
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,9 +22,12 @@ from flagscale_serve.hosts import Node, find_nodes, promised_nodes
 from flagscale_serve.service import Service, absolute, is_composed, of_experiment, of_model, served_name
 from flagscale_serve.state import list_runs
 
-__all__ = ["Target", "file_of", "find_run", "read_target"]
+__all__ = ["Target", "file_of", "file_words", "find_run", "read_target", "state_dir"]
 
 _TASK = "serve"
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_PLAIN = Path(__file__).parent / "plain_model.yaml"
+"""The serve file that a plain model with options stands for."""
 
 
 def find_run(target: str | None, overrides: Sequence[str] = (), *, alive: bool = False) -> hw.Run:
@@ -87,6 +92,8 @@ class Target:
     given_python: str | None
     engine: str | None
     """Wins over the file's."""
+    is_model: bool = False
+    """A plain model; with options, `experiment` is the file that they stand for."""
 
     @property
     def python(self) -> str:
@@ -101,6 +108,11 @@ class Target:
             # Not resolved: the link in a virtual environment is what makes it one.
             return str(Path(chosen).absolute())
         return chosen if has_shell else shutil.which(chosen) or chosen
+
+    @property
+    def is_gguf(self) -> bool:
+        """Tell whether it is one file of llama.cpp's."""
+        return self.is_model and self.path.endswith(".gguf")
 
     @property
     def is_composed(self) -> bool:
@@ -126,17 +138,15 @@ class Target:
     @property
     def home(self) -> Path:
         """The directory in which its runs live."""
-        if self.experiment is None:
-            return _state_dir() / served_name(str(absolute(self.path, str(Path.cwd()))))
+        if self.is_model:
+            return state_dir() / served_name(str(absolute(self.path, str(Path.cwd()))))
         return Path(self.experiment.exp_dir) / "runs"
 
     def service(self, machine: hw.Machine) -> Service:
         """Return the service that is asked for."""
-        default = default_engine(machine.chip).name
+        default = "llama_cpp" if self.is_gguf else default_engine(machine.chip).name
         if self.experiment is None:
-            is_gguf = self.path.endswith(".gguf")
-            engine = self.engine or ("llama_cpp" if is_gguf else default)
-            return of_model(self.path, cwd=str(Path.cwd()), engine=engine)
+            return of_model(self.path, cwd=str(Path.cwd()), engine=self.engine or default)
         return of_experiment(self.experiment, default_engine=default, engine=self.engine)
 
 
@@ -147,17 +157,34 @@ def read_target(
 
     Raises:
         ConfigError: the file or an override is wrong.
-        InvalidService: there is no such thing, or overrides of a model.
+        InvalidService: there is no such thing.
     """
     path = Path(target)
-    if path.is_dir() or path.suffix == ".gguf":
-        if overrides:
-            raise InvalidService(
-                f"{target}: {overrides[0]}: overrides belong to a serve file: a model takes "
-                "options such as --port"
-            )
-        return Target(target, None, python, engine)
-    return Target(target, _load(target, overrides), python, engine)
+    if not (path.is_dir() or path.suffix == ".gguf"):
+        return Target(target, _load(target, overrides), python, engine)
+    experiment = _load(str(_PLAIN), _plain_words(target, overrides)) if overrides else None
+    return Target(target, experiment, python, engine, is_model=True)
+
+
+def _plain_words(model: str, overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return the overrides that make the file of any model that of one, with options."""
+    path = str(absolute(model, str(Path.cwd())))
+    ours = {"experiment.exp_name": served_name(path), "serve.0.engine_args.model": path}
+    return (*(f"{key}={json.dumps(value)}" for key, value in ours.items()), *file_words(overrides))
+
+
+def file_words(options: Sequence[str]) -> tuple[str, ...]:
+    """Return a model's options as overrides of a file: `max_model_len=64` is one of `engine_args`."""
+    return tuple(_file_word(word) for word in options)
+
+
+def _file_word(word: str) -> str:
+    name, sign, value = word.partition("=")
+    if not sign or name.startswith(("+", "~")):
+        return word
+    if "." not in name:
+        name = f"serve.0.engine_args.{name.replace('-', '_')}"
+    return f"++{name}={value}"
 
 
 def file_of(target: str, overrides: Sequence[str] = ()) -> Any:
@@ -177,15 +204,17 @@ def _load(target: str, overrides: Sequence[str]) -> Any:
 
     is_file = Path(target).exists() or Path(target).suffix in (".yaml", ".yml")
     if not is_file and target not in recipes(_TASK):
+        fetch = f"; a model of a hub is fetched first: `hf download {target} --local-dir DIR`"
         raise InvalidService(
             f"{target}: no such model directory, serve file, recipe or run: give the path of a directory "
             "with config.json, of a FlagScale serve file (.yaml), or a name that `flagscale-config "
-            "recipes` lists"
+            f"recipes` lists{fetch if _HUB_NAME.fullmatch(target) else ''}"
         )
     return load(target, overrides, task=_TASK)
 
 
-def _state_dir() -> Path:
+def state_dir() -> Path:
+    """Return where this package keeps what belongs to no file: runs of plain models, lines of chats."""
     own = os.environ.get("FLAGSCALE_STATE_DIR")
     if own:
         return Path(own).absolute() / "serve"

@@ -21,7 +21,9 @@ from typing import Any, Literal
 
 from flagscale_serve.bench import Measured, Workload, bench, profile_of
 from flagscale_serve.errors import InvalidService, ServeError
-from flagscale_serve.runs import Options, check, prepare, start, wait_ready
+from flagscale_serve.runs import Options, Prepared, check, prepare, start, wait_ready
+from flagscale_serve.service import Service
+from flagscale_serve.targets import file_words
 
 __all__ = ["Trial", "Tuned", "parse_space", "tune"]
 
@@ -67,6 +69,15 @@ class Tuned:
     def file(self) -> Path:
         """The FlagScale file of the best trial."""
         return self.folder / _BEST
+
+    def to_dict(self) -> dict[str, Any]:
+        """Render as plain JSON."""
+        return {
+            "best": None if self.best is None else asdict(self.best),
+            "file": str(self.file),
+            "kept": self.kept,
+            "trials": [asdict(one) for one in self.trials],
+        }
 
 
 def parse_space(words: Sequence[str]) -> dict[str, list[Any]]:
@@ -119,7 +130,7 @@ def tune(  # noqa: PLR0913 - what people set on a search
     """
     search = _Search(
         target=_as_file(target, folder),
-        overrides=tuple(overrides),
+        overrides=file_words(overrides) if Path(target).is_dir() else tuple(overrides),
         folder=folder,
         workload=workload or profile_of(target, overrides),
         slo=dict(slo or {}),
@@ -176,18 +187,19 @@ class _Search:
         run = start(prepared, detach=False)
         try:
             wait_ready(run)
-            return self._measure(str(run.dir), combination)
+            return self._measure(str(run.dir), combination, _key_of(prepared))
         except ServeError as error:
             return Trial(options=combination, fate="failed", reason=str(error))
         finally:
             run.stop()
 
-    def _measure(self, target: str, combination: Mapping[str, Any]) -> Trial:
+    def _measure(self, target: str, combination: Mapping[str, Any], api_key: str | None) -> Trial:
         part = replace(self.workload, num_requests=max(1, self.workload.num_requests // _FIRST_PART))
-        first = self._load(target, part)
+        first = self._load(target, part, api_key)
         best = max((one.first_goodput for one in self.trials if one.fate == "measured"), default=0.0)
         is_promising = first.goodput(self.slo) >= _PROMISING * best
-        whole = self._load(target, replace(self.workload, num_warmups=0, seed=1)) if is_promising else first
+        rest = replace(self.workload, num_warmups=0, seed=1)
+        whole = self._load(target, rest, api_key) if is_promising else first
         return Trial(
             options=combination,
             fate="measured" if is_promising else "stopped early",
@@ -196,7 +208,7 @@ class _Search:
             first_goodput=first.goodput(self.slo),
         )
 
-    def _load(self, target: str, workload: Workload) -> Measured:
+    def _load(self, target: str, workload: Workload, api_key: str | None) -> Measured:
         done = bench(
             target,
             workload=workload,
@@ -204,6 +216,7 @@ class _Search:
             slo=self.slo,
             generator=self.generator,
             python=self.wish.python,
+            api_key=api_key,
         )
         return done.levels[0]
 
@@ -260,6 +273,12 @@ class _Search:
         (self.folder / _BEST).write_text(head + text, encoding="utf-8")
 
 
+def _key_of(prepared: Prepared) -> str | None:
+    """Return the key of a service that was started here, so that nobody need say it twice."""
+    service = prepared.service
+    return service.instances[0].api_key if isinstance(service, Service) else None
+
+
 def _combinations(space: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*space.values()):
         yield dict(zip(space, values, strict=True))
@@ -289,7 +308,7 @@ def _as_file(target: str, folder: Path) -> str:
         "defaults": ["_self_"],
         "experiment": {
             "exp_name": "tuned",
-            "exp_dir": str(folder.absolute() / "runs"),
+            "exp_dir": str(folder.absolute()),
             "task": {"type": "serve"},
         },
         "serve": [{"serve_id": "model", "engine_args": {"model": str(Path(target).absolute())}}],

@@ -20,7 +20,7 @@ def main():
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("--model", "--alias", "--host"):
         parser.add_argument(name, required=True)
-    for name in ("--port", "--threads", "--ctx-size", "--parallel"):
+    for name in ("--port", "--threads", "--threads-http", "--timeout", "--ctx-size", "--parallel"):
         parser.add_argument(name, type=int)
     parser.add_argument("--metrics", action="store_true")
     given = parser.parse_args()
@@ -32,6 +32,8 @@ def main():
     params.endpoint_metrics = given.metrics
     params.use_jinja = True
     params.cpuparams.n_threads = given.threads
+    params.n_threads_http = given.threads_http
+    params.timeout_read = params.timeout_write = given.timeout
     if given.ctx_size is not None:
         params.n_ctx = given.ctx_size
     if given.parallel is not None:

@@ -1,6 +1,7 @@
 """Measure a server under real load: a row of concurrencies, percentiles, goodput under an SLO, one page.
 
-`measured.py` holds what a load gave, `vllm_client.py` and `client.py` make it, `page.py` shows it.
+`measured.py` holds what a load gave, `subject.py` what was loaded, `vllm_client.py` and `client.py` make the
+load, `page.py` shows it.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from flagscale_serve.bench import client, vllm_client
 from flagscale_serve.bench.measured import Answered, Measured, Workload, parse_slo, percentile
 from flagscale_serve.bench.page import render_page
+from flagscale_serve.bench.subject import subject_of
 from flagscale_serve.chat import Server, find_server, key_of, listed_model
 from flagscale_serve.checks import has_modules
 from flagscale_serve.errors import InvalidService
@@ -81,6 +83,8 @@ class Benched:
     levels: tuple[Measured, ...]
     at: float
     """Unix seconds at the start."""
+    subject: Mapping[str, Any] = field(default_factory=dict)
+    """What was loaded, to do it again; see `subject_of`."""
 
     @property
     def best(self) -> Measured:
@@ -93,6 +97,7 @@ class Benched:
             "url": self.url,
             "model": self.model,
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.at)),
+            "subject": dict(self.subject),
             "slo_ms": {name: 1e3 * bound for name, bound in self.slo.items()},
             "best_concurrency": self.best.workload.concurrency,
             "levels": [one.to_dict(self.slo) for one in self.levels],
@@ -180,7 +185,14 @@ def bench(  # noqa: PLR0913 - what people set on a benchmark
             tell(levels[-1])
     if not levels:
         raise InvalidService("concurrency: none given: give at least one level")
-    return Benched(url=server.url, model=name, slo=dict(slo or {}), levels=tuple(levels), at=began)
+    return Benched(
+        url=server.url,
+        model=name,
+        slo=dict(slo or {}),
+        levels=tuple(levels),
+        at=began,
+        subject=subject_of(server.run_dir),
+    )
 
 
 def measure(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagscale_serve.cli.output import add, say, seconds, word
+from flagscale_serve.cli.output import OVERRIDES, add, count, say, seconds, word
 
 if TYPE_CHECKING:
     from flagscale_serve.metrics import Load
@@ -29,11 +30,18 @@ def add_looking(verbs: Any) -> None:
             nargs="?",
             type=word,
             metavar="RUN",
-            help="run directory or id, file, or model directory (default: the only one)",
+            help="run directory or id, file, recipe, or model (default: the only one)",
         )
-        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
         if name == "logs":
             parser.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
+            parser.add_argument(
+                "-n",
+                "--lines",
+                type=count,
+                metavar="N",
+                help="begin with the last N lines of each instance (default: with the first)",
+            )
         if name == "stop":
             parser.add_argument(
                 "--grace",
@@ -94,7 +102,14 @@ def _logs(arguments: argparse.Namespace) -> int:
 
     target = str(find_run(arguments.target, arguments.overrides).dir)
     is_single = len(read_plan(find_run(target)).get("processes", ())) == 1
+    passed_over: Counter[str] = Counter()
+    if arguments.lines is not None:
+        passed_over.update(line.process for line in logs(target))
+        passed_over.subtract(dict.fromkeys(passed_over, arguments.lines))
     for line in logs(target, follow=arguments.follow):
+        if passed_over[line.process] > 0:
+            passed_over[line.process] -= 1
+            continue
         print(line.text if is_single else f"{line.process}: {line.text}", flush=arguments.follow)
     return 0
 

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagscale_serve.cli.output import add, interrupt_on_signals, say, word
+from flagscale_serve.cli.output import (
+    OVERRIDES,
+    add,
+    add_engine,
+    engine_options,
+    interrupt_on_signals,
+    say,
+    word,
+)
 
 if TYPE_CHECKING:
     from flagscale_serve.bench import Workload
@@ -25,10 +33,19 @@ def add_bench(verbs: Any) -> None:
         nargs="?",
         type=word,
         metavar="RUN_OR_URL",
-        help="run, file, model, or address (default: the only run)",
+        help="run, file, recipe, model, or address (default: the only run)",
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     _add_load(parser)
+    parser.add_argument(
+        "--python",
+        type=word,
+        metavar="PATH",
+        help="interpreter that has vLLM (default: the one that runs the engine)",
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer of the model behind an address")
+    parser.add_argument("--model", metavar="NAME", help="which model, when several are served")
+    parser.add_argument("--api-key", metavar="KEY", help="the server's key (default: $OPENAI_API_KEY)")
     parser.add_argument(
         "--concurrency",
         type=_numbers,
@@ -49,20 +66,20 @@ def add_tune(verbs: Any) -> None:
     """Add `tune`."""
     parser = add(verbs, "tune", _tune, "search the engine's options for the highest goodput")
     parser.add_argument(
-        "target", type=word, metavar="FILE_OR_MODEL_DIR", help="serve file, recipe, or model directory"
+        "target", type=word, metavar="FILE_OR_MODEL", help="FlagScale serve file, recipe, or model"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
     parser.add_argument(
         "--try",
         dest="space",
         action="append",
-        default=[],
+        required=True,
         metavar="OPTION=VALUE,VALUE",
         help="engine_args to try, such as max_num_seqs=64,128; may be repeated, all combinations are tried",
     )
     _add_load(parser)
     parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="at a time (default: 32)")
-    parser.add_argument("--engine", metavar="NAME", help="see `run`")
+    add_engine(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -70,6 +87,7 @@ def add_tune(verbs: Any) -> None:
         metavar="DIR",
         help="for the journal and best.yaml (default: tune)",
     )
+    parser.add_argument("--json", action="store_true", help="print every trial as JSON")
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -97,10 +115,6 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         choices=("vllm", "own"),
         help="`vllm bench serve`, or our own (default: vllm where it is installed and the engine takes it)",
     )
-    parser.add_argument("--python", help="interpreter that has vLLM (default: the one that runs the engine)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer of the model behind an address")
-    parser.add_argument("--model", help="which model, when several are served")
-    parser.add_argument("--api-key", help="the server's key (default: $OPENAI_API_KEY)")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -147,7 +161,6 @@ def _tune(arguments: argparse.Namespace) -> int:
 
     from flagscale_serve.bench import parse_slo
     from flagscale_serve.foreground import trial_text
-    from flagscale_serve.runs import Options
     from flagscale_serve.tune import parse_space, tune
 
     interrupt_on_signals()
@@ -158,13 +171,15 @@ def _tune(arguments: argparse.Namespace) -> int:
         folder=arguments.out,
         workload=replace(_workload(arguments), concurrency=arguments.concurrency),
         slo=parse_slo(arguments.slo),
-        options=Options(engine=arguments.engine, python=arguments.python),
+        options=engine_options(arguments),
         generator=arguments.generator,
         tell=lambda trial: say(trial_text(trial)),
     )
     kept = f", {done.kept} of them before" if done.kept else ""
     say(f"{len(done.trials)} trials{kept}")
-    if done.best is not None:
+    if arguments.json:
+        print(json.dumps(done.to_dict(), indent=2, ensure_ascii=False))
+    elif done.best is not None:
         print(f"best: {trial_text(done.best)}\n{done.file}")
     return 0
 

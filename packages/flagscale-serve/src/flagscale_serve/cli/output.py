@@ -8,11 +8,27 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-__all__ = ["INTERRUPTED", "add", "finite", "interrupt_on_signals", "say", "seconds", "word"]
+if TYPE_CHECKING:
+    from flagscale_serve.runs import Options
+
+__all__ = [
+    "INTERRUPTED",
+    "OVERRIDES",
+    "add",
+    "add_engine",
+    "count",
+    "engine_options",
+    "finite",
+    "interrupt_on_signals",
+    "say",
+    "seconds",
+    "word",
+]
 
 INTERRUPTED = 130
+OVERRIDES = "Hydra overrides of a file or recipe; options of a model, such as max_model_len=4096"
 
 
 def add(
@@ -25,6 +41,39 @@ def add(
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(verb=verb)
     return parser
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add what every verb takes that may start an engine; see `engine_options`."""
+    parser.add_argument(
+        "--engine",
+        type=word,
+        metavar="NAME",
+        help="vllm, sglang, llama_cpp, transformers, or one that another package brings (default: the "
+        "file's, else vllm on an accelerator and transformers on a CPU)",
+    )
+    parser.add_argument(
+        "--python",
+        type=word,
+        metavar="PATH",
+        help="interpreter that has the engine (default: $FLAGSCALE_SERVE_PYTHON, else the one running this)",
+    )
+    parser.add_argument(
+        "--timeout", type=seconds, metavar="SECONDS", help="until the first token (default: 1800)"
+    )
+
+
+def engine_options(arguments: argparse.Namespace, **more: Any) -> Options:
+    """Return how to start, as `add_engine` read it, and more of it."""
+    from flagscale_serve.plan import READY_TIMEOUT_S
+    from flagscale_serve.runs import Options
+
+    return Options(
+        engine=arguments.engine,
+        python=arguments.python,
+        ready_timeout_s=READY_TIMEOUT_S if arguments.timeout is None else arguments.timeout,
+        **more,
+    )
 
 
 def word(text: str) -> str:
@@ -50,6 +99,13 @@ def seconds(text: str) -> float:
     if (number := finite(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text!r}: give seconds, 0 or more")
     return number
+
+
+def count(text: str) -> int:
+    """Read a number of things."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 0 or more")
+    return int(text)
 
 
 def interrupt_on_signals() -> None:

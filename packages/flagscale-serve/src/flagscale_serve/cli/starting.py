@@ -9,7 +9,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flagscale_serve.cli.output import INTERRUPTED, add, interrupt_on_signals, say, word
+from flagscale_serve.cli.output import (
+    INTERRUPTED,
+    OVERRIDES,
+    add,
+    add_engine,
+    engine_options,
+    interrupt_on_signals,
+    say,
+    word,
+)
 
 if TYPE_CHECKING:
     from flagscale_hw import Plan, Run
@@ -37,7 +46,7 @@ def add_plan(verbs: Any) -> None:
         default="text",
         help="for people, as bash scripts for each host, or as a LeaderWorkerSet of Kubernetes",
     )
-    parser.add_argument("--image", help="container image of the pods, for --as lws")
+    parser.add_argument("--image", metavar="NAME", help="container image of the pods, for --as lws")
     parser.add_argument(
         "--claim",
         action="append",
@@ -69,41 +78,30 @@ def _add_starting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         type=word,
-        metavar="FILE_OR_MODEL_DIR",
-        help="FlagScale serve file, recipe, or model directory",
+        metavar="FILE_OR_MODEL",
+        help="FlagScale serve file, recipe, model directory, or GGUF file",
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides of the file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    add_engine(parser)
     parser.add_argument(
-        "--engine",
-        type=word,
-        metavar="NAME",
-        help="vllm, sglang, llama_cpp, transformers, or one that another package brings (default: the "
-        "file's, else vllm on an accelerator and transformers on a CPU)",
+        "--host", type=word, metavar="ADDRESS", help="address to listen on (default: 127.0.0.1)"
     )
     parser.add_argument(
-        "--python",
-        type=word,
-        help="interpreter that has the engine (default: $FLAGSCALE_SERVE_PYTHON, else the one running this)",
+        "--port", type=int, metavar="N", help="port to listen on (default: the file's, else a free one)"
     )
-    parser.add_argument("--host", type=word, help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: the file's, else a free one)")
-    parser.add_argument("--run-dir", type=word, help="directory for logs and state of this run")
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="until the first token (default: 1800)"
+        "--run-dir", type=word, metavar="DIR", help="directory for logs and state of this run"
     )
 
 
 def _options(arguments: argparse.Namespace) -> Options:
-    from flagscale_serve.plan import MAX_RESTARTS, READY_TIMEOUT_S
-    from flagscale_serve.runs import Options
+    from flagscale_serve.plan import MAX_RESTARTS
 
-    return Options(
-        engine=arguments.engine,
-        python=arguments.python,
+    return engine_options(
+        arguments,
         host=arguments.host,
         port=arguments.port,
         run_dir=Path(arguments.run_dir).absolute() if arguments.run_dir else None,
-        ready_timeout_s=READY_TIMEOUT_S if arguments.timeout is None else arguments.timeout,
         max_restarts=getattr(arguments, "max_restarts", MAX_RESTARTS),
     )
 

@@ -15,6 +15,9 @@ from flagscale_serve.service import Instance
 __all__ = ["LLAMA_CPP", "LlamaCpp"]
 
 _SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
+# A connection takes a thread of the server for as long as it sends and reads. Left alone, it has a handful of
+# them and waits an hour for each byte: few slow clients then keep it from everybody.
+_MANNERS = {"threads_http": 256, "timeout": 60}
 
 
 class LlamaCpp:
@@ -56,7 +59,7 @@ class LlamaCpp:
                 f"{instance.name}: engine_args.data_parallel_size: {copies}: llama.cpp serves one copy per "
                 "process: use resources.num_replicas"
             )
-        defaults: dict[str, Any] = {"metrics": True}
+        defaults: dict[str, Any] = {"metrics": True, **_MANNERS}
         if context.chip == "cpu":
             defaults["threads"] = context.num_threads
         choice = choose(
