@@ -154,6 +154,23 @@ def test_the_foreground_ends_with_4_when_the_engine_dies_later(shell, model_dir)
     assert (status["state"], status["instances"][0]["restarts"]) == ("failed", 1)
 
 
+def test_an_engine_that_ends_softly_has_failed_too(shell, model_dir, alive, eventually):
+    shell.mode("polite")
+    assert shell("run", model_dir, "--detach", "--max-restarts", 1).returncode == 0
+    os.kill(shell.engine_pids()[0], signal.SIGTERM)
+    eventually(lambda: len(shell.engine_pids()) == 2 and shell.the_status()["is_ready"])
+    os.kill(shell.engine_pids()[1], signal.SIGTERM)
+    eventually(lambda: shell.the_status()["state"] == "failed")
+    status = shell.the_status(model_dir)
+    assert (status["state"], status["instances"][0]["restarts"]) == ("failed", 1)
+    assert "model: exited with code 0, although nobody had stopped it" in status["reason"]
+    assert shell("status", model_dir).returncode == 4
+
+    assert shell("run", model_dir, "--detach", "--max-restarts", 0).returncode == 0
+    os.kill(shell.engine_pids()[2], signal.SIGTERM)
+    eventually(lambda: shell.the_status(model_dir)["state"] == "failed")
+
+
 def test_a_host_of_another_machine_is_refused_before_anything_starts(shell, model_dir):
     done = shell("run", model_dir, "--host", "192.0.2.1", "--detach")  # an address nobody has (RFC 5737)
     assert done.returncode == 2
