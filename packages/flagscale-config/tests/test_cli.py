@@ -186,6 +186,7 @@ def run_for_nobody(*words, stderr):
             stdout=out,
             stderr=out if stderr is subprocess.STDOUT else stderr,
             text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},  # where it is set, nothing is left for the exit
             timeout=120,
             check=False,
         )

@@ -170,7 +170,11 @@ def test_a_reader_of_output_and_errors_that_leaves_changes_no_exit_code(words, c
     os.close(read)
     with os.fdopen(write) as out:
         command = (sys.executable, "-m", "flagscale_hw", *words)
-        assert subprocess.run(command, stdout=out, stderr=out, timeout=120, check=False).returncode == code
+        env = {**os.environ, "PYTHONUNBUFFERED": ""}  # where it is set, nothing is left for the exit
+        assert (
+            subprocess.run(command, stdout=out, stderr=out, env=env, timeout=120, check=False).returncode
+            == code
+        )
 
 
 @pytest.mark.parametrize(
