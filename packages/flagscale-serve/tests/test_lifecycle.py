@@ -8,7 +8,9 @@ import re
 import signal
 import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 
@@ -97,6 +99,52 @@ def test_kill_9_of_any_part_leaves_nothing(shell, model_dir, alive, eventually, 
     status = shell.the_status()
     assert status["state"] == "failed"
     assert status["reason"]
+
+
+TWO = """
+- serve_id: a
+  engine: vllm
+  engine_args: {{model: {model}, served_model_name: m}}
+  resources: {{num_replicas: 2}}
+"""
+
+
+@pytest.fixture
+def behind_a_router(shell, serve_file, model_dir):
+    shell.mode("family")
+    done = shell("run", serve_file(TWO.format(model=model_dir)), "--detach", "--timeout", 120)
+    assert done.returncode == 0, done.stderr
+    return shell
+
+
+@pytest.mark.transformers  # its session has the router
+@pytest.mark.parametrize("last", ["supervisor", "guardian"])
+def test_kill_9_of_the_router_and_another(behind_a_router, alive, eventually, everybody, last):
+    """With one engine both come back and the other engine goes on; with a watcher nothing is left."""
+    shell = behind_a_router
+    before = shell.the_status()
+    first, other, front = before["instances"]
+    for one in (front, first):
+        os.kill(one["pid"], signal.SIGKILL)
+    eventually(lambda: [one["restarts"] for one in shell.the_status()["instances"]] == [1, 0, 1])
+    eventually(lambda: shell.the_status()["is_ready"])
+    after = shell.the_status()
+    assert after["instances"][1] == other | {"load": after["instances"][1]["load"]}
+    assert [one["url"] for one in after["instances"]] == [one["url"] for one in before["instances"]]
+    body = {"model": "m", "prompt": "x", "max_tokens": 1}
+    answers = [httpx.post(f"{front['url']}/completions", json=body, trust_env=False) for _ in range(4)]
+    assert {answer.status_code for answer in answers} == {200}
+
+    pids = everybody(after)
+    for pid in (after["instances"][2]["pid"], supervisor_pids(after["run_dir"])[last]):
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not [pid for pid in pids if alive(pid)])
+    ended = shell.the_status()
+    assert (ended["state"], ended["is_ready"]) == ("failed", False)
+    for one in after["instances"]:
+        url = urlsplit(one["url"])
+        with pytest.raises(ConnectionRefusedError), socket.create_connection((url.hostname, url.port)):
+            pass
 
 
 @pytest.mark.parametrize("when", ["starting", "ready"])
