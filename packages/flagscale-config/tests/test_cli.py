@@ -176,20 +176,40 @@ def test_schema_is_compared_with_a_file(tiny, tmp_path, capsys):
     assert cli.main(["schema", "experiment", "--check", str(tmp_path / "none.json")]) == 2
 
 
-def test_a_closed_pipe_is_quiet(tiny):
+def run_for_nobody(*words, stderr):
+    """Run a command whose output goes into a pipe that nobody reads."""
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as out:
-        done = subprocess.run(
-            [sys.executable, "-m", "flagscale_config.cli", "schema", "experiment"],
+        return subprocess.run(
+            [sys.executable, "-m", "flagscale_config.cli", *words],
             stdout=out,
-            stderr=subprocess.PIPE,
+            stderr=out if stderr is subprocess.STDOUT else stderr,
             text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},  # where it is set, nothing is left for the exit
             timeout=120,
             check=False,
         )
-    assert done.stderr == ""
-    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("words", [("schema", "experiment"), ("--help",)])
+def test_a_closed_pipe_is_quiet(words):
+    done = run_for_nobody(*words, stderr=subprocess.PIPE)
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("schema", "experiment"), 0),
+        (("--help",), 0),
+        (("show", "/no/such/file.yaml"), 2),
+        (("--debug", "show", "/no/such/file.yaml"), 2),
+        (("--no-such-option",), 2),
+    ],
+)
+def test_a_closed_pipe_for_output_and_errors_leaves_the_exit_code(words, code):
+    assert run_for_nobody(*words, stderr=subprocess.STDOUT).returncode == code
 
 
 @pytest.mark.parametrize(("words", "code"), [(["schema", "experiment"], 0), (["show", "/no/such.yaml"], 2)])

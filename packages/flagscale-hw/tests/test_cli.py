@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -158,6 +159,22 @@ def test_a_reader_that_leaves_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(("--json",), 0), (("env", "--devices", "99"), 2), (("--no-such-option",), 2), (("--help",), 0)],
+)
+def test_a_reader_of_output_and_errors_that_leaves_changes_no_exit_code(words, code):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as out:
+        command = (sys.executable, "-m", "flagscale_hw", *words)
+        env = {**os.environ, "PYTHONUNBUFFERED": ""}  # where it is set, nothing is left for the exit
+        assert (
+            subprocess.run(command, stdout=out, stderr=out, env=env, timeout=120, check=False).returncode
+            == code
+        )
 
 
 @pytest.mark.parametrize(

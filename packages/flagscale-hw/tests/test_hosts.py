@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,47 @@ def test_the_echo_of_a_lost_peer_is_not_taken_for_the_cause(keeper, tmp_path):
 def test_an_echo_alone_is_reported_after_a_while(keeper):
     status = keeper.launch(plan("echo Connection reset by peer; exit 1", SLEEP)).wait(keeper.patience_s)
     assert status.reason == "n0: p-0: exited with code 1: Connection reset by peer"
+
+
+GOES_SOFTLY = "trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.1; done"
+
+
+def services(*codes, **rest):
+    made = plan(*codes, **rest)
+    return replace(made, processes=tuple(replace(one, is_service=True) for one in made.processes))
+
+
+def test_a_service_that_ends_softly_ends_the_others_and_is_named(keeper):
+    run = keeper.launch(services(GOES_SOFTLY, GOES_SOFTLY))
+    keeper.until(lambda: len(list(run.logs())) == 2)
+    other, ended = run.wait_ready(keeper.patience_s).processes
+    os.kill(ended.pid, signal.SIGTERM)
+    status = run.wait(keeper.patience_s)
+    assert (status.state, status.exit_code) == ("failed", 4)
+    assert status.reason == "n1: p-1: exited with code 0, although nobody had stopped it: bye"
+    assert (status.processes[1].exit_code, status.processes[1].cause) == (0, "bye")
+    assert keeper.start_time(other.pid) is None
+    assert keeper.carrying(keeper.run_id(run)) == []
+
+
+def test_a_service_that_ends_softly_is_started_again_on_every_host(keeper):
+    run = keeper.launch(services(GOES_SOFTLY, GOES_SOFTLY, max_restarts=1))
+    keeper.until(lambda: len(list(run.logs())) == 2)
+    before = {one.pid for one in run.wait_ready(keeper.patience_s).processes}
+    os.kill(max(before), signal.SIGTERM)
+    keeper.until(lambda: (status := run.status()).state == "running" and status.restarts == 1)
+    after = run.status()
+    assert before.isdisjoint(one.pid for one in after.processes)
+    assert all(one.is_running for one in after.processes)
+    assert run.stop(5.0).state == "stopped"
+
+
+def test_a_service_that_ended_softly_because_of_another_is_not_the_cause(keeper, tmp_path):
+    flag = tmp_path / "peer"
+    echo = f"until [ -e {flag} ]; do sleep 0.05; done; exit 0"
+    cause = f"touch {flag}; sleep 2; echo out of memory; exit 9"
+    status = keeper.launch(services(echo, cause)).wait(keeper.patience_s)
+    assert status.reason == "n1: p-1: exited with code 9: out of memory"
 
 
 def test_stop_reaches_every_host_with_the_polite_signal_first(keeper):

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from flagscale_hw import Probe
+from flagscale_hw import Plan, Probe, Process
 
 SERVER = """
 import http.server, json, os
@@ -178,6 +178,19 @@ def test_a_server_that_ends_well_before_it_is_ready_has_failed(keeper):
     status = keeper.finish(keeper.shell("echo nothing to do"), probes=(probe,))
     assert status.state == "failed"
     assert status.reason == "a: exited with code 0: nothing to do (before it was ready)"
+
+
+def test_one_of_several_services_ends_well_and_nobody_waits_for_the_others(keeper):
+    codes = {"goes": "echo nothing to do", "stays": "exec sleep 600"}
+    processes = tuple(
+        Process(name=name, argv=keeper.shell(code), is_service=True) for name, code in codes.items()
+    )
+    probe = probe_of("http://127.0.0.1:9/", timeout_s=600)
+    run = keeper.launch(Plan(kind="test", name="a test", processes=processes, probes=(probe,)))
+    status = run.wait(keeper.patience_s)
+    assert status.state == "failed"
+    assert status.reason == "goes: exited with code 0, although nobody had stopped it: nothing to do"
+    assert keeper.carrying(keeper.run_id(run)) == []
 
 
 def test_a_run_that_is_getting_ready_can_be_stopped(keeper):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,44 @@ def test_a_script_runs_as_the_plan_says(tmp_path):
 def test_the_first_process_that_fails_ends_the_others_and_gives_the_exit_code(tmp_path):
     assert run_node(shells("exit 5", "sleep 600"), tmp_path / "run").returncode == 5
     assert (tmp_path / "run/ends/p-1").read_text().split()[0] == "143"
+
+
+@pytest.mark.parametrize(("is_service", "code"), [(False, 0), (True, 1)])
+def test_a_service_that_ends_well_has_failed(tmp_path, is_service, code):
+    wait = f"until [ -e {tmp_path}/run/ends/a ]; do sleep 0.05; done"  # until the end of the other is seen
+    codes = {"a": "exit 0", "b": f"{wait}; exec sleep 600" if is_service else f"{wait}; exit 0"}
+    processes = tuple(
+        Process(name=name, argv=("sh", "-c", text), is_service=is_service) for name, text in codes.items()
+    )
+    script = render_scripts(Plan(kind="t", name="t", processes=processes))["node-0.sh"]
+    assert run_node(script, tmp_path / "run").returncode == code
+    ends = {name: (tmp_path / f"run/ends/{name}").read_text().split()[0] for name in codes}
+    assert ends == {"a": "0", "b": "143" if is_service else "0"}
+
+
+def test_a_service_may_end_well_when_it_is_asked_to(tmp_path, monkeypatch):
+    """Also while its start is written down, which takes long here, and before the next one starts."""
+    for name in ("date", "uname"):
+        (tmp_path / name).write_text(f'#!/bin/sh\nsleep 1\nexec {shutil.which(name)} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("FLAGSCALE_RUN_DIR", str(tmp_path / "run"))
+    text = f"trap 'exit 0' TERM; touch {tmp_path}/up; while :; do sleep 0.05; done"
+    processes = tuple(Process(name=name, argv=("sh", "-c", text), is_service=name == "a") for name in "ab")
+    path = tmp_path / "node.sh"
+    path.write_text(render_scripts(Plan(kind="t", name="t", processes=processes))["node-0.sh"])
+    node = subprocess.Popen(["bash", path])
+    while not (tmp_path / "up").exists():
+        assert node.poll() is None
+        time.sleep(0.02)
+    node.terminate()
+    node.wait(60)
+    ends = {one: (tmp_path / f"run/ends/{one}").read_text().split()[0] for one in "ab"}
+    assert (ends["a"], ends["b"] in ("0", "143")) == (
+        "0",
+        True,
+    )  # the other may be hit before its trap is set
+    assert node.returncode == int(ends["b"])
 
 
 def test_a_secret_must_be_in_the_environment(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -147,9 +148,12 @@ def test_pauses_double_and_old_restarts_are_forgotten():
 def test_a_plan_says_it_and_reads_it_back(keeper):
     watch = Probe(url="http://127.0.0.1:{port:a}/", process="a")
     plan = servers(keeper, watches=(watch,))
+    plan = replace(plan, processes=(replace(plan.processes[0], is_service=True), *plan.processes[1:]))
     assert Plan.from_json(plan.to_json(masked=False)) == plan
     silent = keeper.plan(("x",)).to_json()
-    assert not [word for word in ('max_restarts": 2', "watches", '"process":') if word in silent]
+    assert not [
+        word for word in ('max_restarts": 2', "is_service", "watches", '"process":') if word in silent
+    ]
     for wrong in (Probe(url="http://x/"), Probe(url="http://x/", process="c")):
         with pytest.raises(InvalidPlan, match="process"):
             servers(keeper, watches=(wrong,))

@@ -191,6 +191,8 @@ def main():
     load()
     if MODE in ("deaf", "family"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if MODE == "polite":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if MODE == "family":
         done = subprocess.run([sys.executable, "-c", FORKER, SLEEPER], stdout=subprocess.PIPE, check=True)
         remember(int(done.stdout))

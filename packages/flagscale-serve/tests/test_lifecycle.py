@@ -8,7 +8,9 @@ import re
 import signal
 import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 
@@ -105,6 +107,52 @@ def test_kill_9_of_any_part_leaves_nothing(shell, model_dir, alive, eventually, 
     assert status["reason"]
 
 
+TWO = """
+- serve_id: a
+  engine: vllm
+  engine_args: {{model: {model}, served_model_name: m}}
+  resources: {{num_replicas: 2}}
+"""
+
+
+@pytest.fixture
+def behind_a_router(shell, serve_file, model_dir):
+    shell.mode("family")
+    done = shell("run", serve_file(TWO.format(model=model_dir)), "--detach", "--timeout", 120)
+    assert done.returncode == 0, done.stderr
+    return shell
+
+
+@pytest.mark.transformers  # its session has the router
+@pytest.mark.parametrize("last", ["supervisor", "guardian"])
+def test_kill_9_of_the_router_and_another(behind_a_router, alive, eventually, everybody, last):
+    """With one engine both come back and the other engine goes on; with a watcher nothing is left."""
+    shell = behind_a_router
+    before = shell.the_status()
+    first, other, front = before["instances"]
+    for one in (front, first):
+        os.kill(one["pid"], signal.SIGKILL)
+    eventually(lambda: [one["restarts"] for one in shell.the_status()["instances"]] == [1, 0, 1])
+    eventually(lambda: shell.the_status()["is_ready"])
+    after = shell.the_status()
+    assert after["instances"][1] == other | {"load": after["instances"][1]["load"]}
+    assert [one["url"] for one in after["instances"]] == [one["url"] for one in before["instances"]]
+    body = {"model": "m", "prompt": "x", "max_tokens": 1}
+    answers = [httpx.post(f"{front['url']}/completions", json=body, trust_env=False) for _ in range(4)]
+    assert {answer.status_code for answer in answers} == {200}
+
+    pids = everybody(after)
+    for pid in (after["instances"][2]["pid"], supervisor_pids(after["run_dir"])[last]):
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not [pid for pid in pids if alive(pid)])
+    ended = shell.the_status()
+    assert (ended["state"], ended["is_ready"]) == ("failed", False)
+    for one in after["instances"]:
+        url = urlsplit(one["url"])
+        with pytest.raises(ConnectionRefusedError), socket.create_connection((url.hostname, url.port)):
+            pass
+
+
 @pytest.mark.parametrize("when", ["starting", "ready"])
 def test_kill_9_of_the_foreground_command_leaves_nothing(shell, model_dir, alive, eventually, when):
     shell.mode("family" if when == "ready" else "mute")
@@ -158,6 +206,23 @@ def test_the_foreground_ends_with_4_when_the_engine_dies_later(shell, model_dir)
     assert len(shell.engine_pids()) == 2
     status = shell.the_status(model_dir)
     assert (status["state"], status["instances"][0]["restarts"]) == ("failed", 1)
+
+
+def test_an_engine_that_ends_softly_has_failed_too(shell, model_dir, alive, eventually):
+    shell.mode("polite")
+    assert shell("run", model_dir, "--detach", "--max-restarts", 1).returncode == 0
+    os.kill(shell.engine_pids()[0], signal.SIGTERM)
+    eventually(lambda: len(shell.engine_pids()) == 2 and shell.the_status()["is_ready"])
+    os.kill(shell.engine_pids()[1], signal.SIGTERM)
+    eventually(lambda: shell.the_status()["state"] == "failed")
+    status = shell.the_status(model_dir)
+    assert (status["state"], status["instances"][0]["restarts"]) == ("failed", 1)
+    assert "model: exited with code 0, although nobody had stopped it" in status["reason"]
+    assert shell("status", model_dir).returncode == 4
+
+    assert shell("run", model_dir, "--detach", "--max-restarts", 0).returncode == 0
+    os.kill(shell.engine_pids()[2], signal.SIGTERM)
+    eventually(lambda: shell.the_status(model_dir)["state"] == "failed")
 
 
 def test_a_host_of_another_machine_is_refused_before_anything_starts(shell, model_dir):

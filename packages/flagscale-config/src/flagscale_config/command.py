@@ -8,6 +8,8 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TextIO, TypeGuard
 
 __all__ = ["is_override", "parse", "run"]
 
@@ -22,8 +24,9 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
 
     An exception with an int `exit_code` is the user's: `error: ...` on standard error and that code; on a
     terminal the problems of a `ConfigError` are shown with their source lines. Ctrl-C is 130, a reader that
-    closed the pipe ends the command quietly, a full disk is 4, anything else is a bug: one line that says so
-    and 1. With `--debug` (anywhere before `--`; it is removed) or FLAGSCALE_DEBUG=1 tracebacks are shown.
+    closed the pipe ends the command quietly with 0 (an error that could not be told keeps its code), a full
+    disk is 4, anything else is a bug: one line that says so and 1. With `--debug` (anywhere before `--`; it
+    is removed) or FLAGSCALE_DEBUG=1 tracebacks are shown.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     limit = words.index("--") if "--" in words else len(words)
@@ -31,28 +34,26 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     words = [word for word in words[:limit] if word != "--debug"] + words[limit:]
     _open_closed_streams()
     _let_every_letter_pass()
+    code = _call(main, words, is_debug=is_debug)
+    _leave_closed_pipes()
+    return code
+
+
+def _call(main: Callable[[list[str]], int], words: list[str], *, is_debug: bool) -> int:
     try:
         code = main(words)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        _discard_output()
         return 0
     except SystemExit as error:  # argparse
         return _exit_code(error)
     except Exception as error:  # noqa: BLE001  the one place where a bug becomes a line and exit code 1
-        try:
-            return _failed(error, is_debug=is_debug)
-        except BrokenPipeError:  # nobody reads what went wrong; the exit code still says it
-            _discard_output()
-            return _code_of(error)
+        code = _code_of(error)
+        with suppress(BrokenPipeError):  # nobody reads it
+            _tell(error, is_debug=is_debug)
     return code
-
-
-def _code_of(error: Exception) -> int:
-    code = getattr(error, "exit_code", None)
-    return code if isinstance(code, int) else _BUG
 
 
 def _open_closed_streams() -> None:
@@ -75,13 +76,18 @@ def _let_every_letter_pass() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _discard_output() -> None:
-    """Python flushes what it prints to once more at exit; give it somewhere to go."""
+def _leave_closed_pipes() -> None:
+    """Python flushes both streams once more at exit, and exits with 120 where it cannot."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except BrokenPipeError:
+            _discard(stream)
+
+
+def _discard(stream: TextIO) -> None:
+    """Give what is still to be written somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
@@ -107,42 +113,51 @@ def is_override(word: str) -> bool:
 
 def _exit_code(error: SystemExit) -> int:
     if isinstance(error.code, str):
-        sys.stderr.write(f"error: {error.code}\n")
+        with suppress(BrokenPipeError):
+            sys.stderr.write(f"error: {error.code}\n")
         return 2
     return error.code or 0
 
 
-def _failed(error: Exception, *, is_debug: bool) -> int:
-    """Say what went wrong and return the exit code."""
+def _code_of(error: Exception) -> int:
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        return code
+    return _FAILED if _is_full(error) else _BUG
+
+
+def _is_full(error: Exception) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def _tell(error: Exception, *, is_debug: bool) -> None:
+    """Say what went wrong."""
     if is_debug:
         import traceback
 
         traceback.print_exception(error)
-    code = getattr(error, "exit_code", None)
-    if isinstance(code, int) and hasattr(error, "problems"):
+    is_known = isinstance(getattr(error, "exit_code", None), int)
+    if is_known and hasattr(error, "problems"):
         from flagscale_config.terminal import report
 
         report(error.problems)
-        return code
-    if isinstance(code, int):
+    elif is_known:
         sys.stderr.write(
             "".join(f"error: {line}\n" for line in str(error).splitlines() or [type(error).__name__])
         )
-        return code
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return _disk_full(error)
-    what = " ".join(str(error).split())
-    sys.stderr.write(
-        f"error: bug in flagscale: {type(error).__name__}: {what}; run again with --debug and report it\n"
-    )
-    return _BUG
+    elif _is_full(error):
+        _tell_full(error)
+    else:
+        what = " ".join(str(error).split())
+        sys.stderr.write(
+            f"error: bug in flagscale: {type(error).__name__}: {what}; run again with --debug and report it\n"
+        )
 
 
-def _disk_full(error: OSError) -> int:
-    where = error.filename or "writing"
-    sys.stderr.write(f"error: {where}: {error.strerror}: the output is not whole: make room and run again\n")
+def _tell_full(error: OSError) -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        _discard_output()
-    return _FAILED
+        _discard(sys.stdout)
+    where = error.filename or "writing"
+    sys.stderr.write(f"error: {where}: {error.strerror}: the output is not whole: make room and run again\n")

@@ -25,6 +25,7 @@ _ECHO = re.compile(
     r"|DistNetworkError|nccl(Remote|System|Internal)Error|HCCL.*(timeout|remote)|socket timeout"
     r"|timed out waiting|Rendezvous|TCPStore|SignalException|signal 15 \(SIGTERM\)|peer (is )?(gone|lost)"
     r"|recv\w* failed|send\w* failed"
+    r"|exited with code 0,"  # a service that ends softly has mostly lost those it worked for
 )
 _KILLED = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: -(\d+) ", re.MULTILINE)
 _NO_WORDS = re.compile(r"[\W_]*|[EWI]\d{4} .*torch/distributed/.*")

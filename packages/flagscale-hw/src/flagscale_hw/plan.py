@@ -61,6 +61,8 @@ class Process:
     max_restarts: int = 0
     """How often within ten minutes this process alone is started again when it has ended, while the others go
     on. Only in a run that has been ready: what ends before was never right."""
+    is_service: bool = False
+    """It goes on until the run is stopped: if it ends by itself it has failed, with exit code 0 too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +347,10 @@ def _plain(value: Any) -> Any:
 
 
 _PARTS = (Process, File, Probe, StopPolicy, Target)
-_SILENT: Mapping[type, Mapping[str, Any]] = {Process: {"max_restarts": 0}, Probe: {"process": None}}
+_SILENT: Mapping[type, Mapping[str, Any]] = {
+    Process: {"max_restarts": 0, "is_service": False},
+    Probe: {"process": None},
+}
 """Fields that the text of a part leaves out while they say nothing."""
 
 

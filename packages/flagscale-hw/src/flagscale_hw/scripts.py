@@ -82,7 +82,7 @@ def node_script(plan: Plan, *, to_files: bool = True) -> Iterator[str]:
     They write the plan's files, start the processes, end all when one fails, pass SIGTERM on as the plan's
     own signal, and exit with the code of the first process that failed. What became of each process is
     written to `$FLAGSCALE_RUN_DIR/ends`: `<process>.begun` holds host and start, `<process>` exit code and
-    end, times in unix seconds.
+    end, times in unix seconds. A service that ends before it was asked to has failed, with exit code 0 too.
 
     Args:
         plan: what to run.
@@ -103,7 +103,7 @@ def node_script(plan: Plan, *, to_files: bool = True) -> Iterator[str]:
             yield from _start(process, plan.secrets, ranks)
             log = f'>> "$FLAGSCALE_RUN_DIR"/logs/{quote(name, ranks)}.log 2>&1 ' if to_files else ""
             yield f") {log}< /dev/null &"
-            yield f"begun $! {quote(name, ranks)}"
+            yield f"begun $! {quote(name, ranks)}{' service' if process.is_service else ''}"
         yield ";;"
     yield "esac"
     yield "wait_for_all"
@@ -118,7 +118,7 @@ def _alike(processes: Iterable[Process]) -> Iterator[tuple[list[tuple[str, Proce
     groups: dict[tuple[Any, ...], tuple[list[tuple[str, Process]], list[str]]] = {}
     for host, own in by_host.items():
         named = [(_name(process), process) for process in own]
-        key = tuple((name, p.argv, p.cwd, tuple(p.env.items())) for name, p in named)
+        key = tuple((name, p.argv, p.cwd, p.is_service, tuple(p.env.items())) for name, p in named)
         groups.setdefault(key, (named, []))[1].append(host)
     yield from groups.values()
 
@@ -130,14 +130,18 @@ def _name(process: Process) -> str:
 
 
 _RUNNER = """\
-pids=() names=()
-end_all() {{ kill -{signal} "${{pids[@]}}" 2>/dev/null || true; }}
+pids=() names=() kinds=() is_asked=
+end_all() {{ is_asked=1; kill -{signal} "${{pids[@]}}" 2>/dev/null || true; }}
 trap end_all TERM INT
-note() {{
-  printf '%s\\n' "$2" > "$FLAGSCALE_RUN_DIR/ends/.$1"
+note() {{   # no command substitution from here on: bash 5.2 loses a signal that falls into one
+  {{ "${{@:2}}"; date +%s.%N; }} > "$FLAGSCALE_RUN_DIR/ends/.$1"
   mv "$FLAGSCALE_RUN_DIR/ends/.$1" "$FLAGSCALE_RUN_DIR/ends/$1"
 }}
-begun() {{ pids+=("$1") names+=("$2"); note "$2.begun" "$(hostname) $(date +%s.%N)"; }}
+begun() {{
+  pids+=("$1") names+=("$2") kinds+=("${{3-}}")
+  note "$2.begun" uname -n
+  [ -z "$is_asked" ] || end_all   # asked before this one was there
+}}
 wait_for_all() {{
   local first=0 code i
   while ((${{#pids[@]}})); do
@@ -145,8 +149,11 @@ wait_for_all() {{
     for i in "${{!pids[@]}}"; do
       kill -0 "${{pids[i]}}" 2>/dev/null && continue
       code=0; wait "${{pids[i]}}" || code=$?   # -1 where a signal fell into the wait: unknown
-      note "${{names[i]}}" "$code $(date +%s.%N)"
-      unset "pids[i]" "names[i]"
+      note "${{names[i]}}" echo "$code"
+      if [ "$code${{kinds[i]}}$is_asked" = 0service ]; then
+        echo "${{names[i]}}: exited with code 0, although nobody had stopped it" >&2; code=1
+      fi
+      unset "pids[i]" "names[i]" "kinds[i]"
       if ((code && !first)); then first=$code; ((${{#pids[@]}})) && end_all; fi
     done
   done

@@ -57,6 +57,7 @@ class Supervisor(Attempts):
         self._placed: list[Path] = []
         self._probes: list[ProbeRun] = []
         self._watches: list[ProbeRun] = []
+        self._services = {process.name for process in self._plan.processes if process.is_service}
         self._restarts = Restarts(())
         self._was_ready = False
         self._log_starts: dict[str, int] = {}
@@ -230,7 +231,7 @@ class Supervisor(Attempts):
             governed = self._was_ready and self._restarts.governs(ended.name)
             if governed and self._rest(ended):
                 continue
-            if governed or ended.exit_code != 0:
+            if governed or self._has_failed(ended):
                 self._explain_endings()
                 return Outcome("failed", self._reason_of(ended), may_restart=True)
         if len(self._record.endings) < len(self._plan.processes) or self._restarts.next_due is not None:
@@ -239,6 +240,9 @@ class Supervisor(Attempts):
             last = self._record.endings[-1]
             return Outcome("failed", f"{self._reason_of(last)} (before it was ready)", may_restart=True)
         return Outcome("succeeded", "")
+
+    def _has_failed(self, ended: ProcessStatus) -> bool:
+        return ended.exit_code != 0 or ended.name in self._services
 
     def _judge_late(self, waiting: Sequence[ProbeRun]) -> Outcome | None:
         for late in [probe for probe in waiting if time.monotonic() > probe.deadline]:
@@ -329,7 +333,7 @@ class Supervisor(Attempts):
 
     def _explain_endings(self) -> None:
         for ended in self._record.endings:
-            if ended.exit_code != 0:
+            if self._has_failed(ended):
                 self._record.explain(ended.name, self._cause_of(ended.name))
 
     def _cause_of(self, name: str) -> str:
@@ -345,6 +349,8 @@ class Supervisor(Attempts):
         cause = self._cause_of(ended.name)
         if ended.signal is None:
             text = f"{ended.name}: exited with code {ended.exit_code}"
+            if ended.exit_code == 0 and ended.name in self._services:
+                text += ", although nobody had stopped it"
         else:
             text = f"{ended.name}: killed by signal {ended.signal} ({_signal_name(ended.signal)})"
             if ended.signal == signal.SIGKILL:

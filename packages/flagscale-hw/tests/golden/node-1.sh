@@ -12,14 +12,18 @@ mkdir -p "$(dirname "$FLAGSCALE_RUN_DIR"/conf/a.txt)"
 printf '%s' 'port: '"${FLAGSCALE_PORT_RENDEZVOUS}"'
 '"'"'quoted'"'"'
 ' > "$FLAGSCALE_RUN_DIR"/conf/a.txt
-pids=() names=()
-end_all() { kill -INT "${pids[@]}" 2>/dev/null || true; }
+pids=() names=() kinds=() is_asked=
+end_all() { is_asked=1; kill -INT "${pids[@]}" 2>/dev/null || true; }
 trap end_all TERM INT
-note() {
-  printf '%s\n' "$2" > "$FLAGSCALE_RUN_DIR/ends/.$1"
+note() {   # no command substitution from here on: bash 5.2 loses a signal that falls into one
+  { "${@:2}"; date +%s.%N; } > "$FLAGSCALE_RUN_DIR/ends/.$1"
   mv "$FLAGSCALE_RUN_DIR/ends/.$1" "$FLAGSCALE_RUN_DIR/ends/$1"
 }
-begun() { pids+=("$1") names+=("$2"); note "$2.begun" "$(hostname) $(date +%s.%N)"; }
+begun() {
+  pids+=("$1") names+=("$2") kinds+=("${3-}")
+  note "$2.begun" uname -n
+  [ -z "$is_asked" ] || end_all   # asked before this one was there
+}
 wait_for_all() {
   local first=0 code i
   while ((${#pids[@]})); do
@@ -27,8 +31,11 @@ wait_for_all() {
     for i in "${!pids[@]}"; do
       kill -0 "${pids[i]}" 2>/dev/null && continue
       code=0; wait "${pids[i]}" || code=$?   # -1 where a signal fell into the wait: unknown
-      note "${names[i]}" "$code $(date +%s.%N)"
-      unset "pids[i]" "names[i]"
+      note "${names[i]}" echo "$code"
+      if [ "$code${kinds[i]}$is_asked" = 0service ]; then
+        echo "${names[i]}: exited with code 0, although nobody had stopped it" >&2; code=1
+      fi
+      unset "pids[i]" "names[i]" "kinds[i]"
       if ((code && !first)); then first=$code; ((${#pids[@]})) && end_all; fi
     done
   done

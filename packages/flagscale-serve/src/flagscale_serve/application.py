@@ -293,6 +293,7 @@ def plan_application(
                 env={"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0", **application.env},
                 cwd=application.cwd,
                 max_restarts=max_restarts,
+                is_service=True,
             ),
         ),
         files=(

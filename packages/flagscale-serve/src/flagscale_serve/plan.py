@@ -223,6 +223,7 @@ class _Crew:
             cwd=self._service.cwd,
             host=head.host,
             max_restarts=self._max_restarts,
+            is_service=True,
         )
         address = _address(head) if head.node is not None else _reachable(front.host)
         probe = _token_probe(front.name, address, members[0], timeout_s)
@@ -304,6 +305,7 @@ class _Crew:
                 rank=seat.rank if seat.num_hosts > 1 else None,
                 # Half of an instance is no instance: several processes end together.
                 max_restarts=self._max_restarts if len(named) == 1 else 0,
+                is_service=True,
             )
             for name, argv in named
         )

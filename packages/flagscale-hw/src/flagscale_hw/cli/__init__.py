@@ -11,7 +11,9 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
+from typing import TextIO, TypeGuard
 
 from flagscale_hw.__about__ import __version__
 
@@ -23,6 +25,13 @@ _CHOICES_OF_FOR = ("train", "serve")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    try:
+        return _run(argv)
+    finally:
+        _leave_closed_pipes()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words, command = _split(list(sys.argv[1:] if argv is None else argv))
     parser = _parser()
     options = parser.parse_args(words)
@@ -35,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:  # the caller may have closed it
             sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough
-        _discard_output()
         return 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001 - the last frame: a user gets a line, not a traceback
-        return _report(error, debug=options.debug)
+        code = _code_of(error)
+        with suppress(BrokenPipeError):  # nobody reads it
+            _report(error, debug=options.debug)
     return code
 
 
@@ -72,29 +82,47 @@ def _action(name: str) -> Callable[[argparse.Namespace], int]:
     return action
 
 
-def _discard_output() -> None:
-    """Python flushes standard output once more at exit: give it another place."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _leave_closed_pipes() -> None:
+    """Python flushes both streams once more at exit, and exits with 120 where it cannot."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # the caller may have closed it
+                stream.flush()
+        except BrokenPipeError:
+            _discard(stream)
 
 
-def _report(error: Exception, *, debug: bool) -> int:
+def _discard(stream: TextIO) -> None:
+    """Give what is still to be written somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _code_of(error: Exception) -> int:
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        return code
+    return 4 if _is_full(error) else 1
+
+
+def _is_full(error: Exception) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+
+
+def _report(error: Exception, *, debug: bool) -> None:
     if debug:
         import traceback
 
         traceback.print_exception(error)
-    code = getattr(error, "exit_code", None)
-    if isinstance(code, int):
+    if isinstance(getattr(error, "exit_code", None), int):
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        return code
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    elif _is_full(error):
+        _discard(sys.stdout)
         where = error.filename or "writing"
         print(f"error: {where}: {error.strerror}: the output is not whole: make room", file=sys.stderr)
-        _discard_output()
-        return 4
-    print(f"error: a bug in flagscale-hw {__version__}: {type(error).__name__}: {error}", file=sys.stderr)
-    print("run it again with --debug and report what it prints", file=sys.stderr)
-    return 1
+    else:
+        print(f"error: a bug in flagscale-hw {__version__}: {type(error).__name__}: {error}", file=sys.stderr)
+        print("run it again with --debug and report what it prints", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
