@@ -212,16 +212,6 @@ def test_a_closed_pipe_for_output_and_errors_leaves_the_exit_code(words, code):
     assert run_for_nobody(*words, stderr=subprocess.STDOUT).returncode == code
 
 
-@pytest.mark.parametrize(("words", "code"), [(["schema", "experiment"], 0), (["show", "/no/such.yaml"], 2)])
-def test_a_pipe_closed_for_both_outputs_keeps_the_exit_code(words, code):
-    read, write = os.pipe()
-    os.close(read)
-    with os.fdopen(write, "w") as out:
-        command = [sys.executable, "-m", "flagscale_config.cli", *words]
-        done = subprocess.run(command, stdout=out, stderr=out, timeout=120, check=False)
-    assert done.returncode == code
-
-
 def test_a_full_disk_behind_the_output_is_named():
     with Path("/dev/full").open("w") as out:
         done = subprocess.run(

@@ -82,7 +82,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "vllm:kv_cache_usage_perc 0.25",
                 f"vllm:generation_tokens_total {100 * (time.monotonic() - BORN)}",
             ]
-            self.wfile.write("\n".join(["# HELP x", *lines, ""]).encode())
+            text = "\n".join(["# HELP x", *lines, ""])
+            self.wfile.write(os.environ.get("FAKE_METRICS", text).encode())
         elif self.path == "/v1/models":
             self.answer(200, {"object": "list", "data": [{"id": "from-the-list"}]})
         else:

@@ -61,6 +61,16 @@ def test_plan_shows_everything_and_starts_nothing(shell, model_dir):
     assert json.loads(as_json.stdout)["processes"][0]["name"] == "model"
 
 
+def test_a_router_chooses_as_it_is_told(shell, serve_file, model_dir):
+    path = serve_file(
+        f"- {{serve_id: a, engine: vllm, engine_args: {{model: {model_dir}}}, resources: {{num_replicas: 2}}}}"
+    )
+    for words, policy in (((), "power_of_two"), (("--policy", "cache_aware"), "cache_aware")):
+        processes = json.loads(shell("plan", path, "--json", *words).stdout)["processes"]
+        argv = next(one["argv"] for one in processes if one["name"] == "a-router")
+        assert argv[argv.index("--policy") + 1] == policy
+
+
 def test_plan_of_a_model_that_is_not_whole_is_shown_and_exits_2(shell, model_dir):
     (model_dir / "model.safetensors").write_bytes(b"")
     done = shell("plan", model_dir, "--json")
@@ -90,6 +100,12 @@ def test_plan_of_a_model_that_is_not_whole_is_shown_and_exits_2(shell, model_dir
         (["chat", "{model}", "--complete"], 2, "message: nothing to say"),
         ([], 2, "Serve language models"),
         (["run", "{model}", "--port", "70000"], 2, "70000"),
+        (["plan", "{model}", "--policy", "round_robin"], 2, "policy: round_robin: no router is started"),
+        (
+            ["plan", "{model}", "--policy", "cheapest"],
+            2,
+            "policy: 'cheapest': unknown: give one of power_of_two",
+        ),
         (["run", "{model}", "--max-restarts", "-1"], 2, "max_restarts -1"),
         (["run", "{model}", "--engine", "llamafile"], 2, "llamafile"),
         (["run", "{model}", "--python", "/no/such/python"], 3, "/no/such/python"),

@@ -283,6 +283,16 @@ def test_status_tells_how_busy_an_instance_is(shell, model_dir):
     assert "25% of the key-value cache" in shown
 
 
+def test_an_engine_s_own_rate_of_tokens_wins_over_its_counter(shell, model_dir):
+    shell.env["FAKE_METRICS"] = (
+        'sglang:num_running_reqs{tp_rank="0"} 96.0\nsglang:gen_throughput{tp_rank="0"} 3726.5\n'
+        'sglang:generation_tokens_total{is_streaming="true"} 40.0\n'
+    )
+    assert shell("run", model_dir, "--detach").returncode == 0
+    load = shell.the_status()["instances"][0]["load"]
+    assert (load["running"], load["tokens_per_s"]) == (96, 3726.5)
+
+
 def test_how_busy_an_instance_is_may_need_its_key(shell, model_dir):
     shell.env["FAKE_METRICS_KEY"] = "secret"
     assert shell("run", model_dir, "--detach").returncode == 0

@@ -34,7 +34,7 @@ from flagscale_serve.hosts import check_routers
 from flagscale_serve.model import Model
 from flagscale_serve.plan import MAX_RESTARTS, READY_TIMEOUT_S, plan
 from flagscale_serve.progress import details
-from flagscale_serve.service import Service
+from flagscale_serve.service import POLICIES, Front, Service
 from flagscale_serve.state import ServiceStatus, status_of, with_load
 from flagscale_serve.targets import Target, find_run, read_target
 
@@ -66,6 +66,8 @@ class Options:
     host: str | None = None
     port: int | None = None
     """Of the first instance; wins over the file."""
+    policy: str | None = None
+    """How routers choose an instance, one of `service.POLICIES`."""
     run_dir: Path | None = None
     ready_timeout_s: float = READY_TIMEOUT_S
     max_restarts: int = MAX_RESTARTS
@@ -131,6 +133,10 @@ def prepare(target: str, overrides: Sequence[str] = (), options: Options | None 
 
 
 def _prepare_application(asked: Target, machine: hw.Machine, wish: Options) -> Prepared:
+    if wish.policy is not None:
+        raise InvalidService(
+            f"policy: {wish.policy}: Ray Serve chooses among the copies of a composed application: leave it out"
+        )
     composed = application.compose(asked.experiment)
     composed = replace(
         composed, host=wish.host or composed.host, port=composed.port if wish.port is None else wish.port
@@ -174,7 +180,12 @@ def _look(
 
 
 def _with_wishes(service: Service, wish: Options) -> Service:
-    """Let the command line choose the address of the first door: a router's, or the first instance's."""
+    """Let the command line choose how routers choose, and the address of the first door.
+
+    That is a router's, or the first instance's.
+    """
+    if wish.policy is not None:
+        service = replace(service, fronts=_by_policy(service.fronts, wish.policy))
     if wish.host is None and wish.port is None:
         return service
     if service.fronts and service.instances[0].name in service.fronts[0].members:
@@ -186,6 +197,17 @@ def _with_wishes(service: Service, wish: Options) -> Service:
     first = service.instances[0]
     first = replace(first, host=wish.host or first.host, port=first.port if wish.port is None else wish.port)
     return replace(service, instances=(first, *service.instances[1:]))
+
+
+def _by_policy(fronts: tuple[Front, ...], policy: str) -> tuple[Front, ...]:
+    if policy not in POLICIES:
+        raise InvalidService(f"policy: {policy!r}: unknown: give one of {', '.join(POLICIES)}")
+    if not fronts:
+        raise InvalidService(
+            f"policy: {policy}: no router is started, for no instance has copies: leave it out, or ask for "
+            "copies, such as serve.0.resources.num_replicas=2"
+        )
+    return tuple(replace(front, policy=policy) for front in fronts)
 
 
 def check(prepared: Prepared) -> tuple[Model, ...]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_POLICY",
+    "POLICIES",
     "RAY_KEYS",
     "Front",
     "Instance",
@@ -43,6 +44,8 @@ __all__ = [
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 # Settled by the service, so that they are never rendered a second time from the engine's options.
 _OURS = ("model", "served_model_name", "host", "port", "api_key")
+POLICIES = ("power_of_two", "round_robin", "random", "cache_aware", "consistent_hash")
+"""How a router may choose an instance, in vllm-router's words."""
 _POLICIES = {"random": "random", "robin": "round_robin", "slo": "power_of_two"}
 """FlagScale's strategies for prefill and decode in the router's words; `slo` chose the least loaded."""
 DEFAULT_POLICY = "power_of_two"

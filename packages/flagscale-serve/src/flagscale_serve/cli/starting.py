@@ -90,6 +90,13 @@ def _add_starting(parser: argparse.ArgumentParser) -> None:
         "--port", type=int, metavar="N", help="port to listen on (default: the file's, else a free one)"
     )
     parser.add_argument(
+        "--policy",
+        type=word,
+        metavar="NAME",
+        help="how the router chooses among copies: power_of_two (the less loaded of two; default), "
+        "round_robin, random, cache_aware (asks for each prompt's tokens first), consistent_hash",
+    )
+    parser.add_argument(
         "--run-dir", type=word, metavar="DIR", help="directory for logs and state of this run"
     )
 
@@ -101,6 +108,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         arguments,
         host=arguments.host,
         port=arguments.port,
+        policy=arguments.policy,
         run_dir=Path(arguments.run_dir).absolute() if arguments.run_dir else None,
         max_restarts=getattr(arguments, "max_restarts", MAX_RESTARTS),
     )
