@@ -62,9 +62,8 @@ def test_plan_shows_everything_and_starts_nothing(shell, model_dir):
 
 
 def test_a_router_chooses_as_it_is_told(shell, serve_file, model_dir):
-    path = serve_file(
-        f"- {{serve_id: a, engine: vllm, engine_args: {{model: {model_dir}}}, resources: {{num_replicas: 2}}}}"
-    )
+    item = f"serve_id: a, engine: vllm, engine_args: {{model: {model_dir}}}, resources: {{num_replicas: 2}}"
+    path = serve_file(f"- {{{item}}}")
     for words, policy in (((), "power_of_two"), (("--policy", "cache_aware"), "cache_aware")):
         processes = json.loads(shell("plan", path, "--json", *words).stdout)["processes"]
         argv = next(one["argv"] for one in processes if one["name"] == "a-router")

@@ -135,7 +135,7 @@ def prepare(target: str, overrides: Sequence[str] = (), options: Options | None 
 def _prepare_application(asked: Target, machine: hw.Machine, wish: Options) -> Prepared:
     if wish.policy is not None:
         raise InvalidService(
-            f"policy: {wish.policy}: Ray Serve chooses among the copies of a composed application: leave it out"
+            f"policy: {wish.policy}: Ray Serve chooses among copies of a composed application: leave it out"
         )
     composed = application.compose(asked.experiment)
     composed = replace(
