@@ -11,8 +11,9 @@ from importlib.resources import files
 import pytest
 
 from flagscale_config import load
-from flagscale_hw.testing import fake_host, faked_host
-from flagscale_serve import InvalidService, plan
+from flagscale_hw.testing import fake_host
+from flagscale_serve import EngineMissing, InvalidService, of_model, plan
+from flagscale_serve.checks import check_engines
 
 CPU = fake_host("cpu")
 
@@ -107,10 +108,11 @@ def test_the_launcher_gives_the_model_its_name(tmp_path, model_dir):
     assert (snapshot / "config.json").read_text() == (model_dir / "config.json").read_text()
 
 
-def test_a_build_for_cpus_is_refused_where_devices_would_lie_idle(shell, model_dir):
-    shell.env["FAKE_VERSION"] = "0.33.0+cpu"
-    with faked_host("nvidia", 1):
-        done = shell("plan", model_dir, "--engine", "vllm")
-    assert done.returncode == 3
-    assert "has vllm 0.33.0+cpu, which is built for CPUs, and this machine has nvidia" in done.stderr
-    assert shell("plan", model_dir, "--engine", "vllm").returncode == 0
+def test_a_build_for_cpus_is_refused_where_devices_would_lie_idle(shell, model_dir, monkeypatch):
+    python = shell.env["FLAGSCALE_SERVE_PYTHON"]
+    for name, value in {**shell.env, "FAKE_VERSION": "0.33.0+cpu"}.items():
+        monkeypatch.setenv(name, value)
+    service = of_model(str(model_dir), cwd=str(shell.home), engine="vllm")
+    assert check_engines(service, python, "cpu") == {"vllm": "0.33.0+cpu"}
+    with pytest.raises(EngineMissing, match=r"has vllm 0.33.0\+cpu, which is built for CPUs.* has nvidia"):
+        check_engines(service, python, "nvidia")
