@@ -62,7 +62,6 @@ class Model(BaseModel):
 
     model_config = ConfigDict(
         frozen=True,
-        defer_build=True,
         extra="forbid",
         use_attribute_docstrings=True,
         protected_namespaces=(),
