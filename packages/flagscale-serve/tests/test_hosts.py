@@ -142,7 +142,7 @@ def test_every_host_gets_whole_copies_and_its_own_ranks(serve_file, args, device
 
 def test_where_copies_meet_is_the_files_port_and_leased_on_the_first_host(serve_file):
     args = "data_parallel_size: 16, data_parallel_rpc_port: 13345, api_server_count: 4"
-    made = plan(served(serve_file, args), NVIDIA, nodes=nodes())
+    made = plan(served(serve_file, args), NVIDIA, nodes=nodes(), python="py")
     assert (made.ports["a-ranks"], made.port_hosts["a-ranks"]) == (13345, "10.0.0.1")
     head, other = made.processes
     for process in (head, other):
