@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -183,23 +182,6 @@ def test_stages_on_two_hosts_and_the_death_of_the_second(served, tiny, mentioned
     os.kill(worker, signal.SIGKILL)
     network.until(lambda: json.loads(served.do("list", "--json"))[0]["state"] == "failed", "the failure")
     assert served.hosts[1] in served.status(code=4)["reason"]
-    served.assert_nothing_left(mentioned)
-
-
-def test_copies_of_one_instance_share_its_requests(served, tiny, mentioned):
-    """Data parallelism over hosts: one address on the first, and a rank of vLLM's own on each."""
-    model, expected = tiny
-    (instance,) = served.start(model, "data_parallel_size: 2")["instances"]
-    first, second = served.hosts
-    assert served.hosts_of_processes() == {"tiny": first, "tiny-rank-1": second}
-    with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(answer, [instance["url"]] * 16)) == {expected}
-    told = httpx.get(instance["url"].removesuffix("/v1") + "/metrics", timeout=60, trust_env=False).text
-    row = r'^vllm:request_success_total\{engine="(\d+)".*finished_reason="length".*\} (\S+)$'
-    done = {engine: float(count) for engine, count in re.findall(row, told, re.MULTILINE)}
-    assert done.keys() == {"0", "1"}
-    assert min(done.values()) > 1
-    served.do("stop")
     served.assert_nothing_left(mentioned)
 
 
