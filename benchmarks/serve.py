@@ -276,7 +276,10 @@ def router(url: str, policy: str) -> Iterator[str]:
     urls = {"one": base, "two": base.replace("127.0.0.1", "localhost")}
     members = [Instance(name=name, model="/m", served_names=(NAME,), engine="vllm") for name in urls]
     front = Front(name="front", host="127.0.0.1", port=port, policy=policy, members=tuple(urls))
-    argv = router_argv(front, members, python=sys.executable, host=front.host, urls=urls, startup_s=60)
+    own = f"http://127.0.0.1:{port}"
+    argv = router_argv(
+        front, members, python=sys.executable, host=front.host, own_url=own, urls=urls, startup_s=60
+    )
     given = {"{port:front}": str(port), "{port:front-metrics}": str(metrics)}
     process = subprocess.Popen(
         [given.get(word, word) for word in argv], stdout=subprocess.DEVNULL, stderr=None

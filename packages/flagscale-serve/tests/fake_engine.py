@@ -116,8 +116,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = {"role": "assistant", "content": body["messages"][-1]["content"].upper()}
             self.answer(200, {"choices": [{"message": message}], "usage": {"completion_tokens": 3}})
         else:
-            text = body["prompt"].upper()
-            self.answer(200, {"choices": [{"text": text}], "usage": {"completion_tokens": 1}})
+            own = sys.argv[sys.argv.index("--served-model-name") + 1]
+            choice = {"text": body["prompt"].upper()}
+            self.answer(200, {"model": own, "choices": [choice], "usage": {"completion_tokens": 1}})
 
     def stream_on(self):
         """Write for ever, as far as the reader's side takes it."""

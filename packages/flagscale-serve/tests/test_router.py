@@ -133,6 +133,52 @@ def test_one_of_two_is_killed_under_load_and_comes_back(shell, serve_file, model
     assert shell("stop").returncode == 0
 
 
+TWO_MODELS = """
+- serve_id: one
+  engine: vllm
+  engine_args: {{model: {model}, served_model_name: small, port: {port}}}
+  resources: {{num_replicas: 2}}
+- serve_id: two
+  engine: vllm
+  engine_args: {{model: {model}, served_model_name: large, port: {port}}}
+"""
+
+
+@pytest.mark.transformers
+def test_models_of_one_address_are_found_by_their_names(shell, serve_file, model_dir, eventually):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = serve_file(TWO_MODELS.format(model=model_dir, port=port))
+    done = shell("run", path, "--detach", "--timeout", 120)
+    assert done.returncode == 0, done.stderr
+    url = f"http://127.0.0.1:{port}/v1"
+    assert done.stdout.count(f": {url}  model ") == 2
+
+    def answers(model: str) -> bool:
+        asked = {"model": model, "prompt": "x", "max_tokens": 2}
+        answer = httpx.post(f"{url}/completions", json=asked, timeout=shell.patience_s, trust_env=False)
+        assert not answer.is_success or answer.json()["model"] == model
+        return answer.is_success
+
+    assert all(answers(model) for model in ("small", "large") * 6)
+    for model in ("small", "large"):
+        assert f"m={model}" in shell("chat", "--model", model, "-m", "x").stdout
+    # A router that was started again is told anew, an engine that was is used again.
+    for victim in ("one-router", "two"):
+        was = next(one for one in shell.the_status()["instances"] if one["name"] == victim)
+        os.kill(was["pid"], signal.SIGKILL)
+
+        def is_back(was=was) -> bool:
+            now = shell.the_status()
+            again = next(one for one in now["instances"] if one["name"] == was["name"])
+            return again["restarts"] == 1 and now["is_ready"]
+
+        eventually(is_back)
+        eventually(lambda: all(answers(model) for model in ("small", "large") * 6))
+    assert shell("stop").returncode == 0
+
+
 SHORT_ITEM = """
 - serve_id: a
   engine: vllm

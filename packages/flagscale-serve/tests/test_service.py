@@ -7,7 +7,8 @@ import json
 import pytest
 
 from flagscale_config import load
-from flagscale_serve import InvalidService, of_experiment, of_model
+from flagscale_hw.testing import fake_host
+from flagscale_serve import InvalidService, of_experiment, of_model, plan
 
 
 def service_of(path, *overrides, **more):
@@ -115,16 +116,56 @@ def test_deploy_port_is_the_first_instances(serve_file):
         service_of(path, "+serve.0.engine_args.port=9001")
 
 
-def test_two_instances_cannot_have_one_port(serve_file):
-    path = serve_file(
-        """
-        - serve_id: a
-          engine_args: {model: /models/a, port: 8001}
-        - serve_id: b
-          engine_args: {model: /models/b, port: 8001}
-        """
+TWO_MODELS = """
+- serve_id: a
+  engine: vllm
+  engine_args: {{model: /models/a, port: 8001{0}}}
+  resources: {{num_replicas: 2}}
+- serve_id: b
+  engine: {2}
+  engine_args: {{model: /models/b, port: 8001{1}}}
+"""
+
+
+def test_items_of_one_port_are_models_behind_one_address(serve_file):
+    path = serve_file(TWO_MODELS.format("", ", served_model_name: other", "vllm"))
+    service = service_of(path)
+    assert [(one.name, one.port) for one in service.instances] == [("a-1", None), ("a-2", None), ("b", None)]
+    (front,) = service.fronts
+    assert (front.name, front.port, front.members) == ("a-router", 8001, ("a-1", "a-2", "b"))
+    assert front.is_of_several_models
+    made = plan(service, fake_host("nvidia", 8), python="py", router_python="py")
+    router = next(one for one in made.processes if one.name == "a-router")
+    words = " ".join(router.argv)
+    assert words.startswith(
+        "py {run_dir}/router_launch.py http://127.0.0.1:{port:a-router} a=http://127.0.0.1:{port:a-1} "
+        "a=http://127.0.0.1:{port:a-2} other=http://127.0.0.1:{port:b} -- py -m vllm_router.launch_router "
     )
-    with pytest.raises(InvalidService, match="port 8001: asked for by 'a' and by 'b'"):
+    assert "--enable-igw" in router.argv
+    assert "--worker-urls" not in router.argv
+    assert [one.body["model"] for one in made.probes if "{port:a-router}" in one.url] == ["a", "other"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "engine", "message"),
+    [
+        (", served_model_name: m", ", served_model_name: m", "vllm", "give each item one served_model_name"),
+        (", served_model_name: [a, c]", "", "vllm", "give each item one served_model_name"),
+        (", api_key: k", "", "vllm", "one address has one host and one api_key"),
+        (", host: 0.0.0.0", "", "vllm", "one address has one host and one api_key"),
+        ("", "", "transformers", "b: the router adds fields to requests"),
+    ],
+)
+def test_what_cannot_be_told_apart_needs_its_own_port(serve_file, first, second, engine, message):
+    path = serve_file(TWO_MODELS.format(first, second, engine))
+    with pytest.raises(InvalidService, match=f"port 8001: asked for by 'a' and by 'b': .*{message}"):
+        service_of(path)
+
+
+def test_parted_prefill_shares_its_port_with_no_other_model(serve_file):
+    text = TWO_MODELS.format("", "", "vllm").replace("  resources: {num_replicas: 2}\n", "")
+    path = serve_file(text, experiment="runner: {deploy: {prefill_decode_disaggregation: true}}")
+    with pytest.raises(InvalidService, match="a: prefill and decode are parted"):
         service_of(path)
 
 

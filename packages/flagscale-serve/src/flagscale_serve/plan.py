@@ -12,16 +12,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from flagscale_hw import Machine, Plan, Probe, Process, StopPolicy, env, runtime
+from flagscale_hw import File, Machine, Plan, Probe, Process, StopPolicy, env, runtime
 from flagscale_serve.application import compose, plan_application
 from flagscale_serve.engines import ENGINES, Context, Rendered, Seat, default_engine, engine_named
+from flagscale_serve.engines.adapter import text_of
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.fit import fit
 from flagscale_serve.hosts import Node
 from flagscale_serve.model import Model
 from flagscale_serve.placing import Berth, Need, place
 from flagscale_serve.router import ENGINE as ROUTER
-from flagscale_serve.router import router_argv
+from flagscale_serve.router import LAUNCHER, router_argv
 from flagscale_serve.service import Front, Instance, Service, absolute, is_composed, of_experiment
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     heads = [part for part in parts if part.seat.rank == 0]
     used = {process.host for part in parts for process in part.processes}
     files = {file.path: file for part in parts for file in part.rendered.files}
+    if any(front.is_of_several_models for front in service.fronts):
+        files[LAUNCHER] = File(path=LAUNCHER, text=text_of(LAUNCHER))
     probes = [_probe(part, ready_timeout_s) for part in heads]
     behind = {name: number for number, front in enumerate(service.fronts) for name in front.members}
     roles = [part.instance.role for part in heads]
@@ -105,7 +108,7 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
         if part.instance.role and roles.count(part.instance.role) == 1 and part.processes[-1].max_restarts:
             # The only one of its kind, started again, is ready when the router uses it. Where there are
             # others the router answers without it, which says nothing of it.
-            _, through = fronts[behind[part.instance.name]]
+            _, (through, *_) = fronts[behind[part.instance.name]]
             probes.append(replace(through, process=part.instance.name))
     return Plan(
         kind="serve",
@@ -114,7 +117,7 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
         files=tuple(files.values()),
         ports=crew.ports,
         port_hosts=crew.port_hosts if nodes else {},
-        probes=(*probes, *(probe for _, probe in fronts)),
+        probes=(*probes, *(probe for _, through in fronts for probe in through)),
         watches=tuple(_watches(heads, fronts)),
         stop=StopPolicy(grace_s=max(engine_named(i.engine).grace_s for i in service.instances)),
         facts={
@@ -202,18 +205,20 @@ class _Crew:
             )
         return found
 
-    def front(self, front: Front, python: str, timeout_s: float) -> tuple[Process, Probe]:
-        """Return a router and how to know that it works."""
+    def front(self, front: Front, python: str, timeout_s: float) -> tuple[Process, list[Probe]]:
+        """Return a router and how to know that it works: each model answers through it."""
         members = [one for one in self._service.instances if one.name in front.members]
         head = self._berths[members[0].name][0]
         self._lease(front.name, front.port, head)
         self._lease(f"{front.name}-metrics", None, head)
         host = _OWN if head.node is not None and front.host in _LOOPBACK else front.host
+        address = _address(head) if head.node is not None else _reachable(front.host)
         argv = router_argv(
             front,
             members,
             python=python,
             host=host,
+            own_url=f"http://{address}:{{port:{front.name}}}",
             urls={one.name: self._url(one) for one in members},
             startup_s=timeout_s,
         )
@@ -225,9 +230,8 @@ class _Crew:
             max_restarts=self._max_restarts,
             is_service=True,
         )
-        address = _address(head) if head.node is not None else _reachable(front.host)
-        probe = _token_probe(front.name, address, members[0], timeout_s)
-        return process, replace(probe, process=front.name if process.max_restarts else None)
+        probes = [_token_probe(front.name, address, one, timeout_s) for one in _one_of_each_model(members)]
+        return process, [replace(one, process=front.name if process.max_restarts else None) for one in probes]
 
     def _url(self, instance: Instance) -> str:
         head = self._berths[instance.name][0]
@@ -355,12 +359,12 @@ def _probe(part: _Part, timeout_s: float) -> Probe:
     )
 
 
-def _watches(heads: Sequence[_Part], fronts: Sequence[tuple[Process, Probe]]) -> Iterator[Probe]:
+def _watches(heads: Sequence[_Part], fronts: Sequence[tuple[Process, list[Probe]]]) -> Iterator[Probe]:
     """Look after what can be started again: a server that hangs serves nobody, and does not end."""
     for part in heads:
         if part.processes[-1].max_restarts and part.instance.engine in ENGINES:
             yield _watch(part.instance.name, _reachable(part.instance.host), _key(part.instance))
-    for process, probe in fronts:
+    for process, (probe, *_) in fronts:
         if process.max_restarts:
             # Its `/health` fails for as long as any instance is away, and one may be loading for an hour.
             watch = _watch(process.name, urlsplit(probe.url).netloc.partition(":{")[0], {})
@@ -442,10 +446,12 @@ def _facts(
             facts["fit"] = fitted.to_dict()
         instances.append(facts)
     for front in service.fronts:
-        (first, *_) = [part for part in heads if part.instance.name in front.members]
-        facts = _facts_of(service, first)
-        host = facts["host"] if first.berth.node is not None else _reachable(front.host)
-        instances.append({**facts, "name": front.name, "engine": ROUTER, "host": host, "options": []})
+        members = [part.instance for part in heads if part.instance.name in front.members]
+        found = [one.name for one in _one_of_each_model(members)]
+        for part in (part for part in heads if part.instance.name in found):
+            facts = _facts_of(service, part)
+            host = facts["host"] if part.berth.node is not None else _reachable(front.host)
+            instances.append({**facts, "name": front.name, "engine": ROUTER, "host": host, "options": []})
     return {
         "source": service.source,
         "chip": heads[0].berth.machine.chip if heads[0].berth.node else machine.chip,
@@ -481,6 +487,11 @@ def _facts_of(service: Service, part: _Part) -> dict[str, Any]:
             for one in part.rendered.chosen
         ],
     }
+
+
+def _one_of_each_model(members: Sequence[Instance]) -> list[Instance]:
+    names = [one.served_names for one in members]
+    return [one for number, one in enumerate(members) if names.index(one.served_names) == number]
 
 
 def _is_loopback(host: str) -> bool:

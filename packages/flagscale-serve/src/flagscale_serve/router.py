@@ -1,6 +1,7 @@
 """The router in front of several instances: vllm-router, a maintained program with prebuilt wheels.
 
-It knows least-loaded and cache-aware policies, retries, circuit breakers and pairs of prefill and decode.
+It knows least-loaded and cache-aware policies, retries, circuit breakers, pairs of prefill and decode, and
+several models behind one address (`engines/router_launch.py`).
 
 Refused bodies (too large, not JSON, of a wrong shape) it answers in plain words and not in OpenAI's form, and
 no option changes that. `sglang-router` 0.3.2 was tried beside it (0.1.17): it has OpenAI's form for chats but
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from flagscale_serve.service import Front, Instance
 
-__all__ = ["DISTRIBUTION", "ENGINE", "INSTALL", "MODULE", "is_router", "router_argv"]
+__all__ = ["DISTRIBUTION", "ENGINE", "INSTALL", "LAUNCHER", "MODULE", "is_router", "router_argv"]
 
 ENGINE = "router"
 """What stands for the engine in facts and status."""
@@ -23,6 +24,8 @@ MODULE = "vllm_router"
 MAX_BODY_BYTES = 64 << 20
 """Larger requests are refused with 413. The longest contexts are a few MiB; pictures come to tens."""
 INSTALL = "pip install 'flagscale-serve[router]'"
+LAUNCHER = "router_launch.py"
+"""What starts the router of several models; the plan places it in the run directory."""
 
 
 def is_router(argv: Sequence[str]) -> bool:
@@ -30,12 +33,13 @@ def is_router(argv: Sequence[str]) -> bool:
     return f"{MODULE}.launch_router" in argv
 
 
-def router_argv(
+def router_argv(  # noqa: PLR0913 - where everything is
     front: Front,
     members: Sequence[Instance],
     *,
     python: str,
     host: str,
+    own_url: str,
     urls: Mapping[str, str],
     startup_s: float,
 ) -> tuple[str, ...]:
@@ -46,16 +50,23 @@ def router_argv(
         members: the instances behind it.
         python: interpreter that has the router.
         host: address to listen on.
+        own_url: where it is reached.
         urls: instance -> base address.
         startup_s: seconds that the instances may take to answer.
     """
-    if members[0].role is None:
-        workers: tuple[str, ...] = ("--worker-urls", *(urls[one.name] for one in members))
+    launcher: tuple[str, ...] = ()
+    if front.is_of_several_models:
+        known = (f"{one.served_names[0]}={urls[one.name]}" for one in members)
+        launcher = (python, f"{{run_dir}}/{LAUNCHER}", own_url, *known, "--")
+        workers: tuple[str, ...] = ("--enable-igw",)
+    elif members[0].role is None:
+        workers = ("--worker-urls", *(urls[one.name] for one in members))
     else:
         workers = ("--vllm-pd-disaggregation",)
         for one in members:
             workers += (f"--{one.role}", urls[one.name])
     return (
+        *launcher,
         python,
         "-m",
         f"{MODULE}.launch_router",

@@ -113,7 +113,7 @@ class Instance:
 
 @dataclass(frozen=True, kw_only=True)
 class Front:
-    """One address in front of several instances of one model."""
+    """One address in front of several instances."""
 
     name: str
     host: str
@@ -122,6 +122,8 @@ class Front:
     """How requests are spread, in the router's words."""
     members: tuple[str, ...]
     """Names of the instances behind it."""
+    is_of_several_models: bool = False
+    """It chooses by the `model` of a request first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +202,7 @@ def of_experiment(experiment: Experiment, *, default_engine: str, engine: str | 
         )
     _refuse_unsupported(experiment, where)
     names = _unique(item.serve_id for item in experiment.serve)
-    instances: list[Instance] = []
-    fronts: list[Front] = []
+    items: list[tuple[Instance, list[Instance]]] = []
     for index, (item, name) in enumerate(zip(experiment.serve, names, strict=True)):
         here = f"{where}: serve[{index}]"
         chosen = engine or item.engine or experiment.task.backend or default_engine
@@ -210,10 +211,9 @@ def of_experiment(experiment: Experiment, *, default_engine: str, engine: str | 
         )
         if index == 0:
             one = _with_public_port(one, experiment, where)
-        copies = _copies(one, item, experiment, here, is_first=index == 0)
-        if len(copies) > 1:
-            fronts.append(_front(one, copies, experiment))
-        instances += copies
+        items.append((one, _copies(one, item, experiment, here, is_first=index == 0)))
+    items, fronts = _behind_doors(items, experiment, where)
+    instances = [copy for _, copies in items for copy in copies]
     _check_ports([*instances, *fronts], where)
     return Service(
         name=experiment.name,
@@ -319,6 +319,65 @@ def _copies(
             for rank in range(1, (number or 1) + 1)
         ]
     return parts
+
+
+_Items = list[tuple[Instance, list[Instance]]]
+
+
+def _behind_doors(items: _Items, experiment: Experiment, where: str) -> tuple[_Items, list[Front]]:
+    """Put a router in front of the copies of an item, and of all items that name one port."""
+    ports = [one.port for one, _ in items if one.port is not None]
+    shared = [port for port in dict.fromkeys(ports) if ports.count(port) > 1]
+    fronts = [_front(*item, experiment) for item in items if len(item[1]) > 1 and item[0].port not in shared]
+    fronts += [_front_of_models([item for item in items if item[0].port == port], where) for port in shared]
+    inside = [
+        (one, [_one_of_several(copy) for copy in copies] if one.port in shared else copies)
+        for one, copies in items
+    ]
+    return inside, fronts
+
+
+def _one_of_several(copy: Instance) -> Instance:
+    """Leave it the name by which the router finds it."""
+    return replace(copy, port=None, served_names=copy.served_names[:1])
+
+
+def _front_of_models(items: _Items, where: str) -> Front:
+    """Return the router of several models at one port.
+
+    Raises:
+        InvalidService: it could not tell them apart, or a client could not speak to all of them.
+    """
+    first, names = items[0][0], {one.served_names[0] for one, _ in items}
+    what = f"{where}: port {first.port}: asked for by {' and by '.join(repr(one.name) for one, _ in items)}"
+    # Where no name is given, the model's path is one of several.
+    has_aliases = any(one.served_names[1:] and one.model not in one.served_names for one, _ in items)
+    if has_aliases or len(names) < len(items):
+        raise InvalidService(
+            f"{what}: behind one address a model is found by its name: give each item one "
+            "served_model_name of its own, or its own port"
+        )
+    if len({(one.host, one.api_key) for one, _ in items}) > 1:
+        raise InvalidService(f"{what}: one address has one host and one api_key: write the same for all")
+    for one, copies in items:
+        if copies[0].role is not None:
+            raise InvalidService(
+                f"{what}: {one.name}: prefill and decode are parted, which takes a router of its own: give "
+                "the other items other ports"
+            )
+        if one.engine == "transformers":
+            raise InvalidService(
+                f"{what}: {one.name}: the router adds fields to requests, which transformers' server "
+                "refuses: use engine `vllm`, or another port"
+            )
+    return Front(
+        name=f"{first.name}-router",
+        host=first.host,
+        port=first.port,
+        policy=DEFAULT_POLICY,
+        members=tuple(copy.name for _, copies in items for copy in copies),
+        is_of_several_models=True,
+    )
 
 
 def _front(one: Instance, copies: Sequence[Instance], experiment: Experiment) -> Front:
