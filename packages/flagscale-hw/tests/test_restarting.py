@@ -21,9 +21,11 @@ if os.path.exists("broken"):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
-        self.send_header("Content-Length", "2")
+        open("asked-{port:a}", "a").write(self.path + " ")
+        body = b'{"is_open": 1}' if os.path.exists("open") else b"{}"
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(body)
 http.server.ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
 """
 
@@ -85,6 +87,20 @@ def test_a_killed_process_comes_back_and_the_other_never_leaves(keeper):
     assert answer(ports["a"]) == 200
     assert run.status().restarts == 0
     assert run.stop(5.0).state == "stopped"
+
+
+def test_a_process_is_ready_when_all_its_probes_have_passed(keeper):
+    plan = servers(keeper)
+    first = plan.probes[0]
+    second = replace(first, url=f"{first.url}second", expect="is_open")
+    run = keeper.launch(replace(plan, probes=(*plan.probes, second)))
+    asked = run.dir / "asked-a"
+    # The second is still asked after the first has been answered, and read.
+    keeper.until(lambda: asked.exists() and asked.read_text().partition("/ ")[2].count("second") > 5)
+    assert process(run, "a").ready_at is None
+    (run.dir / "open").touch()
+    assert run.wait_ready(keeper.patience_s).state == "ready"
+    assert process(run, "a").ready_at
 
 
 def test_too_many_ends_are_the_end(keeper):

@@ -92,7 +92,11 @@ class Probe:
     request_timeout_s: float = 60.0
     timeout_s: float = 600.0
     process: str | None = None
-    """The process that it is about: asked again when that was started again. In `watches`, the one to end."""
+    """The process that it is about.
+
+    It is ready when all of its probes have passed, and they are asked again when it was started again. In
+    `watches` it is the one to end.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

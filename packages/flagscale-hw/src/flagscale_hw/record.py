@@ -100,6 +100,7 @@ class Record:
         for process in self.status.processes:
             if process.name == name:
                 self._put(replace(process, ready_at=time.time()))
+        self.save()
 
     def explain(self, name: str, cause: str) -> None:
         """Note why a process failed."""

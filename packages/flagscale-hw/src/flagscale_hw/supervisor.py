@@ -198,8 +198,10 @@ class Supervisor(Attempts):
         before, had_passed = probe.last_answer, probe.has_passed
         probe.read()
         if probe.has_passed:
-            if probe.probe.process is not None and not had_passed:
-                self._record.ready(probe.probe.process)
+            name = probe.probe.process
+            is_last = all(one.has_passed for one in self._probes if one.probe.process == name)
+            if name is not None and not had_passed and is_last:
+                self._record.ready(name)
         elif probe.last_answer != before and not self._was_ready:
             self._record.change("starting", f"waiting for {probe.probe.url}: {probe.last_answer}")
 

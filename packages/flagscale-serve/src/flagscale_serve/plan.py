@@ -103,13 +103,14 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
         files[LAUNCHER] = File(path=LAUNCHER, text=text_of(LAUNCHER))
     probes = [_probe(part, ready_timeout_s) for part in heads]
     behind = {name: number for number, front in enumerate(service.fronts) for name in front.members}
-    roles = [part.instance.role for part in heads]
-    for part in heads:
-        if part.instance.role and roles.count(part.instance.role) == 1 and part.processes[-1].max_restarts:
+    kinds = [(part.instance.role, part.instance.served_names) for part in heads]
+    for part, kind in zip(heads, kinds, strict=True):
+        if part.instance.name in behind and kinds.count(kind) == 1 and part.processes[-1].max_restarts:
             # The only one of its kind, started again, is ready when the router uses it. Where there are
             # others the router answers without it, which says nothing of it.
-            _, (through, *_) = fronts[behind[part.instance.name]]
-            probes.append(replace(through, process=part.instance.name))
+            _, through = fronts[behind[part.instance.name]]
+            mine = [one for one in through if (one.body or {}).get("model") == kind[1][0]]
+            probes += [replace(one, process=part.instance.name) for one in mine]
     return Plan(
         kind="serve",
         name=service.name,
