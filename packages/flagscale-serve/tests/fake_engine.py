@@ -116,7 +116,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = {"role": "assistant", "content": body["messages"][-1]["content"].upper()}
             self.answer(200, {"choices": [{"message": message}], "usage": {"completion_tokens": 3}})
         else:
-            own = sys.argv[sys.argv.index("--served-model-name") + 1]
+            flag = "--served-model-name"
+            own = sys.argv[sys.argv.index(flag) + 1] if flag in sys.argv else body["model"]
             choice = {"text": body["prompt"].upper()}
             self.answer(200, {"model": own, "choices": [choice], "usage": {"completion_tokens": 1}})
 
