@@ -169,6 +169,26 @@ def alive() -> Callable[[int], bool]:
     return is_alive
 
 
+def run_block(shell: Shell, *command: str, path: str) -> str:
+    """Run a block of a page as a reader would, `path` in front of the programs; return what it printed."""
+    done = subprocess.run(
+        command,
+        cwd=shell.home,
+        env={**os.environ, **shell.env, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session", name="run_block")
+def _run_block() -> Callable[..., str]:
+    return run_block
+
+
 def descendants(pid: int) -> set[int]:
     """Return every process below one, as the kernel tells it now."""
     parents = {}

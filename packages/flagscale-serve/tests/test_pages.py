@@ -6,10 +6,8 @@ The commands of ways.md run on a real one (test_ways.py); here only what needs m
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,30 +28,19 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def run_page(shell, model_dir):
+def run_page(shell, model_dir, run_block):
     """Run every shell block of a page in one bash, so that variables last; return what it printed."""
     (shell.home / "model").symlink_to(model_dir)
     command = shell.home / "bin" / "flagscale-serve"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m flagscale_serve.cli "$@"\n')
     command.chmod(0o755)
-    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
 
     def run(name: str) -> str:
         text = (PAGES / name).read_text("utf-8").replace("30600", str(free_port()))
         blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
         assert blocks
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", "".join(blocks)],
-            cwd=shell.home,
-            env={**os.environ, **shell.env, "PATH": path},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
+        return run_block(shell, "bash", "-euo", "pipefail", "-c", "".join(blocks), path=str(command.parent))
 
     return run
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,28 +28,20 @@ def place(module_service, real_model):
     return shell
 
 
-def run_blocks(shell, language: str, *command: str) -> list[str]:
+@pytest.fixture
+def run_blocks(place, run_block):
+    return lambda *words: all_blocks(place, run_block, *words)
+
+
+def all_blocks(shell, run_block, language: str, *command: str) -> list[str]:
     """Run every block of a language; return what each printed."""
     blocks = re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    printed = []
-    for block in blocks:
-        done = subprocess.run(
-            [*command, "-c", block],
-            cwd=shell.home,
-            env={**os.environ, **shell.env, "PATH": path},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, f"{block}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        printed.append(done.stdout)
-    return printed
+    path = str(Path(sys.executable).parent)
+    return [run_block(shell, *command, "-c", block, path=path) for block in blocks]
 
 
-def test_the_commands_serve(place):
-    file, recipe, bare = run_blocks(place, "sh", "bash", "-euo", "pipefail")
+def test_the_commands_serve(place, run_blocks):
+    file, recipe, bare = run_blocks("sh", "bash", "-euo", "pipefail")
     for printed in (file, recipe, bare):
         assert "ready after" in printed
         assert ": stopped: stopped on request" in printed
@@ -64,8 +54,8 @@ def test_the_commands_serve(place):
     assert {one["state"] for one in states} == {"stopped"}
 
 
-def test_the_python_serves(place):
-    (printed,) = run_blocks(place, "python", sys.executable)
+def test_the_python_serves(place, run_blocks):
+    (printed,) = run_blocks("python", sys.executable)
     whole, streamed = printed.splitlines()
     assert len(whole) == len(streamed) == 16
     assert json.loads(place("list", "--json").stdout)[-1]["state"] == "stopped"

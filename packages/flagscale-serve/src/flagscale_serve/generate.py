@@ -25,7 +25,6 @@ from typing import IO, TYPE_CHECKING, Any
 from flagscale_serve.chat import Server, check_text, find_server, key_of, listed_model, message_of
 from flagscale_serve.errors import InvalidService, NotServing
 from flagscale_serve.runs import Options, check, prepare, start, wait_ready
-from flagscale_serve.service import Service
 
 if TYPE_CHECKING:
     import httpx
@@ -250,8 +249,7 @@ def _server(
     run = start(prepared, detach=False)
     during.callback(run.stop)
     wait_ready(run)
-    key = prepared.service.instances[0].api_key if isinstance(prepared.service, Service) else None
-    return replace(find_server(str(run.dir), model), api_key=key)
+    return replace(find_server(str(run.dir), model), api_key=prepared.api_key)
 
 
 @dataclass(kw_only=True)

@@ -347,17 +347,8 @@ def _probe(part: _Part, timeout_s: float) -> Probe:
     """Ask for one token: a server that answers `/health` may still be unable to generate."""
     instance = part.instance
     address = _reachable(instance.host) if part.berth.node is None else _address(part.berth)
-    if part.rendered.answers_alone:
-        probe = _token_probe(instance.name, address, instance, timeout_s, part.rendered.served_names[0])
-        return replace(probe, process=instance.name if part.processes[-1].max_restarts else None)
-    # The router's probe generates the token.
-    return Probe(
-        url=f"http://{address}:{{port:{instance.name}}}/health",
-        headers=_key(instance),
-        interval_s=0.25,
-        timeout_s=timeout_s,
-        process=instance.name if part.processes[-1].max_restarts else None,
-    )
+    probe = _token_probe(instance.name, address, instance, timeout_s, part.rendered.served_names[0])
+    return replace(probe, process=instance.name if part.processes[-1].max_restarts else None)
 
 
 def _watches(heads: Sequence[_Part], fronts: Sequence[tuple[Process, list[Probe]]]) -> Iterator[Probe]:

@@ -91,6 +91,11 @@ class Prepared:
     problem: InvalidModel | EngineMissing | None = None
     """Why it cannot be started here, although it can be planned."""
 
+    @property
+    def api_key(self) -> str | None:
+        """The key of its first instance, so that whoever starts it need not be told twice."""
+        return self.service.instances[0].api_key if isinstance(self.service, Service) else None
+
 
 def prepare(target: str, overrides: Sequence[str] = (), options: Options | None = None) -> Prepared:
     """Turn a target into a plan for this machine and a place for the run; starts and writes nothing.

@@ -58,6 +58,7 @@ prompt. For that vllm-router 0.1.17 first asks the instances for the tokens of t
 rounds of three (`benchmarks/serve.py` measures it so), and the servers had three times the requests. Lost:
 turns of one conversation do not come back to the instance that has their keys and values.
 """
+_UNROUTED = "the router adds fields to requests, which transformers' server refuses: use engine `vllm`"
 RAY_KEYS = ("distributed_executor_backend", "data_parallel_backend")
 """vLLM's options by either of which Ray spreads an instance over hosts."""
 _RENDEZVOUS_KEYS = ("data_parallel_rpc_port", "master_port")
@@ -291,10 +292,7 @@ def _copies(
         if count == 1:
             return [one]
         if one.engine == "transformers":
-            raise InvalidService(
-                f"{where}.resources.num_replicas: {count}: the router adds fields to requests, which "
-                "transformers' server refuses: use engine `vllm`, or one copy"
-            )
+            raise InvalidService(f"{where}.resources.num_replicas: {count}: {_UNROUTED}, or one copy")
         # Behind the router each takes a free port; the router has the public one.
         return [replace(one, name=f"{one.name}-{number}", port=None) for number in range(1, count + 1)]
     if count > 1:
@@ -366,10 +364,7 @@ def _front_of_models(items: _Items, where: str) -> Front:
                 "the other items other ports"
             )
         if one.engine == "transformers":
-            raise InvalidService(
-                f"{what}: {one.name}: the router adds fields to requests, which transformers' server "
-                "refuses: use engine `vllm`, or another port"
-            )
+            raise InvalidService(f"{what}: {one.name}: {_UNROUTED}, or another port")
     return Front(
         name=f"{first.name}-router",
         host=first.host,

@@ -21,8 +21,7 @@ from typing import Any, Literal
 
 from flagscale_serve.bench import Measured, Workload, bench, profile_of
 from flagscale_serve.errors import InvalidService, ServeError
-from flagscale_serve.runs import Options, Prepared, check, prepare, start, wait_ready
-from flagscale_serve.service import Service
+from flagscale_serve.runs import Options, check, prepare, start, wait_ready
 from flagscale_serve.targets import file_words
 
 __all__ = ["Trial", "Tuned", "parse_space", "tune"]
@@ -187,7 +186,7 @@ class _Search:
         run = start(prepared, detach=False)
         try:
             wait_ready(run)
-            return self._measure(str(run.dir), combination, _key_of(prepared))
+            return self._measure(str(run.dir), combination, prepared.api_key)
         except ServeError as error:
             return Trial(options=combination, fate="failed", reason=str(error))
         finally:
@@ -271,12 +270,6 @@ class _Search:
             "defaults: [_self_]\n"
         )
         (self.folder / _BEST).write_text(head + text, encoding="utf-8")
-
-
-def _key_of(prepared: Prepared) -> str | None:
-    """Return the key of a service that was started here, so that nobody need say it twice."""
-    service = prepared.service
-    return service.instances[0].api_key if isinstance(service, Service) else None
 
 
 def _combinations(space: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

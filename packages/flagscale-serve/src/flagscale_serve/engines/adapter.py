@@ -97,8 +97,6 @@ class Rendered:
     """Where every option comes from, for `plan --explain`."""
     companions: tuple[Companion, ...] = ()
     """Processes to start beside it, with the same environment."""
-    answers_alone: bool = True
-    """Whether it can generate a token without another instance."""
 
 
 class Engine(Protocol):
