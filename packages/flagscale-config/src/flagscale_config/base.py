@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from textwrap import dedent
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 __all__ = [
     "Bool",
@@ -15,6 +29,7 @@ __all__ = [
     "FrozenDict",
     "FrozenMap",
     "Int",
+    "Late",
     "Model",
     "Natural",
     "NonNegative",
@@ -63,11 +78,76 @@ class Model(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        use_attribute_docstrings=True,
+        defer_build=True,
         protected_namespaces=(),
         validate_by_name=False,
         serialize_by_alias=True,
     )
+
+    @classmethod
+    def descriptions(cls) -> dict[str, str]:
+        """Return the docstrings below the fields, by field.
+
+        They are read from the source when somebody asks: pydantic's `use_attribute_docstrings` reads it in
+        every start of every command.
+        """
+        found: dict[str, str] = {}
+        for one in reversed(cls.__mro__):
+            if issubclass(one, Model) and one is not Model:
+                found.update(_docstrings(one))
+        return found
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler, /
+    ) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, text in cls.descriptions().items():
+            properties[cls.model_fields[name].alias or name].setdefault("description", text)
+        return schema
+
+
+def _docstrings(model: type[Model]) -> Iterator[tuple[str, str]]:
+    try:
+        (definition,) = ast.parse(dedent(inspect.getsource(model))).body
+    except OSError:  # installed without its source
+        return
+    for field, below in pairwise(definition.body if isinstance(definition, ast.ClassDef) else ()):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        ):
+            yield field.target.id, inspect.cleandoc(below.value.value)
+
+
+class Late:
+    """Stands for a model that is imported when a value of it is first met: a file has one section of many.
+
+    `Inference = Annotated[Any, Late("flagscale_config.inference:Inference")]`
+    """
+
+    def __init__(self, home: str) -> None:
+        self._module, _, self._name = home.partition(":")
+
+    def _model(self) -> type[Model]:
+        model: type[Model] = getattr(importlib.import_module(self._module), self._name)
+        return model
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def read(value: Any) -> Model:
+            return self._model().model_validate(value)
+
+        return core_schema.no_info_plain_validator_function(read, serialization=core_schema.any_schema())
+
+    def __get_pydantic_json_schema__(self, _: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        model = self._model()
+        model.model_rebuild()
+        # As it stands in definitions it keeps its name, as any other model does.
+        return handler(core_schema.definitions_schema(model.__pydantic_core_schema__, []))
 
 
 def _number(value: Any) -> Any:

@@ -7,21 +7,31 @@ names (`options.py`), checks across fields (`arithmetic/`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
-from flagscale_config.base import FrozenDict, FrozenMap, Model
-from flagscale_config.compression import Compression
+from flagscale_config.base import FrozenDict, FrozenMap, Late, Model
 from flagscale_config.errors import Origin, Problem, sort_problems
-from flagscale_config.external import External
-from flagscale_config.heterogeneous import Heterogeneous
-from flagscale_config.inference import Inference
-from flagscale_config.native_training import NativeTraining
-from flagscale_config.policy_server import PolicyServer
-from flagscale_config.reinforcement import ReinforcementLearning
 from flagscale_config.runner import Cmds, Runner, Task
 from flagscale_config.tuning import AutoTuner
+
+if TYPE_CHECKING:
+    from flagscale_config.compression import Compression
+    from flagscale_config.external import External
+    from flagscale_config.heterogeneous import Heterogeneous
+    from flagscale_config.inference import Inference
+    from flagscale_config.native_training import NativeTraining
+    from flagscale_config.policy_server import PolicyServer
+    from flagscale_config.reinforcement import ReinforcementLearning
+else:
+    Compression = Annotated[Any, Late("flagscale_config.compression:Compression")]
+    External = Annotated[Any, Late("flagscale_config.external:External")]
+    Heterogeneous = Annotated[Any, Late("flagscale_config.heterogeneous:Heterogeneous")]
+    Inference = Annotated[Any, Late("flagscale_config.inference:Inference")]
+    NativeTraining = Annotated[Any, Late("flagscale_config.native_training:NativeTraining")]
+    PolicyServer = Annotated[Any, Late("flagscale_config.policy_server:PolicyServer")]
+    ReinforcementLearning = Annotated[Any, Late("flagscale_config.reinforcement:ReinforcementLearning")]
 
 __all__ = ["Experiment", "Parallelism", "Profile", "Resources", "ServeInstance", "Train"]
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from flagscale_config.base import Model
 from flagscale_config.compose import compose
 from flagscale_config.errors import ConfigError, Origin, Problem
 from flagscale_config.experiment import path_in_file
@@ -119,8 +120,8 @@ def _of_fact(fact: Fact) -> Explanation:
         if secret and fact.value not in {None, "???"}:
             words = (words[0], MASK) if words else ()
         return replace(made, key=fact.key, value=_shown(fact), origin=fact.origin, words=words)
-    typed = _typed(fact.path)
-    made = _of_field(fact.key, typed) if typed is not None else Explanation(key=fact.key)
+    holder = _holder(fact.path)
+    made = _of_field(fact.key, holder) if holder is not None else Explanation(key=fact.key)
     return replace(made, value=_shown(fact), origin=fact.origin)
 
 
@@ -171,7 +172,9 @@ def _of_option(engine: str, option: Option) -> Explanation:
     )
 
 
-def _of_field(key: str, field: FieldInfo) -> Explanation:
+def _of_field(key: str, holder: type[Model]) -> Explanation:
+    section, _, name = key.rpartition(".")
+    field = holder.model_fields[name]
     default = None if field.default is PydanticUndefined else field.default
     is_plain = not isinstance(default, BaseModel)
     return Explanation(
@@ -179,8 +182,8 @@ def _of_field(key: str, field: FieldInfo) -> Explanation:
         value=default if is_plain else None,
         type=_type_words(field),
         default=default if is_plain else None,
-        help=field.description or "",
-        sections=(key.rpartition(".")[0],),
+        help=holder.descriptions().get(name, ""),
+        sections=(section,),
     )
 
 
@@ -199,19 +202,18 @@ def _type_words(field: FieldInfo) -> str:
     return text if "Annotated" not in text else text.partition("Annotated[")[2].partition(",")[0]
 
 
-def _typed(path: Sequence[str | int]) -> FieldInfo | None:
-    """Return the typed field at a path below `experiment`; None where there is none."""
+def _holder(path: Sequence[str | int]) -> type[Model] | None:
+    """Return the model that has the field at a path below `experiment`; None where there is none."""
     if path[:1] != ("experiment",):
         return None
-    model: type[BaseModel] | None = ExperimentSection
-    field: FieldInfo | None = None
+    holder: type[Model] | None = None
+    inner: list[type[Model]] = [ExperimentSection]
     for part in path[1:]:
-        field = model.model_fields.get(str(part)) if model is not None else None
-        if field is None:
+        holder = inner[0] if inner else None
+        if holder is None or part not in holder.model_fields:
             return None
-        inner = models_in(field.annotation)
-        model = inner[0] if inner else None
-    return field
+        inner = models_in(holder.model_fields[str(part)].annotation)
+    return holder
 
 
 def _unset(key: str) -> Iterator[Explanation]:
@@ -225,15 +227,15 @@ def _unset(key: str) -> Iterator[Explanation]:
         is_there = "." not in key or key.startswith("train.") == (engine == "megatron")
         if found is not None and is_there:
             yield _of_option(engine, found[0])
-    for path, field in _fields(ExperimentSection, ("experiment",)):
+    for path, holder in _fields(ExperimentSection, ("experiment",)):
         dotted = ".".join(path)
         if f".{dotted}".endswith(f".{spelled(path_in_file(key) or key)}"):
-            yield _of_field(dotted, field)
+            yield _of_field(dotted, holder)
 
 
-def _fields(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+def _fields(model: type[Model], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], type[Model]]]:
     for name, field in model.model_fields.items():
-        yield (*path, name), field
+        yield (*path, name), model
         for inner in models_in(field.annotation):
             yield from _fields(inner, (*path, name))
 

@@ -11,7 +11,6 @@ from flagscale_config.experiment import ServeInstance
 from flagscale_config.findings import Findings
 from flagscale_config.options import ENGINES, Option, OptionError, OptionTable, option_table, spelled
 from flagscale_config.places import Path
-from flagscale_config.policy_server import PolicyArguments
 from flagscale_config.resolve import is_incomplete
 from flagscale_config.runner import Task
 from flagscale_config.sections import read_model
@@ -71,6 +70,8 @@ def _read_item(item: Any, path: Path, findings: Findings, *, is_script: bool) ->
     content = dict(item)
     args = item.get("engine_args")
     if isinstance(args, Mapping) and is_script:
+        from flagscale_config.policy_server import PolicyArguments
+
         read = read_model(PolicyArguments, args, (*path, "engine_args"), findings)
         content["engine_args"] = read.model_dump(exclude_unset=True) if read is not None else {}
         content["engine"] = "native" if engine is None else engine

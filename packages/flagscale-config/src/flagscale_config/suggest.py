@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
-from pydantic import BaseModel
-
+from flagscale_config.base import Model
 from flagscale_config.options import OptionTable, option_table, spelled
 
 __all__ = ["Hint", "home_of_train_option", "models_in", "suggestion"]
@@ -48,14 +47,14 @@ class Hint:
         return bool(self.text)
 
 
-def models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[Model]]:
     """Return the models a type annotation mentions."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Model):
         return [annotation]
     return [model for part in getattr(annotation, "__args__", ()) for model in models_in(part)]
 
 
-def _keys(model: type[BaseModel], section: str) -> Iterator[tuple[str, str]]:
+def _keys(model: type[Model], section: str) -> Iterator[tuple[str, str]]:
     """Yield key and section of every key of a model and of the models in it."""
     for name, field in model.model_fields.items():
         yield name, section

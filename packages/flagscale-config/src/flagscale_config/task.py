@@ -9,21 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flagscale_config.compression import Compression
 from flagscale_config.errors import show
-from flagscale_config.external import External
 from flagscale_config.findings import Findings
-from flagscale_config.inference import OWN_LLM_KEYS, Inference, InferenceFile, LanguageModel
-from flagscale_config.megatron import read_train
-from flagscale_config.native_training import STEPS, NativeTraining
-from flagscale_config.policy_server import PolicyServer
 from flagscale_config.resolve import MISSING
 from flagscale_config.runner import Runner, Task
 from flagscale_config.sections import read_model
 from flagscale_config.serving import check_vllm_options, read_serve, typed_options
-from flagscale_config.verl import read_rl
+
+if TYPE_CHECKING:
+    from flagscale_config.external import External
+    from flagscale_config.inference import Inference, LanguageModel
+    from flagscale_config.native_training import NativeTraining
 
 __all__ = ["BACKENDS", "TASKS", "check_task", "read_task"]
 
@@ -81,8 +79,8 @@ def read_task(
         "train": lambda: _read_train(tree, task, runner, findings),
         "serve": lambda: _read_serve(tree, task, runner, findings, _envs(data)),
         "inference": lambda: {"inference": _read_inference(tree, findings, _envs(data))},
-        "compress": lambda: {"compress": _read_section(Compression, tree, kind, findings)},
-        "rl": lambda: {"rl": read_rl(tree, findings)},
+        "compress": lambda: {"compress": _read_compress(tree, findings)},
+        "rl": lambda: {"rl": _read_rl(tree, findings)},
     }
     return readers[kind]()
 
@@ -110,7 +108,24 @@ def _read_section(model: Any, tree: Any, kind: str, findings: Findings) -> Any:
     return read_model(model, tree, (kind,), findings)
 
 
+# Models are imported by those who read one: a file has one section, and they take as long as all else.
+
+
+def _read_compress(tree: Any, findings: Findings) -> Any:
+    from flagscale_config.compression import Compression
+
+    return _read_section(Compression, tree, "compress", findings)
+
+
+def _read_rl(tree: Any, findings: Findings) -> Any:
+    from flagscale_config.verl import read_rl
+
+    return read_rl(tree, findings)
+
+
 def _read_external(tree: Mapping[str, Any], path: tuple[str, str], findings: Findings) -> External | None:
+    from flagscale_config.external import External
+
     for key in tree:
         if key != path[1]:
             message = (
@@ -134,7 +149,11 @@ def is_native(task: Task | None) -> bool:
 
 def _read_train(tree: Any, task: Task | None, runner: Runner | None, findings: Findings) -> dict[str, Any]:
     if not is_native(task):
+        from flagscale_config.megatron import read_train
+
         return {"train": read_train(tree, runner, findings, task)}
+    from flagscale_config.native_training import NativeTraining
+
     native = _read_section(NativeTraining, tree, "train", findings)
     if native is not None:
         _check_steps(native, findings)
@@ -143,6 +162,8 @@ def _read_train(tree: Any, task: Task | None, runner: Runner | None, findings: F
 
 def _check_steps(native: NativeTraining, findings: Findings) -> None:
     """Refuse settings that a processor step does not have."""
+    from flagscale_config.native_training import STEPS
+
     for name in ("preprocessor", "postprocessor"):
         processor = getattr(native.data, name)
         for index, step in enumerate(processor.steps if processor is not None else ()):
@@ -155,6 +176,8 @@ def _check_steps(native: NativeTraining, findings: Findings) -> None:
 
 
 def _read_inference(tree: Any, findings: Findings, envs: Mapping[str, Any]) -> Inference | None:
+    from flagscale_config.inference import Inference, InferenceFile
+
     section = _read_section(InferenceFile, tree, "inference", findings)
     content = tree.get("llm") if isinstance(tree, Mapping) else None
     model = _read_llm(content, findings, envs) if isinstance(content, Mapping) else None
@@ -171,6 +194,8 @@ def _read_inference(tree: Any, findings: Findings, envs: Mapping[str, Any]) -> I
 
 def _read_llm(tree: Mapping[str, Any], findings: Findings, envs: Mapping[str, Any]) -> LanguageModel | None:
     """Return the language model: FlagScale's own keys, and all others as vLLM's options."""
+    from flagscale_config.inference import OWN_LLM_KEYS, LanguageModel
+
     path = ("inference", "llm")
     own = {key: value for key, value in tree.items() if key in OWN_LLM_KEYS}
     rest = {key: value for key, value in tree.items() if key not in OWN_LLM_KEYS}
@@ -187,4 +212,6 @@ def _read_serve(
     if not isinstance(tree, Mapping) or not {"engine", "generate"} & set(tree):
         is_parted = runner is not None and runner.deploy.prefill_decode_disaggregation
         return {"serve": read_serve(tree, findings, task, envs, is_parted=is_parted)}
+    from flagscale_config.policy_server import PolicyServer
+
     return {"policy_server": read_model(PolicyServer, tree, ("serve",), findings)}

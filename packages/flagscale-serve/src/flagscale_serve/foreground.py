@@ -21,7 +21,7 @@ from flagscale_serve.tune import Trial
 
 __all__ = ["StartLog", "batch_progress", "level_text", "ready_text", "trial_text"]
 
-_POLL_S = 0.1
+_POLL_S = 0.05
 _SILENCE_S = 15.0
 
 

@@ -36,6 +36,7 @@ MAX_RESTARTS = 3
 """Within ten minutes, for each instance and router by itself."""
 # A loaded server answers late; only one that hangs is silent for so long.
 _SILENT_S, _WATCH_INTERVAL_S, _WATCH_TIMEOUT_S = 180.0, 10.0, 60.0
+_READY_INTERVAL_S = 0.1
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OWN = "{own_address}"
 _TRANSFER_PORT = 21001
@@ -388,7 +389,7 @@ def _token_probe(
         },
         headers=_key(instance),
         expect="usage.completion_tokens",
-        interval_s=0.25,
+        interval_s=_READY_INTERVAL_S,
         timeout_s=timeout_s,
     )
 

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +53,7 @@ __all__ = [
     "wait_ready",
 ]
 
-_POLL_S = 0.1
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +106,10 @@ def prepare(target: str, overrides: Sequence[str] = (), options: Options | None 
         InvalidService: what is asked contradicts itself, the machine or the engine.
     """
     wish = options or Options()
-    machine = hw.detect()
-    asked = read_target(target, overrides, python=wish.python, engine=wish.engine)
+    with ThreadPoolExecutor(1) as beside:  # the chips' tools answer while the contract is imported
+        looking = beside.submit(hw.detect)
+        asked = read_target(target, overrides, python=wish.python, engine=wish.engine)
+        machine = looking.result()
     if asked.is_composed:
         return _prepare_application(asked, machine, wish)
     nodes = asked.nodes(machine)

@@ -10,7 +10,6 @@ What does not live here: what the times mean (`measured.py`).
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import time
@@ -60,6 +59,8 @@ def measure(server: Server, model: str, workload: Workload, *, api_key: str | No
         NotServing: nobody answers.
         RequestFailed: it refuses the first request.
     """
+    import asyncio
+
     return asyncio.run(_measure(server, model, workload, api_key))
 
 
@@ -117,6 +118,8 @@ async def _words_per_token(client: httpx.AsyncClient, url: str, model: str) -> f
 async def _ask_all(
     client: httpx.AsyncClient, url: str, bodies: Iterator[dict[str, Any]], concurrency: int
 ) -> list[Answered]:
+    import asyncio
+
     found: list[Answered] = []
 
     async def work() -> None:
