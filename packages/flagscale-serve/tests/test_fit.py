@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from flagscale_hw.testing import fake_host, faked_host
-from flagscale_serve import Instance, InvalidModel, fit
+from flagscale_hw import Target
+from flagscale_hw.machine import Problem
+from flagscale_hw.testing import Faults, fake_host, faked_host
+from flagscale_serve import Instance, InvalidModel, Service, fit, plan
 from flagscale_serve.engines import Layout
+from flagscale_serve.hosts import Node
 from flagscale_serve.model import Model, read_gguf_model, read_model
 
 GIB = 1 << 30
@@ -214,6 +217,30 @@ def test_plan_prints_the_numbers_and_refuses_what_cannot_fit(shell, model_dir):
         assert "too big" in done.stdout
         assert shell("run", model_dir).returncode == 2
     assert shell.engine_pids() == []
+
+
+def test_a_tool_that_was_cut_off_is_a_warning_and_no_silence(shell, model_dir, monkeypatch):
+    monkeypatch.setenv("FLAGSCALE_HW_TIMEOUT", "0.5")
+    write_model(model_dir, 2 * NUM_PARAMETERS)
+    with faked_host("nvidia", 8, faults=Faults(hang=True)):
+        done = shell("plan", model_dir)
+    assert "warning: nvidia: nvidia-smi: no answer within 0.5 s; it was killed: on a busy host" in done.stdout
+    assert "on the device: not known, of which the engine may take not known" in done.stdout
+
+
+def test_what_hosts_could_not_be_asked_is_said_with_their_names():
+    late = replace(NVIDIA, problems=(Problem(where="nvidia", text="no answer"),))
+    nodes = [
+        Node(target=Target(name=name), machine=machine)
+        for name, machine in (("a", late), ("b", NVIDIA), ("c", late))
+    ]
+    instance = Instance(name="i", model="/m", served_names=("m",), engine="vllm")
+    service = Service(
+        name="s", cwd="/w", instances=(replace(instance, options={"tensor_parallel_size": 24}),)
+    )
+    assert "a, c: nvidia: no answer" in plan(service, late, nodes=nodes).facts["warnings"]
+    one = plan(replace(service, instances=(instance,)), late)
+    assert one.facts["warnings"] == ["nvidia: no answer"]
 
 
 def test_the_facts_are_in_the_plan(shell, model_dir):

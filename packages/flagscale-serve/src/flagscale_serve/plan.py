@@ -410,7 +410,11 @@ def _facts(
     berths: Mapping[str, tuple[Berth, ...]],
     models: Mapping[str, Model],
 ) -> Mapping[str, Any]:
-    warnings = [*service.notes, *(text for part in heads for text in part.rendered.warnings)]
+    warnings = [
+        *service.notes,
+        *_unknown(berths),
+        *(text for part in heads for text in part.rendered.warnings),
+    ]
     behind = {name: front for front in service.fronts for name in front.members}
     doors: list[Instance | Front] = [p.instance for p in heads if p.instance.name not in behind]
     doors += service.fronts
@@ -451,6 +455,17 @@ def _facts(
         "devices_per_host": _devices_per_host(berths),
         "instances": instances,
     }
+
+
+def _unknown(berths: Mapping[str, tuple[Berth, ...]]) -> Iterator[str]:
+    """Yield what the hosts could not be asked: a plan without it looks like that of a smaller machine."""
+    hosts: dict[str, list[str]] = {}
+    for berth in (one for all_of in berths.values() for one in all_of):
+        for problem in berth.machine.problems:
+            names = hosts.setdefault(str(problem), [])
+            names += [] if berth.host in names else [berth.host]
+    for text, names in hosts.items():
+        yield text if names == ["local"] else f"{', '.join(names)}: {text}"
 
 
 def _devices_per_host(berths: Mapping[str, tuple[Berth, ...]]) -> int:

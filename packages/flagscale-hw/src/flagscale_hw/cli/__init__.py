@@ -263,8 +263,8 @@ def _add_common(parser: argparse.ArgumentParser, *, default: str | None) -> None
         "--timeout",
         type=_seconds,
         metavar="S",
-        default=3.0 if default is None else default,
-        help="how long a vendor's library or tool may take (3)",
+        default=default,
+        help="how long a vendor's library or tool may take (FLAGSCALE_HW_TIMEOUT, or 3)",
     )
     parser.add_argument("--debug", action="store_true", default=false, help="show the traceback of an error")
 
