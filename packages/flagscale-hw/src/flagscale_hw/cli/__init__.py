@@ -42,7 +42,8 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         code = _action(options.action)(options)
         if sys.stdout is not None:  # the caller may have closed it
-            sys.stdout.flush()
+            with suppress(BrokenPipeError):  # all is done: nobody reads it, and the code stands
+                sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough
         return 0
     except KeyboardInterrupt:
