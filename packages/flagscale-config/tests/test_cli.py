@@ -206,10 +206,19 @@ def test_a_closed_pipe_is_quiet(words):
         (("show", "/no/such/file.yaml"), 2),
         (("--debug", "show", "/no/such/file.yaml"), 2),
         (("--no-such-option",), 2),
+        (("check", "/no/such/file.yaml"), 2),
+        (("check", "/no/such/file.yaml", "/nor/this.yaml", "--json"), 2),
     ],
 )
 def test_a_closed_pipe_for_output_and_errors_leaves_the_exit_code(words, code):
     assert run_for_nobody(*words, stderr=subprocess.STDOUT).returncode == code
+
+
+def test_a_closed_pipe_does_not_hide_that_a_later_file_is_wrong(tiny):
+    for more in ((), ("--json",), ("--quiet",)):
+        assert (
+            run_for_nobody("check", tiny, "/no/such/file.yaml", *more, stderr=subprocess.PIPE).returncode == 2
+        )
 
 
 def test_a_full_disk_behind_the_output_is_named():

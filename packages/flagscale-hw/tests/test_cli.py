@@ -163,7 +163,15 @@ def test_a_reader_that_leaves_is_no_error():
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [(("--json",), 0), (("env", "--devices", "99"), 2), (("--no-such-option",), 2), (("--help",), 0)],
+    [
+        (("--json",), 0),
+        (("env", "--devices", "99"), 2),
+        (("--no-such-option",), 2),
+        (("--help",), 0),
+        (("--require", "99"), 3),
+        (("fake", "enflame", "--garbage", "--", sys.executable, "-m", "flagscale_hw", "doctor"), 3),
+        (("fake", "enflame", "--garbage", "--", sys.executable, "-m", "flagscale_hw", "doctor", "--json"), 3),
+    ],
 )
 def test_a_reader_of_output_and_errors_that_leaves_changes_no_exit_code(words, code):
     read, write = os.pipe()

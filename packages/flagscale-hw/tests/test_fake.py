@@ -147,3 +147,20 @@ def test_mistakes_are_one_line(words, said, capfd):
     captured = capfd.readouterr()
     assert captured.err.startswith(said)
     assert "Traceback" not in captured.err
+
+
+def test_programs_wait_for_the_scripts_of_a_busy_machine(monkeypatch, capfd):
+    """A script that only prints cannot hang; one that is to be late is cut off as a real tool is."""
+    monkeypatch.delenv("FLAGSCALE_HW_TIMEOUT", raising=False)
+    assert Host().timeout_s == 3
+    with faked_host("nvidia", 2) as host:
+        assert host.timeout_s == 60
+    with faked_host("nvidia", 2, faults=Faults(hang=True)) as host:
+        assert host.timeout_s == 3
+    say = [sys.executable, "-c", "from flagscale_hw.host import this_host; print(this_host().timeout_s)"]
+    assert cli.main(["fake", "metax", "--", *say]) == 0
+    assert cli.main(["fake", "metax", "--slow", "1", "--", *say]) == 0
+    monkeypatch.setenv("FLAGSCALE_HW_TIMEOUT", "7")
+    assert cli.main(["fake", "metax", "--", *say]) == 0
+    assert capfd.readouterr().out.split() == ["60.0", "3.0", "7.0"]
+    assert os.environ["FLAGSCALE_HW_TIMEOUT"] == "7"

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from flagscale_hw import cli, detect
 from flagscale_hw.asking import Asker, read_messages
 from flagscale_hw.backends import nvml
+from flagscale_hw.doctor import examine
 from flagscale_hw.host import Answer, Host
 
 CAPTURES = Path(__file__).parent / "captures"
@@ -249,3 +251,25 @@ def test_nvml_under_another_prefix():
 
     (message,) = nvml.describe(Library(), "thead", "hgml", "libhgml.so")
     assert message == {"problem": {"where": "thead", "text": "libhgml.so: hgmlInit_v2: gone"}}
+
+
+def test_the_environment_says_how_long_a_tool_may_take(tree):
+    tree.device("enflame")
+    tree.environ["FLAGSCALE_HW_TIMEOUT"] = "0.5"
+    tree.tool("sleep 600", "efsmi")
+    host = Host(root=tree.root, environ=tree.environ)
+    (problem,) = detect(host).problems
+    assert "no answer within 0.5 s" in problem.text
+    assert "give it longer (FLAGSCALE_HW_TIMEOUT=60)" in problem.hint
+    (finding,) = [one for one in examine(host) if one.code == "HW104"]
+    assert not finding.is_good
+    tree.environ["FLAGSCALE_HW_TIMEOUT"] = "60"
+    tree.answers("efsmi", {"-q": (CAPTURES / "enflame-report.txt").read_text()})
+    assert [device.name for device in detect(host).devices] == ["L300"]
+
+
+@pytest.mark.parametrize("wrong", ["soon", "0", "-1", "nan", "601"])
+def test_a_limit_that_is_no_number_of_seconds_is_refused(wrong, monkeypatch, capsys):
+    monkeypatch.setenv("FLAGSCALE_HW_TIMEOUT", wrong)
+    assert cli.main([]) == 2
+    assert f"FLAGSCALE_HW_TIMEOUT: {wrong!r}: give seconds, above 0" in capsys.readouterr().err

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flagscale_hw import LogLine, killed_rank
+from flagscale_hw.logs import follow_logs, read_logs
 
 
 def test_following_merges_and_ends_with_the_run(keeper):
@@ -186,3 +189,43 @@ def test_the_killed_rank_is_named(tmp_path, other, root, said):
 
 def test_no_log_no_cause(tmp_path):
     assert killed_rank(tmp_path / "none") == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "one", "one\n", "one\ntwo", "one\ntwo\n", "\n\n", "a\n\nb\n\n", "long " * 9 + "\n" * 7]
+)
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1 << 18])
+def test_the_last_lines_are_those_of_the_whole(tmp_path, monkeypatch, text, chunk):
+    monkeypatch.setattr("flagscale_hw.logs._CHUNK_BYTES", chunk)
+    (tmp_path / "log").write_text(text)
+    files = {"a": tmp_path / "log", "missing": tmp_path / "missing"}
+    whole = list(read_logs(files))
+    for last in range(len(whole) + 2):
+        found = list(read_logs(files, last))
+        assert found == whole[max(0, len(whole) - last) :]
+        assert list(follow_logs(files, lambda: True, last)) == found
+
+
+def bytes_read():
+    """Return what this process has read so far, as the kernel counts it."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_the_beginning_of_a_long_log_is_not_read(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("a line that nobody asks for\n" * 1_000_000 + "before\nlast\n")
+    then = bytes_read()
+    assert [line.text for line in read_logs({"a": log}, 2)] == ["before", "last"]
+    assert bytes_read() - then < log.stat().st_size / 10
+    lines = follow_logs({"a": log}, lambda: False, 1)
+    assert next(lines).text == "last"
+    with log.open("ab") as file:
+        file.write(b"more\n")
+    assert next(lines).text == "more"
+
+
+def test_a_run_tells_the_last_lines_of_each_process(keeper):
+    run = keeper.start(keeper.shell("echo 1; echo 2; echo 3"), keeper.shell("echo x"))
+    run.wait(keeper.patience_s)
+    assert [(line.process, line.text) for line in run.logs(last=2)] == [("a", "2"), ("a", "3"), ("b", "x")]
+    assert [line.text for line in run.logs(follow=True, last=0)] == []

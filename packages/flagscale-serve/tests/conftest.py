@@ -243,11 +243,17 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
         yield shell
 
 
-def write_real_model(python: str, folder: Path, prompt: str, num_tokens: int) -> tuple[Path, dict[str, str]]:
-    """Write a small random model with the engine's own Python; return it and what it answers."""
+def write_real_model(
+    python: str, folder: Path, prompt: str, num_tokens: int, *others: Path
+) -> tuple[Path, dict[str, str]]:
+    """Write a small random model with the engine's own Python; return it and what it answers.
+
+    Each of the other folders gets one too, which answers something else.
+    """
     script = Path(__file__).parent / "engines" / "tiny_model.py"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([python, script, folder / "model", prompt, str(num_tokens)], check=True, env=env)
+    more = [other / "model" for other in others]
+    subprocess.run([python, script, folder / "model", prompt, str(num_tokens), *more], check=True, env=env)
     return folder / "model", json.loads((folder / "expected.json").read_text())
 
 

@@ -51,6 +51,29 @@ def test_version_is_the_distributions(shell):
     assert shell("--version").stdout == f"flagscale-serve {version}\n"
 
 
+def test_a_closed_pipe_for_output_and_errors_leaves_the_exit_code(shell, model_dir):
+    shell.mode("dies")
+    assert shell("run", model_dir, "--detach").returncode == 4
+    for words, code in (
+        (("plan", model_dir), 0),
+        (("plan", model_dir, "--python", "/no/such/python"), 3),
+        (("status", model_dir), 4),
+    ):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write) as nobody:
+            done = subprocess.run(
+                [sys.executable, "-m", "flagscale_serve.cli", *words],
+                stdout=nobody,
+                stderr=nobody,
+                env={**os.environ, **shell.env, "PYTHONUNBUFFERED": ""},
+                cwd=shell.home,
+                timeout=shell.patience_s,
+                check=False,
+            )
+        assert done.returncode == code
+
+
 def test_plan_shows_everything_and_starts_nothing(shell, model_dir):
     done = shell("plan", model_dir)
     assert done.returncode == 0, done.stderr

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from flagscale_hw.testing import fake_host, faked_host
-from flagscale_serve import Instance, InvalidModel, fit
+from flagscale_hw import Machine, Target
+from flagscale_hw.machine import Problem
+from flagscale_hw.testing import Faults, fake_host, faked_host
+from flagscale_serve import Fit, Instance, InvalidModel, Service, fit, plan
 from flagscale_serve.engines import Layout
+from flagscale_serve.fit import words_of
+from flagscale_serve.hosts import Node
 from flagscale_serve.model import Model, read_gguf_model, read_model
 
 GIB = 1 << 30
@@ -32,6 +36,7 @@ QWEN3_8B = {
     "torch_dtype": "bfloat16",
 }
 NUM_PARAMETERS = 8_190_735_360
+INSTANCE = Instance(name="a", model="/m", served_names=("a",), engine="vllm")
 
 
 def model_of(config=QWEN3_8B, bytes_of=None, **more) -> Model:
@@ -181,8 +186,76 @@ def test_what_is_not_known_is_no_obstacle():
     found = fitted(model=strange)
     assert (found.verdict, found.kv_per_token, found.weights) == ("unknown", None, GIB)
     blind = replace(NVIDIA, devices=tuple(replace(one, memory_total_bytes=None) for one in NVIDIA.devices))
-    instance = Instance(name="a", model="/m", served_names=("a",), engine="vllm")
-    assert fit(instance, model_of(), Layout(), blind).verdict == "unknown"
+    assert fit(INSTANCE, model_of(), Layout(), blind).verdict == "unknown"
+
+
+# --- on a CPU -----------------------------------------------------------------------------------------------
+
+
+def cpu_of(memory_gib: int) -> Machine:
+    return replace(fake_host("cpu"), memory_bytes=memory_gib * GIB)
+
+
+def on_cpu(memory_gib, *asked, nodes=(), env=None):
+    """Plan one vLLM instance for each (GiB of weights, options), and return how each fits."""
+    instances = [
+        Instance(name=f"i{number}", model=f"/{gib}", served_names=("m",), engine="vllm", options=options)
+        for number, (gib, options) in enumerate(asked)
+    ]
+    models = {f"/{gib}": model_of(bytes_of={"BF16": gib * GIB}) for gib, _ in asked}
+    service = Service(name="s", cwd="/w", instances=tuple(instances), env=env or {})
+    made = plan(service, cpu_of(memory_gib), nodes=nodes, models=models)
+    return [Fit(**one["fit"]) for one in made.facts["instances"]], made.facts["warnings"]
+
+
+def test_ranks_on_one_cpu_share_its_memory():
+    alone = fit(INSTANCE, model_of(), Layout(), cpu_of(64))
+    four = fit(INSTANCE, model_of(), Layout(tensor=4), cpu_of(64))
+    assert (alone.memory, four.memory) == (64 * GIB, 16 * GIB)
+    assert four.room == 16 * GIB - 2 * NUM_PARAMETERS // 4
+    assert fit(INSTANCE, model_of(), Layout(tensor=2), cpu_of(0)).verdict == "unknown"
+
+
+def test_on_a_cpu_the_room_is_what_the_engine_is_told():
+    (found,), _ = on_cpu(64, (10, {"tensor_parallel_size": 2}))
+    assert (found.memory, found.room) == (32 * GIB, 64 * GIB // 8 // 2)
+    (found,), _ = on_cpu(64, (10, {"kv_cache_memory_bytes": "3G"}))
+    assert found.room == 3 * GIB
+    (found,), _ = on_cpu(64, (10, {"kv_cache_memory_bytes": "3G"}), env={"VLLM_CPU_KVCACHE_SPACE": "5"})
+    assert found.room == 5 * GIB
+    (found,), _ = on_cpu(64, (60, {"kv_cache_memory_bytes": "30G"}))
+    assert found.room == 4 * GIB
+
+
+def test_a_context_that_the_cache_on_a_cpu_is_too_short_for_names_the_size():
+    (found,), (warning,) = on_cpu(32, (10, {"max_model_len": 40000}))
+    assert found.verdict == "short"
+    shorter, larger = found.advice
+    assert f"use {shorter} or {larger}" in warning
+    for said in (shorter, larger):
+        name, _, value = said.partition("=")
+        assert on_cpu(32, (10, {"max_model_len": 40000, name: int(value)}))[0][0].verdict == "fits"
+
+
+def test_instances_on_one_cpu_share_its_memory():
+    (one, two), _ = on_cpu(32, (20, {}), (6, {}))
+    assert (one.verdict, two.verdict) == ("fits", "fits")
+    cache = 32 * GIB // 8 // 2
+    assert (one.memory, two.memory) == (26 * GIB - cache, 12 * GIB - cache)
+    (one, two), _ = on_cpu(32, (20, {}), (16, {}))
+    assert (one.verdict, two.verdict) == ("too big", "too big")
+    (one, two), _ = on_cpu(32, (20, {}), (40, {}))
+    assert (one.verdict, two.verdict) == ("too big", "too big")
+    assert "i1: weights: 40.0 GiB on the device" in words_of(two)
+
+
+def test_an_instance_shares_only_the_hosts_that_it_has():
+    nodes = [Node(target=Target(name=name), machine=cpu_of(32), slots=1) for name in "abc"]
+    (wide, narrow), _ = on_cpu(32, (40, {"tensor_parallel_size": 2}), (8, {}), nodes=nodes)
+    assert (wide.memory, narrow.memory) == (32 * GIB, 32 * GIB)
+    (wide, narrow), _ = on_cpu(32, (40, {"tensor_parallel_size": 2}), (8, {}), nodes=nodes[:2])
+    cache = 32 * GIB // 8 // 2
+    assert (wide.memory, narrow.memory) == (24 * GIB - cache, 12 * GIB - cache)
 
 
 # --- in the command line -----------------------------------------------------------------------------------
@@ -214,6 +287,30 @@ def test_plan_prints_the_numbers_and_refuses_what_cannot_fit(shell, model_dir):
         assert "too big" in done.stdout
         assert shell("run", model_dir).returncode == 2
     assert shell.engine_pids() == []
+
+
+def test_a_tool_that_was_cut_off_is_a_warning_and_no_silence(shell, model_dir, monkeypatch):
+    monkeypatch.setenv("FLAGSCALE_HW_TIMEOUT", "0.5")
+    write_model(model_dir, 2 * NUM_PARAMETERS)
+    with faked_host("nvidia", 8, faults=Faults(hang=True)):
+        done = shell("plan", model_dir)
+    assert "warning: nvidia: nvidia-smi: no answer within 0.5 s; it was killed: on a busy host" in done.stdout
+    assert "on the device: not known, of which the engine may take not known" in done.stdout
+
+
+def test_what_hosts_could_not_be_asked_is_said_with_their_names():
+    late = replace(NVIDIA, problems=(Problem(where="nvidia", text="no answer"),))
+    nodes = [
+        Node(target=Target(name=name), machine=machine)
+        for name, machine in (("a", late), ("b", NVIDIA), ("c", late))
+    ]
+    instance = Instance(name="i", model="/m", served_names=("m",), engine="vllm")
+    service = Service(
+        name="s", cwd="/w", instances=(replace(instance, options={"tensor_parallel_size": 24}),)
+    )
+    assert "a, c: nvidia: no answer" in plan(service, late, nodes=nodes).facts["warnings"]
+    one = plan(replace(service, instances=(instance,)), late)
+    assert one.facts["warnings"] == ["nvidia: no answer"]
 
 
 def test_the_facts_are_in_the_plan(shell, model_dir):

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from flagscale_config import load
-from flagscale_hw import Target, render_scripts
+from flagscale_hw import File, Plan, Process, Target, launch, render_scripts
+from flagscale_hw.cause import is_consequence
 from flagscale_hw.testing import fake_host
 from flagscale_serve import EngineMissing, InvalidService, Node, plan
 from flagscale_serve.hosts import check_routers, promised_nodes, targets_of
@@ -301,19 +302,45 @@ def test_what_works_for_the_first_rank_leaves_after_it(door, last):
     assert waiting.wait(60) == -signal.SIGTERM
 
 
-def test_what_works_for_a_first_rank_that_is_gone_has_failed(door, last):
+def test_what_works_for_a_first_rank_that_is_gone_ends(door, last):
     left = last(door, "import sys; sys.stdin.read()")
     door.settimeout(60)
     door.accept()[0].close()
     door.close()
-    assert left.wait(60) == 1
+    assert left.wait(60) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(
-    ("code", "ends"), [("pass", 1), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
+    ("code", "ends"), [("pass", 0), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
 )
-def test_what_leaves_by_itself_has_failed(door, last, code, ends):
+def test_what_leaves_by_itself_ends_as_it_did(door, last, code, ends):
     assert last(door, code).wait(60) == ends
+
+
+@pytest.mark.parametrize("first_is_gone", [False, True])
+def test_a_rank_that_ends_softly_has_failed_as_the_echo_of_another(tmp_path, door, first_is_gone):
+    """It left with 0, or was ended because the first rank is gone: the run has failed, for another reason."""
+    code = "import sys; sys.stdin.read()" if not first_is_gone else "import time; time.sleep(600)"
+    where = ("127.0.0.1", str(door.getsockname()[1]))
+    text = files("flagscale_serve.engines").joinpath("leave_last.py").read_text()
+    argv = (sys.executable, "{run_dir}/leave_last.py", *where, sys.executable, "-uc", code)
+    made = Plan(
+        kind="serve",
+        name="ranks",
+        processes=(Process(name="rank", argv=argv, is_service=True),),
+        files=(File(path="leave_last.py", text=text),),
+    )
+    run = launch(made, tmp_path / "run", detach=False)
+    try:
+        door.settimeout(60)
+        if first_is_gone:
+            door.accept()[0].close()
+            door.close()
+        now = run.wait(60)
+    finally:
+        run.stop(0.0)
+    assert now.state == "failed"
+    assert is_consequence(now.reason), now.reason
 
 
 def test_ray_is_refused_on_cpus(serve_file):

@@ -34,8 +34,15 @@ def for_transformers(real_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def for_vllm(real_model, tmp_path_factory, vllm_python):
-    return real_model(vllm_python, tmp_path_factory.mktemp("vllm"), PROMPT, NUM_TOKENS)
+def two_for_vllm(real_model, tmp_path_factory, vllm_python):
+    folder, other = tmp_path_factory.mktemp("vllm"), tmp_path_factory.mktemp("other")
+    first = real_model(vllm_python, folder, PROMPT, NUM_TOKENS, other)
+    return first, (other / "model", json.loads((other / "expected.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def for_vllm(two_for_vllm):
+    return two_for_vllm[0]
 
 
 def ask(status: dict, path: str, **more: object) -> httpx.Response:
@@ -190,11 +197,11 @@ def check_bad_requests_of_llama_cpp(status: dict) -> None:
 
 
 VLLM_FILE = """
-- serve_id: tiny
+- serve_id: {name}
   engine: vllm
   engine_args:
     model: {model}
-    served_model_name: tiny
+    served_model_name: {name}
     dtype: float32
     kv_cache_memory_bytes: 67108864
     max_model_len: 1024
@@ -220,7 +227,8 @@ def check_bench(shell) -> None:
 @pytest.mark.vllm
 def test_vllm_serves_what_the_model_says(vllm_shell, for_vllm, alive, everybody, serve_file):
     model, expected = for_vllm
-    done = vllm_shell("run", serve_file(VLLM_FILE.format(model=model)), "--detach", "--timeout", READY_S)
+    path = serve_file(VLLM_FILE.format(name="tiny", model=model))
+    done = vllm_shell("run", path, "--detach", "--timeout", READY_S)
     assert done.returncode == 0, done.stderr
     assert "loading weights" in done.stderr
     status = vllm_shell.the_status()
@@ -231,14 +239,34 @@ def test_vllm_serves_what_the_model_says(vllm_shell, for_vllm, alive, everybody,
 
 
 @pytest.mark.vllm
-def test_vllm_killed_leaves_no_orphaned_engine(
-    vllm_shell, for_vllm, alive, everybody, serve_file, eventually
+def test_two_vllm_models_answer_by_their_names_and_a_killed_one_leaves_no_orphaned_engine(
+    vllm_shell, two_for_vllm, alive, everybody, serve_file, eventually
 ):
-    """The engine core of a killed API server lives on for ever when nobody looks after it."""
-    model, _ = for_vllm
-    path = serve_file(VLLM_FILE.format(model=model))
-    done = vllm_shell("run", path, "--detach", "--timeout", READY_S, "--max-restarts", "0")
+    """Both stand behind the real router, at one port. An engine core outlives its killed API server for ever
+    when nobody looks after it.
+    """
+    expected = dict(zip(("small", "large"), (answers for _, answers in two_for_vllm), strict=True))
+    assert expected["small"]["completion"] != expected["large"]["completion"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    items = "".join(
+        VLLM_FILE.format(name=name, model=model) + f"    port: {urlsplit(url).port}\n"
+        for name, (model, _) in zip(expected, two_for_vllm, strict=True)
+    )
+    done = vllm_shell("run", serve_file(items), "--detach", "--timeout", READY_S, "--max-restarts", "0")
     assert done.returncode == 0, done.stderr
+    with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+        asked = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
+        for name in ("small", "large", "large", "small"):
+            answer = client.post("/completions", json={**asked, "model": name}).json()
+            assert (answer["model"], answer["choices"][0]["text"]) == (name, expected[name]["completion"])
+        for _ in range(4):  # whoever gets it
+            unknown = client.post("/completions", json={**asked, "model": "no-such"})
+            assert (unknown.status_code, "no-such" in unknown.json()["error"]["message"]) == (404, True)
+        assert sorted(client.get("/models").json()["models"]) == sorted(expected)
+    settings = ("--temperature", "0", "--max-tokens", NUM_TOKENS, "-m", PROMPT)
+    assert vllm_shell("chat", "--model", "large", *settings).stdout == expected["large"]["chat"] + "\n"
     status = vllm_shell.the_status()
     pids = everybody(status)
     os.kill(status["instances"][0]["pid"], signal.SIGKILL)
@@ -250,13 +278,14 @@ def test_vllm_killed_leaves_no_orphaned_engine(
 def test_vllm_that_cannot_start_gives_its_first_cause(vllm_shell, for_vllm, serve_file, tmp_path):
     model = tmp_path / "broken"
     shutil.copytree(for_vllm[0], model)
-    path = serve_file(VLLM_FILE.format(model=model) + "    tokenizer: /no/such/tokenizer\n", name="bad")
+    file = VLLM_FILE.format(name="tiny", model=model)
+    path = serve_file(f"{file}    tokenizer: /no/such/tokenizer\n", name="bad")
     done = vllm_shell("run", path, "--detach", "--timeout", READY_S)
     assert done.returncode == 2
     (model / "config.json").write_text(
         (model / "config.json").read_text().replace("Qwen3ForCausalLM", "NoSuchModel")
     )
-    done = vllm_shell("run", serve_file(VLLM_FILE.format(model=model)), "--detach", "--timeout", READY_S)
+    done = vllm_shell("run", serve_file(file), "--detach", "--timeout", READY_S)
     assert done.returncode == 4
     assert "NoSuchModel" in done.stderr
     assert "Traceback" not in done.stderr

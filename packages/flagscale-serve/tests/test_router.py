@@ -144,6 +144,21 @@ TWO_MODELS = """
 """
 
 
+def check_forms_of_the_router(url: str, patience_s: float) -> None:
+    """As docs/serve/operating.md tells: its list of models and its refusals are not in OpenAI's form."""
+    with httpx.Client(base_url=url, timeout=patience_s, trust_env=False) as client:
+        listed = client.get("/models").json()
+        assert {**listed, "models": sorted(listed["models"])} == {"models": ["large", "small"]}
+        json_type = {"Content-Type": "application/json"}
+        for content, code in ((b'{"model": ', 400), (b'"' + b"x" * (65 << 20), 413)):
+            refused = client.post("/completions", content=content, headers=json_type)
+            assert (refused.status_code, refused.headers["content-type"]) == (
+                code,
+                "text/plain; charset=utf-8",
+            )
+            assert refused.text.count("\n") == 0
+
+
 @pytest.mark.transformers
 def test_models_of_one_address_are_found_by_their_names(shell, serve_file, model_dir, eventually):
     with socket.socket() as probe:
@@ -162,6 +177,7 @@ def test_models_of_one_address_are_found_by_their_names(shell, serve_file, model
         return answer.is_success
 
     assert all(answers(model) for model in ("small", "large") * 6)
+    check_forms_of_the_router(url, shell.patience_s)
     for model in ("small", "large"):
         assert f"m={model}" in shell("chat", "--model", model, "-m", "x").stdout
     # A router that was started again is told anew, an engine that was is used again.

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +42,16 @@ def _check(options: argparse.Namespace) -> int:
         raise _usage("no file to check: flagscale-config check FILE... [a.b=c ...]")
     found = {file: check(file, overrides) for file in files}
     is_wrong = any(problem.severity == "error" for problems in found.values() for problem in problems)
-    if options.json:
-        _print_checked(found, is_single=len(files) == 1)
-    else:
-        for file, problems in found.items():
-            report(problems, options.format, is_quiet=options.quiet)
-            if not options.quiet:
-                _conclude(file, problems)
-        if len(files) > 1 and not options.quiet:
-            _summarize(found)
+    with suppress(BrokenPipeError):  # whether somebody reads it or not, the exit code tells
+        if options.json:
+            _print_checked(found, is_single=len(files) == 1)
+        else:
+            for file, problems in found.items():
+                report(problems, options.format, is_quiet=options.quiet)
+                if not options.quiet:
+                    _conclude(file, problems)
+            if len(files) > 1 and not options.quiet:
+                _summarize(found)
     return 2 if is_wrong else 0
 
 

@@ -24,9 +24,9 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
 
     An exception with an int `exit_code` is the user's: `error: ...` on standard error and that code; on a
     terminal the problems of a `ConfigError` are shown with their source lines. Ctrl-C is 130, a reader that
-    closed the pipe ends the command quietly with 0 (an error that could not be told keeps its code), a full
-    disk is 4, anything else is a bug: one line that says so and 1. With `--debug` (anywhere before `--`; it
-    is removed) or FLAGSCALE_DEBUG=1 tracebacks are shown.
+    closed the pipe ends the command quietly with 0 (a command that is at its end, or has an error that it
+    cannot tell, keeps its code), a full disk is 4, anything else is a bug: one line that says so and 1. With
+    `--debug` (anywhere before `--`; it is removed) or FLAGSCALE_DEBUG=1 tracebacks are shown.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     limit = words.index("--") if "--" in words else len(words)
@@ -42,7 +42,8 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
 def _call(main: Callable[[list[str]], int], words: list[str], *, is_debug: bool) -> int:
     try:
         code = main(words)
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):  # all is done: nobody reads it, and the code stands
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:

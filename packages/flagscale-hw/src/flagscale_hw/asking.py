@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from flagscale_hw.backend import Found, Source
-from flagscale_hw.host import Answer, Host
+from flagscale_hw.host import TIMEOUT_VARIABLE, Answer, Host
 from flagscale_hw.machine import Device, Problem
 
 __all__ = ["Asker", "first_answer", "is_hung", "last_line", "merge"]
@@ -101,7 +101,11 @@ class Asker:
 
     def _hung(self, what: str) -> Problem:
         text = f"{what}: {_NO_ANSWER} {self._timeout_s:g} s; it was killed"
-        return self.problem(text, "look for errors of the driver in the kernel log; a card may need a reset")
+        return self.problem(
+            text,
+            f"on a busy host give it longer ({TIMEOUT_VARIABLE}=60); "
+            "else look for errors of the driver in the kernel log: a card may need a reset",
+        )
 
 
 def first_answer(*ways: Callable[[], Found]) -> Found:

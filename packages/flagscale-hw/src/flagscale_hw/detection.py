@@ -18,10 +18,8 @@ from flagscale_hw.machine import Machine, Presence, Problem, Vendor
 from flagscale_hw.plugins import plugin_problems
 from flagscale_hw.processor import cpu_name, memory_bytes, num_cpus
 
-__all__ = ["FORCED_VARIABLE", "TIMEOUT_S", "Sighting", "detect", "presence", "sightings"]
+__all__ = ["FORCED_VARIABLE", "Sighting", "detect", "presence", "sightings"]
 
-TIMEOUT_S = 3.0
-"""How long all that is asked about one vendor may take before it is killed."""
 FORCED_VARIABLE = "FLAGSCALE_HW_VENDOR"
 """Chips, with commas: look for these only, and believe that they are here."""
 
@@ -36,17 +34,18 @@ class Sighting:
 
 
 def detect(
-    host: Host | None = None, *, timeout_s: float = TIMEOUT_S, chips: Sequence[str] | None = None
+    host: Host | None = None, *, timeout_s: float | None = None, chips: Sequence[str] | None = None
 ) -> Machine:
     """Describe a machine. Never raises for hardware that does not answer: see `Machine.problems`.
 
     Args:
         host: where to look; this host when None, or what `FLAGSCALE_HW_ROOT` names.
-        timeout_s: how long a vendor's library and tools together may take. Vendors are asked side by side.
+        timeout_s: how long a vendor's library and tools together may take before they are killed; None is
+            `FLAGSCALE_HW_TIMEOUT`, or 3. Vendors are asked side by side.
         chips: ask about these only, such as `("nvidia",)`; every vendor when None.
 
     Raises:
-        InputError: one of `chips` is not known.
+        InputError: one of `chips` is not known, or `FLAGSCALE_HW_TIMEOUT` is no number of seconds.
     """
     host = this_host() if host is None else host
     seen, everything = _sightings(host)
@@ -54,7 +53,7 @@ def detect(
         _must_know(chips)
         seen = [sighting for sighting in seen if sighting.backend.chip in chips]
     here = [sighting for sighting in seen if sighting.presence != "none"]
-    looks = _look_at_all(here, everything, timeout_s)
+    looks = _look_at_all(here, everything, host.timeout_s if timeout_s is None else timeout_s)
     looks.sort(key=lambda look: look.rank, reverse=True)  # stable: else the order of the backends
     problems = [*_unknown_chips(host, seen), *plugin_problems()]
     problems += [problem for look in looks for problem in look.found.problems]

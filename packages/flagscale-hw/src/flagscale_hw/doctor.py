@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flagscale_hw.chips import CHIPS, Runtime, runtime
-from flagscale_hw.detection import TIMEOUT_S, Sighting, detect, sightings
+from flagscale_hw.detection import Sighting, detect, sightings
 from flagscale_hw.host import Host, this_host
 from flagscale_hw.index import index_dir
 from flagscale_hw.machine import Machine
@@ -66,7 +66,7 @@ class Finding:
         return asdict(self)
 
 
-def examine(host: Host | None = None, *, timeout_s: float = TIMEOUT_S) -> list[Finding]:
+def examine(host: Host | None = None, *, timeout_s: float | None = None) -> list[Finding]:
     """Check a host, this one when None; see `detect` for `timeout_s`."""
     host = this_host() if host is None else host
     seen = sightings(host)

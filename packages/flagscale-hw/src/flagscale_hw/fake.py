@@ -9,20 +9,24 @@ print is in `stubs.py`.
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flagscale_hw.chips import CHIPS
 from flagscale_hw.errors import DetectError, InputError
+from flagscale_hw.host import ROOT_VARIABLE, TIMEOUT_VARIABLE
 from flagscale_hw.stubs import TOOLS, Answers, Card
 
-__all__ = ["FAKED", "Faults", "write_host", "write_tool"]
+__all__ = ["FAKED", "Faults", "environment", "variables", "write_host", "write_tool"]
 
 _NUM_CPUS = 64
 _MEMORY_KIB = 512 << 20
 _MOST = 64
+_PATIENCE_S = "60"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +244,33 @@ def write_host(root: Path, chip: str, count: int = 0, *, faults: Faults | None =
         if chip in TOOLS:
             tool = TOOLS[chip]
             write_tool(root, tool.path, tool.answers(cards), faults or Faults())
+
+
+def variables(root: Path, faults: Faults | None = None) -> dict[str, str]:
+    """Return what makes programs see the host below `root`.
+
+    A script that only prints cannot hang, but on a busy machine it starts slowly, so it gets longer than a
+    person would wait for a real tool. Tools that are to be late are cut off as real ones are.
+    """
+    shown = {ROOT_VARIABLE: str(root.resolve())}
+    if faults is None or not (faults.hang or faults.slow_s):
+        shown[TIMEOUT_VARIABLE] = os.environ.get(TIMEOUT_VARIABLE) or _PATIENCE_S
+    return shown
+
+
+@contextmanager
+def environment(shown: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process, and so of those that it starts, until the block ends."""
+    before = {name: os.environ.get(name) for name in shown}
+    os.environ.update(shown)
+    try:
+        yield
+    finally:
+        for name, text in before.items():
+            if text is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = text
 
 
 @dataclass(frozen=True)

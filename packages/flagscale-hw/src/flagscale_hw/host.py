@@ -17,12 +17,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flagscale_hw.errors import InputError
 from flagscale_hw.identity import marked
 
-__all__ = ["ROOT_VARIABLE", "Answer", "Host", "this_host"]
+__all__ = ["ROOT_VARIABLE", "TIMEOUT_VARIABLE", "Answer", "Host", "this_host"]
 
 ROOT_VARIABLE = "FLAGSCALE_HW_ROOT"
 """Look at the files and tools below this directory instead of this host."""
+TIMEOUT_VARIABLE = "FLAGSCALE_HW_TIMEOUT"
+"""Seconds that each vendor's library and tools get, above 0 and at most 600; 3 where it is not set."""
 
 _TOOL_FOLDERS = (
     "/usr/bin",
@@ -32,6 +35,7 @@ _TOOL_FOLDERS = (
     "/bin",
     "/opt/bin",
 )
+_TIMEOUT_S, _MOST_S = 3.0, 600.0
 _OUTPUT_LIMIT = 4 << 20
 _KILL_WAIT_S = 0.2
 _PROBE = "FLAGSCALE_HW_PROBE"
@@ -62,6 +66,24 @@ class Host:
     def is_real(self) -> bool:
         """Tell whether this is the machine we run on, with its libraries and its kernel."""
         return self.root == Path("/")
+
+    @property
+    def timeout_s(self) -> float:
+        """How long all that is asked about one vendor may take, where the caller does not say it.
+
+        Raises:
+            InputError: `FLAGSCALE_HW_TIMEOUT` is no such number.
+        """
+        text = self.environ.get(TIMEOUT_VARIABLE)
+        if not text:
+            return _TIMEOUT_S
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= _MOST_S:
+            raise InputError(f"{TIMEOUT_VARIABLE}: {text!r}: give seconds, above 0 and at most {_MOST_S:g}")
+        return value
 
     def path(self, absolute: str) -> Path:
         """Return where an absolute path of the host lies."""

@@ -27,10 +27,10 @@ class LogLine:
 class _Reader:
     """The unread part of one log file."""
 
-    def __init__(self, process: str, path: Path) -> None:
+    def __init__(self, process: str, path: Path, last: int | None) -> None:
         self._process = process
         self._path = path
-        self._offset = 0
+        self._offset = 0 if last is None else _begin_of_last(path, last)
         self._rest = b""
 
     def new_lines(self) -> Iterator[LogLine]:
@@ -62,21 +62,46 @@ class _Reader:
         return LogLine(self._process, raw.decode(errors="replace").rstrip("\r"))
 
 
-def read_logs(files: dict[str, Path]) -> Iterator[LogLine]:
-    """Yield what the logs hold now, one process after the other."""
-    for reader in [_Reader(process, path) for process, path in files.items()]:
+def _begin_of_last(path: Path, count: int) -> int:
+    """Return where the last lines of a file begin, reading no more; a line that nobody ended counts too."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return 0
+    with file:
+        end = position = file.seek(0, os.SEEK_END)
+        while position > 0 and count > 0:
+            size = min(_CHUNK_BYTES, position)
+            position -= size
+            file.seek(position)
+            data = file.read(size)
+            # The end of the last line begins no other one.
+            at = size - 1 if position + size == end and data.endswith(b"\n") else size
+            while count > 0 and (at := data.rfind(b"\n", 0, at)) >= 0:
+                count -= 1
+            if count == 0:
+                return position + at + 1
+        return position if count > 0 else end
+
+
+def read_logs(files: dict[str, Path], last: int | None = None) -> Iterator[LogLine]:
+    """Yield what the logs hold now, or the last lines of each, one process after the other."""
+    for reader in [_Reader(process, path, last) for process, path in files.items()]:
         yield from reader.new_lines()
         yield from reader.last_line()
 
 
-def follow_logs(files: dict[str, Path], is_over: Callable[[], bool]) -> Iterator[LogLine]:
+def follow_logs(
+    files: dict[str, Path], is_over: Callable[[], bool], last: int | None = None
+) -> Iterator[LogLine]:
     """Yield what the logs hold and what is added to them, merged as it comes, until the run is over.
 
     Args:
         files: process -> log file; a file may not exist yet.
         is_over: asked before each look at the files, so that nothing written before the end is missed.
+        last: begin with so many lines of each file; None: with the first line.
     """
-    readers = [_Reader(process, path) for process, path in files.items()]
+    readers = [_Reader(process, path, last) for process, path in files.items()]
     while True:
         ended = is_over()
         num_lines = 0

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flagscale_hw.detection import TIMEOUT_S, detect
+from flagscale_hw.detection import detect
 from flagscale_hw.errors import InputError
 from flagscale_hw.host import Answer, Host, this_host
 from flagscale_hw.machine import Machine
@@ -98,7 +98,7 @@ class _Recorder(Host):
 
 
 def record_host(
-    directory: Path, *, host: Host | None = None, redact: bool = False, timeout_s: float = TIMEOUT_S
+    directory: Path, *, host: Host | None = None, redact: bool = False, timeout_s: float | None = None
 ) -> Machine:
     """Record a host.
 
@@ -107,7 +107,7 @@ def record_host(
         host: which; this one when None.
         redact: replace host name, UUIDs, serial numbers, ids of containers and addresses in the network, the
             same by the same.
-        timeout_s: how long each vendor's tools may take.
+        timeout_s: how long each vendor's tools may take; see `detect`.
 
     Returns:
         The machine as it was detected while recording.

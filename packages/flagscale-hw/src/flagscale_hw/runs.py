@@ -200,15 +200,16 @@ class Run:
             time.sleep(_POLL_S)
         return self.status()
 
-    def logs(self, *, follow: bool = False) -> Iterator[LogLine]:
+    def logs(self, *, follow: bool = False, last: int | None = None) -> Iterator[LogLine]:
         """Yield the log lines of every process.
 
         Args:
             follow: go on as lines are written, until the run is over.
+            last: begin with so many lines of each process, 0 or more; None: with the first line.
         """
         plan = self.directory.read(self.directory.plan) or {}
         files = {entry["name"]: self._log_of(entry) for entry in plan.get("processes", ())}
-        return follow_logs(files, lambda: self.status().is_over) if follow else read_logs(files)
+        return follow_logs(files, lambda: self.status().is_over, last) if follow else read_logs(files, last)
 
     def _log_of(self, process: dict[str, str]) -> Path:
         host = process.get("host", LOCAL)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flagscale_hw.chips import Runtime, runtime
-from flagscale_hw.detection import TIMEOUT_S, detect
+from flagscale_hw.detection import detect
 from flagscale_hw.doctor import Finding
 from flagscale_hw.host import Answer, Host, this_host
 
@@ -33,7 +33,7 @@ def examine_selection(
     *,
     python: str | None = None,
     host: Host | None = None,
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | None = None,
     ask_timeout_s: float = 120.0,
 ) -> list[Finding]:
     """Compare what frameworks would select with what is here.

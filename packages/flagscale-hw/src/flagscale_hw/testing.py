@@ -23,8 +23,8 @@ from pathlib import Path
 from flagscale_hw.chips import runtime
 from flagscale_hw.detection import detect
 from flagscale_hw.errors import InputError
-from flagscale_hw.fake import FAKED, Faults, write_host
-from flagscale_hw.host import ROOT_VARIABLE, Host
+from flagscale_hw.fake import FAKED, Faults, environment, variables, write_host
+from flagscale_hw.host import Host
 from flagscale_hw.machine import Device, Machine
 
 __all__ = ["FAKED", "Faults", "fake_host", "faked_host", "write_host"]
@@ -88,12 +88,5 @@ def faked_host(chip: str, count: int = 0, *, faults: Faults | None = None) -> It
     """
     with tempfile.TemporaryDirectory(prefix="flagscale-hw-fake-") as folder:
         write_host(Path(folder), chip, count, faults=faults)
-        before = os.environ.get(ROOT_VARIABLE)
-        os.environ[ROOT_VARIABLE] = folder
-        try:
+        with environment(variables(Path(folder), faults)):
             yield Host(Path(folder))
-        finally:
-            if before is None:
-                del os.environ[ROOT_VARIABLE]
-            else:
-                os.environ[ROOT_VARIABLE] = before

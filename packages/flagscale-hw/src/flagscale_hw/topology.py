@@ -15,7 +15,6 @@ from itertools import takewhile
 from typing import Any
 
 from flagscale_hw.backends.values import clean
-from flagscale_hw.detection import TIMEOUT_S
 from flagscale_hw.host import Host, this_host
 from flagscale_hw.machine import Device, Machine
 
@@ -164,15 +163,16 @@ def _cliques(topology: Topology) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(topology.indices[position] for position in island) for island in islands)
 
 
-def topology(machine: Machine, host: Host | None = None, *, timeout_s: float = TIMEOUT_S) -> Topology:
+def topology(machine: Machine, host: Host | None = None, *, timeout_s: float | None = None) -> Topology:
     """Find out how the devices of a machine are linked. Never raises for a tool that does not answer.
 
     Args:
         machine: as `detect(host)` described it.
         host: where it is; this host when None.
-        timeout_s: how long the vendor's tool may take.
+        timeout_s: how long the vendor's tool may take; see `detect`.
     """
     host = this_host() if host is None else host
+    timeout_s = host.timeout_s if timeout_s is None else timeout_s
     devices = machine.devices
     numa = tuple(_numa_node(host, device) for device in devices)
     indices = tuple(device.index for device in devices)

@@ -7,25 +7,33 @@ loads them as its `dtype` says. Keys and values per token follow from the archit
 The split over devices is the engines' own: tensor parallelism divides matrices and the heads of keys and
 values (but not below one head for each device, and never the compressed vector of latent attention), the
 pipeline divides layers, data parallelism divides nothing but the experts.
+
+On a CPU, all ranks of all instances share the memory of their host. vLLM does not see to it: each of its
+workers takes the bytes that it is told for keys and values, and else a part of the whole memory of the NUMA
+node of its first core, as if it were alone (vLLM 0.32, `v1/worker/cpu_worker.py`). A plan tells it the bytes
+and lets it run on every core, so that node is the same for all ranks; nobody says how much memory one node
+has, so on a host with several this estimate, which counts all of them, is too kind.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flagscale_serve.engines import Layout
 from flagscale_serve.model import Model
+from flagscale_serve.placing import Berth
 from flagscale_serve.service import Instance
 
 if TYPE_CHECKING:
     from flagscale_config.models import ModelFacts
     from flagscale_hw import Device, Machine
 
-__all__ = ["Fit", "devices_words", "fit", "words_of"]
+__all__ = ["Fit", "Tenant", "devices_words", "fit", "fit_together", "words_of"]
 
-_GIB = 1 << 30
+_GIB, _MIB = 1 << 30, 1 << 20
 _SHARES = {"vllm": 0.92, "sglang": 0.88}
 """Part of a device that an engine takes when it is not told; what others take grows with the need."""
 _RUNTIME_BYTES = 1536 << 20
@@ -47,7 +55,7 @@ class Fit:
     instance: str
     devices: int
     memory: int | None
-    """Of the smallest device; of the host where the chip is the CPU itself."""
+    """Of the smallest device; where the chip is the CPU itself, the share of each rank."""
     budget: int | None
     """What the engine may take of it."""
     weights: int
@@ -55,7 +63,7 @@ class Fit:
     """Activations, logits and the runtime, estimated."""
     kv_per_token: float | None
     room: int | None
-    """Left for keys and values."""
+    """For keys and values."""
     kv_tokens: int | None
     """Tokens that the room holds, over all sequences of one copy of the model."""
     max_model_len: int | None
@@ -78,6 +86,7 @@ def fit(
     machine: Machine,
     *,
     devices: Sequence[Device] = (),
+    told: Mapping[str, Any] | None = None,
 ) -> Fit:
     """Compare what an instance needs with what its devices have.
 
@@ -85,17 +94,55 @@ def fit(
         instance: what is asked.
         model: what its directory says.
         layout: how it is spread.
-        machine: where it runs.
+        machine: where it runs. On a CPU its memory is what the ranks of this instance have together: that of
+            every host it spans, without what other instances hold there.
         devices: those it gets; the machine's own memory counts where there are none.
+        told: options that the engine is started with, over those of the instance.
     """
     facts = None if model.is_gguf else _facts(model)
-    asked = _Asked(instance, model, facts, machine, devices)
+    asked = _Asked(instance, model, facts, machine, devices, tuple((told or {}).items()))
     found = _estimate(asked, layout)
     if found.verdict not in ("short", "too big"):
         return found
     advice = tuple(_advice(asked, layout, found))
     found = replace(found, advice=advice)
     return replace(found, warnings=(words_of(found),)) if found.verdict == "short" else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tenant:
+    """An instance and its places, for `fit_together`."""
+
+    instance: Instance
+    model: Model
+    layout: Layout
+    berths: tuple[Berth, ...]
+    cache: Any = None
+    """What each rank is told to set aside for keys and values, as bytes or `4G`; None: nothing."""
+
+    def fit(self, taken: Mapping[str, int]) -> Fit:
+        """Compare it with what it has; `taken`: host -> bytes that others hold there, which count on CPUs."""
+        machine = self.berths[0].machine
+        if machine.chip == "cpu" and machine.memory_bytes:
+            # Its ranks are spread evenly over its hosts: the fullest of them decides.
+            free = min(one.machine.memory_bytes - taken.get(one.host, 0) for one in self.berths)
+            machine = replace(machine, memory_bytes=max(1, free) * len(self.berths))
+        told = {} if self.cache is None else {"kv_cache_memory_bytes": self.cache}
+        return fit(self.instance, self.model, self.layout, machine, devices=self.berths[0].devices, told=told)
+
+    @property
+    def held(self) -> Counter[str]:
+        """Bytes that it surely holds on each host that is a CPU."""
+        alone = self.fit({})
+        each = alone.weights + (max(0, alone.room or 0) if self.cache is not None else 0)
+        return Counter({one.host: each * one.count for one in self.berths if one.machine.chip == "cpu"})
+
+
+def fit_together(tenants: Sequence[Tenant]) -> list[Fit]:
+    """Compare the instances of one service with what they have; those on CPUs share the memory of a host."""
+    held = [one.held for one in tenants]
+    everybody = sum(held, Counter[str]())
+    return [one.fit(everybody - mine) for one, mine in zip(tenants, held, strict=True)]
 
 
 def words_of(found: Fit) -> str:
@@ -141,10 +188,10 @@ class _Asked:
     def is_cpu(self) -> bool:
         return self.machine.chip == "cpu"
 
-    @property
-    def memory(self) -> int | None:
+    def memory(self, layout: Layout) -> int | None:
         if self.is_cpu:
-            return self.machine.memory_bytes or None
+            memory = self.machine.memory_bytes
+            return memory // layout.devices if memory else None
         known = [one.memory_total_bytes for one in self.devices or self.machine.visible]
         sizes = [size for size in known if size]
         return min(sizes) if sizes and len(sizes) == len(known) else None
@@ -213,12 +260,13 @@ def _estimate(asked: _Asked, layout: Layout) -> Fit:
     weights = _weights_bytes(asked, layout)
     working = 0 if asked.is_cpu else _working_bytes(asked, layout)
     per_token = _kv_per_token(asked, layout)
-    memory = asked.memory
+    memory = asked.memory(layout)
     budget = None if memory is None else int(memory * asked.share)
     room = None if budget is None else budget - weights - working
     fixed = _size(asked.option("kv_cache_memory_bytes") or "")
     if fixed is not None:
-        room = fixed
+        # A CPU has no other memory than that: vLLM ends at once where the cache does not fit.
+        room = min(fixed, room) if asked.is_cpu and room is not None else fixed
     length = asked.max_model_len
     tokens = None if room is None or not per_token else max(0, int(room / per_token))
     if budget is None:
@@ -324,6 +372,10 @@ def _advice(asked: _Asked, layout: Layout, found: Fit) -> Iterator[str]:
     is_short = found.verdict == "short"
     if is_short and found.kv_tokens and found.kv_tokens >= _STEP:
         yield f"max_model_len={found.kv_tokens // _STEP * _STEP}"
+    if asked.is_cpu and is_short and asked.option("kv_cache_memory_bytes") is not None:
+        cache = -int(-(found.max_model_len or 0) * (found.kv_per_token or 0) // _MIB) * _MIB
+        if cache <= (found.budget or 0) - found.weights:
+            yield f"kv_cache_memory_bytes={cache}"
     if asked.is_cpu or asked.model.is_gguf:
         return
     able = (wider for wider in _wider(asked, layout) if _estimate(asked, wider).verdict == "fits")
@@ -331,7 +383,7 @@ def _advice(asked: _Asked, layout: Layout, found: Fit) -> Iterator[str]:
         more = f" with pipeline_parallel_size={wider.pipeline} ({wider.devices} devices)"
         yield f"tensor_parallel_size={wider.tensor}{more if wider.pipeline > layout.pipeline else ''}"
     key, value = ("kv_cache_dtype", "fp8") if is_short else ("quantization", "fp8")
-    smaller = _estimate(replace(asked, changes=((key, value),)), layout)
+    smaller = _estimate(replace(asked, changes=(*asked.changes, (key, value))), layout)
     if smaller.verdict != found.verdict:
         yield f"{key}={value}"
 

@@ -17,7 +17,7 @@ from flagscale_serve.application import compose, plan_application
 from flagscale_serve.engines import ENGINES, Context, Rendered, Seat, default_engine, engine_named
 from flagscale_serve.engines.adapter import text_of
 from flagscale_serve.errors import InvalidService
-from flagscale_serve.fit import fit
+from flagscale_serve.fit import Fit, Tenant, fit_together
 from flagscale_serve.hosts import Node
 from flagscale_serve.model import Model
 from flagscale_serve.placing import Berth, Need, place
@@ -411,7 +411,11 @@ def _facts(
     berths: Mapping[str, tuple[Berth, ...]],
     models: Mapping[str, Model],
 ) -> Mapping[str, Any]:
-    warnings = [*service.notes, *(text for part in heads for text in part.rendered.warnings)]
+    warnings = [
+        *service.notes,
+        *_unknown(berths),
+        *(text for part in heads for text in part.rendered.warnings),
+    ]
     behind = {name: front for front in service.fronts for name in front.members}
     doors: list[Instance | Front] = [p.instance for p in heads if p.instance.name not in behind]
     doors += service.fronts
@@ -420,23 +424,16 @@ def _facts(
         inside = door.members if isinstance(door, Front) else (door.name,)
         if set(inside) & keyless and not _is_loopback(door.host):
             warnings.append(_exposed(door))
-    instances, fits = [], []
+    fits = _fits(heads, berths, models)
+    warnings += [text for one in fits.values() for text in one.warnings]
+    instances = []
     for part in heads:
         instance = part.instance
         facts = _facts_of(service, part)
         if instance.name in behind:
             facts["behind"] = behind[instance.name].name
-        if instance.model in models:
-            fitted = fit(
-                instance,
-                models[instance.model],
-                engine_named(instance.engine).layout(instance),
-                part.berth.machine,
-                devices=part.berth.devices,
-            )
-            fits.append(fitted)
-            warnings += fitted.warnings
-            facts["fit"] = fitted.to_dict()
+        if instance.name in fits:
+            facts["fit"] = fits[instance.name].to_dict()
         instances.append(facts)
     for front in service.fronts:
         members = [part.instance for part in heads if part.instance.name in front.members]
@@ -452,6 +449,43 @@ def _facts(
         "devices_per_host": _devices_per_host(berths),
         "instances": instances,
     }
+
+
+def _fits(
+    heads: Sequence[_Part], berths: Mapping[str, tuple[Berth, ...]], models: Mapping[str, Model]
+) -> dict[str, Fit]:
+    tenants = [
+        Tenant(
+            instance=part.instance,
+            model=models[part.instance.model],
+            layout=engine_named(part.instance.engine).layout(part.instance),
+            berths=berths[part.instance.name],
+            cache=_cache_on_cpu(part),
+        )
+        for part in heads
+        if part.instance.model in models
+    ]
+    return {one.instance: one for one in fit_together(tenants)}
+
+
+def _cache_on_cpu(part: _Part) -> Any:
+    """Return what each rank on a CPU sets aside; the variable wins (vLLM 0.32, `platforms/cpu.py`)."""
+    if part.berth.machine.chip != "cpu":
+        return None
+    counts = {one.option: one.value for one in part.rendered.chosen if not one.fate}
+    gib = part.processes[-1].env.get("VLLM_CPU_KVCACHE_SPACE") if part.instance.engine == "vllm" else None
+    return f"{gib}G" if gib else counts.get("kv_cache_memory_bytes")
+
+
+def _unknown(berths: Mapping[str, tuple[Berth, ...]]) -> Iterator[str]:
+    """Yield what the hosts could not be asked: a plan without it looks like that of a smaller machine."""
+    hosts: dict[str, list[str]] = {}
+    for berth in (one for all_of in berths.values() for one in all_of):
+        for problem in berth.machine.problems:
+            names = hosts.setdefault(str(problem), [])
+            names += [] if berth.host in names else [berth.host]
+    for text, names in hosts.items():
+        yield text if names == ["local"] else f"{', '.join(names)}: {text}"
 
 
 def _devices_per_host(berths: Mapping[str, tuple[Berth, ...]]) -> int:

@@ -1,6 +1,8 @@
 """Make a random Qwen3 with a byte-level tokenizer, and say what it answers; runs in the engine's own Python.
 
-Usage: tiny_model.py DIR PROMPT NUM_TOKENS
+Usage: tiny_model.py DIR PROMPT NUM_TOKENS [DIR ...]
+
+Each further directory gets a model with other numbers. What a model answers is in `expected.json` beside it.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def make_tokenizer():
     )
 
 
-def make_model(tokenizer):
-    torch.manual_seed(7)
+def make_model(tokenizer, seed):
+    torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -59,9 +61,14 @@ def make_model(tokenizer):
 
 
 def main():
-    folder, prompt, num_tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    first, prompt, num_tokens, *others = sys.argv[1:]
+    for seed, folder in enumerate([first, *others], start=7):
+        write(Path(folder), seed, prompt, int(num_tokens))
+
+
+def write(folder, seed, prompt, num_tokens):
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, seed)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     said = [{"role": "user", "content": prompt}]

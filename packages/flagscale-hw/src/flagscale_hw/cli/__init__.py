@@ -42,7 +42,8 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         code = _action(options.action)(options)
         if sys.stdout is not None:  # the caller may have closed it
-            sys.stdout.flush()
+            with suppress(BrokenPipeError):  # all is done: nobody reads it, and the code stands
+                sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough
         return 0
     except KeyboardInterrupt:
@@ -263,8 +264,8 @@ def _add_common(parser: argparse.ArgumentParser, *, default: str | None) -> None
         "--timeout",
         type=_seconds,
         metavar="S",
-        default=3.0 if default is None else default,
-        help="how long a vendor's library or tool may take (3)",
+        default=default,
+        help="how long a vendor's library or tool may take (FLAGSCALE_HW_TIMEOUT, or 3)",
     )
     parser.add_argument("--debug", action="store_true", default=false, help="show the traceback of an error")
 

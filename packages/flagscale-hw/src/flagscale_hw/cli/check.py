@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 
 from flagscale_hw.doctor import examine
@@ -25,12 +26,13 @@ def doctor(options: argparse.Namespace) -> int:
             timeout_s=options.timeout,
             ask_timeout_s=options.ask_timeout,
         )
-    if options.json:
-        print(json.dumps([finding.to_dict() for finding in findings], indent=2, ensure_ascii=False))
-    else:
-        style = style_for(sys.stdout)
-        for finding in findings:
-            print(style.paint(str(finding), "" if finding.is_good else "red"))
+    with suppress(BrokenPipeError):  # whether somebody reads it or not, the exit code tells
+        if options.json:
+            print(json.dumps([finding.to_dict() for finding in findings], indent=2, ensure_ascii=False))
+        else:
+            style = style_for(sys.stdout)
+            for finding in findings:
+                print(style.paint(str(finding), "" if finding.is_good else "red"))
     return 0 if all(finding.is_good for finding in findings) else 3
 
 
@@ -40,15 +42,16 @@ def plugins(options: argparse.Namespace) -> int:
     from flagscale_hw.plugins import plugin_problems
 
     known, problems = backends(), plugin_problems()
-    if options.json:
-        said = {
-            "backends": [{"chip": one.chip, "origin": one.origin, "module": one.module} for one in known],
-            "problems": [asdict(problem) for problem in problems],
-        }
-        print(json.dumps(said, indent=2, ensure_ascii=False))
-    else:
-        rows = [("chip", "from", "module"), *((one.chip, one.origin, one.module) for one in known)]
-        print("\n".join(align(rows)))
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    with suppress(BrokenPipeError):
+        if options.json:
+            said = {
+                "backends": [{"chip": one.chip, "origin": one.origin, "module": one.module} for one in known],
+                "problems": [asdict(problem) for problem in problems],
+            }
+            print(json.dumps(said, indent=2, ensure_ascii=False))
+        else:
+            rows = [("chip", "from", "module"), *((one.chip, one.origin, one.module) for one in known)]
+            print("\n".join(align(rows)))
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
     return 3 if problems else 0

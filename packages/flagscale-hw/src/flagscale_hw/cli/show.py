@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from flagscale_hw import detection
@@ -20,7 +21,8 @@ _SCHEMA = Path(__file__).parents[1] / "machine.schema.json"
 def show(options: argparse.Namespace) -> int:
     """Print the machine as a table or as JSON."""
     machine = detection.detect(timeout_s=options.timeout, chips=options.chips)
-    _print_machine(machine, options)
+    with suppress(BrokenPipeError):  # whether somebody reads it or not, the exit code tells
+        _print_machine(machine, options)
     return _is_enough(machine, options.require)
 
 
@@ -44,7 +46,8 @@ def _is_enough(machine: Machine, required: int | None) -> int:
     if len(healthy) >= required:
         return 0
     found = f"{len(healthy)} of {len(machine.devices)} devices of this machine can be used"
-    print(f"error: --require {required}: {found}: flagscale-hw doctor says why", file=sys.stderr)
+    with suppress(BrokenPipeError):
+        print(f"error: --require {required}: {found}: flagscale-hw doctor says why", file=sys.stderr)
     return 3
 
 

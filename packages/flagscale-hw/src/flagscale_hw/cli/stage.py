@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from flagscale_hw.cli.show import show
 from flagscale_hw.errors import HwError, InputError
-from flagscale_hw.fake import Faults, write_host
+from flagscale_hw.fake import Faults, environment, variables, write_host
 from flagscale_hw.host import ROOT_VARIABLE
 
 __all__ = ["fake", "record", "replay"]
@@ -36,7 +37,7 @@ def replay(options: argparse.Namespace) -> int:
     root = Path(options.directory)
     if not (root / "proc").is_dir():
         raise _NotRecorded(f"{root}: no recorded host: make one with `flagscale-hw record {root}`")
-    return _run_there(root, options)
+    return _run_there({ROOT_VARIABLE: str(root.resolve())}, options)
 
 
 def fake(options: argparse.Namespace) -> int:
@@ -50,31 +51,23 @@ def fake(options: argparse.Namespace) -> int:
         if root.exists() and any(root.iterdir()):
             raise InputError(f"{root}: not empty: name a directory that does not exist yet")
         write_host(root, options.chip, count, faults=faults)
-        return _run_there(root, options)
+        return _run_there(variables(root, faults), options)
     with tempfile.TemporaryDirectory(prefix="flagscale-hw-fake-") as folder:
         write_host(Path(folder), options.chip, count, faults=faults)
-        return _run_there(Path(folder), options)
+        return _run_there(variables(Path(folder), faults), options)
 
 
-def _run_there(root: Path, options: argparse.Namespace) -> int:
-    """Run the command with the host below `root`, and return its exit code; without one, print the table."""
-    root = root.resolve()
+def _run_there(shown: Mapping[str, str], options: argparse.Namespace) -> int:
+    """Run the command, or print the table, where these variables are set; return the exit code."""
     # The tools come first in PATH too, for programs that call them without asking us.
-    tools = os.pathsep.join(str(root / folder) for folder in ("usr/bin", "usr/local/bin"))
-    environ = {
-        **os.environ,
-        ROOT_VARIABLE: str(root),
-        "PATH": os.pathsep.join([tools, os.environ.get("PATH", os.defpath)]),
-    }
-    if not options.command:
-        os.environ[ROOT_VARIABLE] = str(root)
-        try:
+    tools = [f"{shown[ROOT_VARIABLE]}/{folder}" for folder in ("usr/bin", "usr/local/bin")]
+    path = os.pathsep.join([*tools, os.environ.get("PATH", os.defpath)])
+    with environment({**shown, "PATH": path}):
+        if not options.command:
             return show(options)
-        finally:
-            os.environ.pop(ROOT_VARIABLE, None)
-    sys.stdout.flush()
-    try:
-        done = subprocess.run(options.command, env=environ, check=False)
-    except OSError as error:
-        raise InputError(f"{options.command[0]}: {error.strerror}") from error
+        sys.stdout.flush()
+        try:
+            done = subprocess.run(options.command, check=False)
+        except OSError as error:
+            raise InputError(f"{options.command[0]}: {error.strerror}") from error
     return done.returncode if done.returncode >= 0 else 128 - done.returncode

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,20 +95,12 @@ def _load_text(load: Load | None) -> str:
 
 
 def _logs(arguments: argparse.Namespace) -> int:
-    from flagscale_serve.runs import logs
     from flagscale_serve.state import read_plan
     from flagscale_serve.targets import find_run
 
-    target = str(find_run(arguments.target, arguments.overrides).dir)
-    is_single = len(read_plan(find_run(target)).get("processes", ())) == 1
-    passed_over: Counter[str] = Counter()
-    if arguments.lines is not None:
-        passed_over.update(line.process for line in logs(target))
-        passed_over.subtract(dict.fromkeys(passed_over, arguments.lines))
-    for line in logs(target, follow=arguments.follow):
-        if passed_over[line.process] > 0:
-            passed_over[line.process] -= 1
-            continue
+    run = find_run(arguments.target, arguments.overrides)
+    is_single = len(read_plan(run).get("processes", ())) == 1
+    for line in run.logs(follow=arguments.follow, last=arguments.lines):
         print(line.text if is_single else f"{line.process}: {line.text}", flush=arguments.follow)
     return 0
 

@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,16 +119,17 @@ def _plan(arguments: argparse.Namespace) -> int:
     from flagscale_serve.runs import check, prepare
 
     prepared = prepare(arguments.target, arguments.overrides, _options(arguments))
-    if arguments.json:
-        sys.stdout.write(prepared.plan.to_json())
-    elif arguments.explain is not None:
-        _print_options(prepared.plan, arguments.explain.replace("-", "_"))
-    elif arguments.form != "text":
-        sys.stdout.write(_rendered(prepared.plan, arguments))
-        return 0  # for machines that are not here
-    else:
-        _print_plan(prepared.plan, prepared.run_dir)
-    sys.stdout.flush()
+    with suppress(BrokenPipeError):  # whether somebody reads it or not, the exit code tells
+        if arguments.json:
+            sys.stdout.write(prepared.plan.to_json())
+        elif arguments.explain is not None:
+            _print_options(prepared.plan, arguments.explain.replace("-", "_"))
+        elif arguments.form != "text":
+            sys.stdout.write(_rendered(prepared.plan, arguments))
+            return 0  # for machines that are not here
+        else:
+            _print_plan(prepared.plan, prepared.run_dir)
+        sys.stdout.flush()
     # The plan is worth seeing even where the model or the engine is not: so it comes first.
     check(prepared)
     return 0
