@@ -110,6 +110,9 @@ BARE = """Traceback (most recent call last):
            ^^^^^^^^^^^^^^^^^^^^
 AssertionError
 """
+WARNING = """/lib/resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 leaked objects
+  warnings.warn('resource_tracker: There appear to be %d '
+"""
 
 
 @pytest.mark.parametrize(
@@ -134,6 +137,7 @@ AssertionError
         (BARE + QUIET, "AssertionError: assert world_size % tp == 0"),
         ("no space left\n" + "=" * 60 + "\n", "no space left"),
         ("=" * 60 + "\n", ""),
+        ("port 80: in use\n" + WARNING, "port 80: in use"),
         (WORKER, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
         (HANDLED + WORKER, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
         (CHAINED, "ValueError: No available memory for the cache blocks."),

@@ -28,8 +28,10 @@ _ECHO = re.compile(
     r"|exited with code 0,"  # a service that ends softly has mostly lost those it worked for
 )
 _KILLED = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: -(\d+) ", re.MULTILINE)
-_NO_WORDS = re.compile(r"[\W_]*|[EWI]\d{4} .*torch/distributed/.*")
-"""Frames and rules, and what torchrun writes about its children."""
+_NO_WORDS = re.compile(
+    r"[\W_]*|[EWI]\d{4} .*torch/distributed/.*|.+\.py:\d+: \w*Warning: .*|\s*warnings\.warn\(.*"
+)
+"""Frames and rules, what torchrun writes about its children, and Python's warnings with the line they quote."""
 _GOES_ON = re.compile(r":$|\bvalidation errors? for \S+$")
 """A message whose first line only announces the rest, such as pydantic's."""
 _PYDANTIC_TAIL = re.compile(r" \[type=.*")
