@@ -472,21 +472,30 @@ def test_prefill_and_decode_on_one_host(serve_file):
         ("a-prefill-1", "0"),
         ("a-prefill-2", "1"),
         ("a-decode-1", "2"),
+        ("a-router-prefill", None),
         ("a-router", None),
     ]
-    first, _, decode, router = made.processes
+    first, _, decode, prefills, router = made.processes
     assert kv_config(first) == {"kv_connector": "NixlConnector", "kv_role": "kv_producer"}
-    assert kv_config(decode) == {"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}
+    assert kv_config(decode) == {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_consumer",
+        "kv_load_failure_policy": "recompute",
+    }
     assert first.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "{port:a-prefill-1-kv-0}"
     assert words(router).startswith("router-py -m vllm_router.launch_router --host 127.0.0.1 --port")
-    assert "--policy random" in words(router)
-    assert "--prefill http://127.0.0.1:{port:a-prefill-2}" in words(router)
-    assert "--decode http://127.0.0.1:{port:a-decode-1}" in words(router)
-    assert made.ports["a-router"] == 9000
+    # The router that parts the work tries nothing twice: the two prefills have one before them that does.
+    assert "--policy random" in words(prefills)
+    both = "--worker-urls http://127.0.0.1:{port:a-prefill-1} http://127.0.0.1:{port:a-prefill-2}"
+    assert words(prefills).endswith(both)
+    assert "--prefill http://127.0.0.1:{port:a-router-prefill} --decode http://127.0.0.1:{port:a-decode-1}" in (
+        words(router)
+    )
+    assert (made.ports["a-router"], made.ports["a-router-prefill"]) == (9000, None)
     # Each half generates a token by itself; the router's tells something of a half that is the only one.
     halves = ["a-prefill-1", "a-prefill-2", "a-decode-1"]
     asked = [(probe.process, probe.url.partition("{port:")[2].partition("}")[0]) for probe in made.probes]
-    through = [(name, "a-router") for name in ("a-decode-1", "a-router")]
+    through = [("a-decode-1", "a-router"), ("a-router-prefill", "a-router-prefill"), ("a-router", "a-router")]
     assert asked == [*((name, name) for name in halves), *through]
     assert {probe.expect for probe in made.probes} == {"usage.completion_tokens"}
     check_golden("disaggregated.json", made)
@@ -506,12 +515,13 @@ def test_halves_that_could_not_move_anything_are_not_started(shell, serve_file, 
 
 def test_what_the_file_says_of_the_connector_is_kept(serve_file):
     args = "kv_transfer_config: {kv_connector: NixlConnector, kv_load_failure_policy: fail}"
-    prefill = plan(served(serve_file, args, DISAGGREGATED), NVIDIA, python="py").processes[0]
-    assert kv_config(prefill) == {
-        "kv_connector": "NixlConnector",
-        "kv_role": "kv_producer",
-        "kv_load_failure_policy": "fail",
-    }
+    prefill, _, decode, *_ = plan(served(serve_file, args, DISAGGREGATED), NVIDIA, python="py").processes
+    for one, role in ((prefill, "kv_producer"), (decode, "kv_consumer")):
+        assert kv_config(one) == {
+            "kv_connector": "NixlConnector",
+            "kv_role": role,
+            "kv_load_failure_policy": "fail",
+        }
 
 
 @pytest.mark.parametrize(
@@ -534,7 +544,8 @@ def test_prefill_and_decode_on_chosen_hosts(serve_file):
         DISAGGREGATED + "    prefill_address: 10.0.0.1\n    decode_address: 10.0.0.2\n",
     )
     made = plan(experiment, NVIDIA, nodes=nodes(), python="py", router_python="router-py")
-    assert [one.host for one in made.processes] == ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.1"]
+    routers = ["10.0.0.1"] * 2
+    assert [one.host for one in made.processes] == ["10.0.0.1", "10.0.0.1", "10.0.0.2", *routers]
     decode = made.processes[2]
     assert decode.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "{own_address}"
     # Four devices count their ports on from the first, so that these are fixed, and leased.
@@ -543,10 +554,40 @@ def test_prefill_and_decode_on_chosen_hosts(serve_file):
     check_golden("disaggregated-hosts.json", made)
 
 
+def test_each_half_of_several_has_a_router_that_tries_again(serve_file):
+    experiment = DISAGGREGATED.replace("decode_num: 1", "decode_num: 2")
+    *_, prefills, decodes, router = plan(served(serve_file, "", experiment), NVIDIA).processes
+    assert [one.name for one in (prefills, decodes, router)] == ["a-router-prefill", "a-router-decode", "a-router"]
+    assert words(router).endswith(
+        "--prefill http://127.0.0.1:{port:a-router-prefill} --decode http://127.0.0.1:{port:a-router-decode}"
+    )
+    # Nobody else could answer for a half, so that it is never left out; in a half, one that is dead is.
+    assert "--health-failure-threshold 1073741824" in words(router)
+    assert "--health-failure-threshold 2 " in words(prefills)
+
+
+def test_what_is_chosen_by_headers_is_chosen_where_they_arrive(serve_file):
+    from flagscale_serve.service import of_experiment
+
+    service = of_experiment(served(serve_file, "", DISAGGREGATED), default_engine="vllm")
+    by_header = replace(
+        service, fronts=tuple(replace(one, policy="consistent_hash") for one in service.fronts)
+    )
+    *_, decode, router = plan(by_header, NVIDIA).processes
+    assert decode.name == "a-decode-1"
+    assert words(router).count("--prefill ") == 2
+    assert "--health-failure-threshold 2 " in words(router)
+
+
+def test_a_key_that_the_router_would_lose_is_refused(serve_file):
+    with pytest.raises(InvalidService, match="api_key: the router that parts prefill from decode"):
+        plan(served(serve_file, "api_key: k", DISAGGREGATED), NVIDIA)
+
+
 def test_a_half_on_two_hosts_has_its_ports_on_both(serve_file):
     """Each copy listens where keys and values are fetched, at the first port and its rank."""
     made = plan(served(serve_file, "data_parallel_size: 8", DISAGGREGATED), NVIDIA, nodes=FOUR_HOSTS[:3])
-    assert [one.host for one in made.processes] == [*HOSTS[:2], "10.0.1.1", "10.0.0.1"]
+    assert [one.host for one in made.processes] == [*HOSTS[:2], "10.0.1.1", "10.0.0.1", "10.0.0.1"]
     tight = tuple(replace(node, slots=6) for node in FOUR_HOSTS)
     file = served(
         serve_file, "data_parallel_size: 4", DISAGGREGATED.replace("prefill_num: 2", "prefill_num: 1")

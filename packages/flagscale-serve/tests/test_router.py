@@ -133,6 +133,51 @@ def test_one_of_two_is_killed_under_load_and_comes_back(shell, serve_file, model
     assert shell("stop").returncode == 0
 
 
+PARTED_ITEM = """
+- serve_id: a
+  engine: vllm
+  engine_args: {{model: {model}, served_model_name: m}}
+"""
+TWO_AND_TWO = """
+runner:
+  deploy:
+    prefill_decode_disaggregation: true
+    prefill_num: 2
+    decode_num: 2
+    prefill_decode_strategy: robin
+"""
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("half", ["prefill", "decode"])
+def test_a_half_that_dies_beside_another_costs_nothing(shell, serve_file, model_dir, eventually, alive, half):
+    """Not even what it was answering, for no part of an answer was sent on yet."""
+    path = serve_file(PARTED_ITEM.format(model=model_dir), experiment=TWO_AND_TWO)
+    done = shell("run", path, "--detach", "--timeout", 120)
+    assert done.returncode == 0, done.stderr
+    *instances, front = shell.the_status()["instances"]
+    pair = [one for one in instances if half in one["name"]]
+    is_over = threading.Event()
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(ask_until, front["url"], is_over) for _ in range(4)]
+        try:
+            logs = [Path(one["log"]) for one in pair]
+            eventually(lambda: all(log.read_text().count("POST /v1/completions HTTP") > 4 for log in logs))
+            os.kill(pair[0]["pid"], signal.SIGKILL)
+            eventually(lambda: not alive(pair[0]["pid"]))
+            killed_at = time.monotonic()
+            eventually(lambda: shell.the_status()["is_ready"])
+            assert next(
+                one["restarts"] for one in shell.the_status()["instances"] if one["name"] == pair[0]["name"]
+            ) == 1
+        finally:
+            is_over.set()
+        asked = [one for load in loads for one in load.result()]
+    assert [problem for *_, problem in asked if problem] == []
+    assert len([began for began, *_ in asked if began > killed_at]) > 8
+    assert shell("stop").returncode == 0
+
+
 TWO_MODELS = """
 - serve_id: one
   engine: vllm

@@ -22,7 +22,7 @@ from flagscale_serve.hosts import Node
 from flagscale_serve.model import Model
 from flagscale_serve.placing import Berth, Need, place
 from flagscale_serve.router import ENGINE as ROUTER
-from flagscale_serve.router import LAUNCHER, router_argv
+from flagscale_serve.router import LAUNCHER, inner_fronts, router_argv
 from flagscale_serve.service import Front, Instance, Service, absolute, is_composed, of_experiment
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     _check_cpu(service.instances, berths)
     crew = _Crew(service, berths, python, versions or {}, 0 if nodes else max_restarts)
     parts = [part for instance in service.instances for part in crew.parts(instance)]
-    fronts = [crew.front(front, router_python, ready_timeout_s) for front in service.fronts]
+    doors = [crew.routers(front, router_python, ready_timeout_s) for front in service.fronts]
+    routers = [router for door in doors for router in door]
     heads = [part for part in parts if part.seat.rank == 0]
     used = {process.host for part in parts for process in part.processes}
     files = {file.path: file for part in parts for file in part.rendered.files}
@@ -108,18 +109,18 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
         if part.instance.name in behind and kinds.count(kind) == 1 and part.processes[-1].max_restarts:
             # The only one of its kind, started again, is ready when the router uses it. Where there are
             # others the router answers without it, which says nothing of it.
-            _, through = fronts[behind[part.instance.name]]
+            _, through = doors[behind[part.instance.name]][-1]
             mine = [one for one in through if (one.body or {}).get("model") == kind[1][0]]
             probes += [replace(one, process=part.instance.name) for one in mine]
     return Plan(
         kind="serve",
         name=service.name,
-        processes=tuple([one for part in parts for one in part.processes] + [one for one, _ in fronts]),
+        processes=tuple([one for part in parts for one in part.processes] + [one for one, _ in routers]),
         files=tuple(files.values()),
         ports=crew.ports,
         port_hosts=crew.port_hosts if nodes else {},
-        probes=(*probes, *(probe for _, through in fronts for probe in through)),
-        watches=tuple(_watches(heads, fronts)),
+        probes=(*probes, *(probe for _, through in routers for probe in through)),
+        watches=tuple(_watches(heads, routers)),
         stop=StopPolicy(grace_s=max(engine_named(i.engine).grace_s for i in service.instances)),
         facts={
             **_facts(service, machine, heads, berths, models or {}),
@@ -144,6 +145,10 @@ class _Part:
     seat: Seat
     rendered: Rendered
     processes: tuple[Process, ...]
+
+
+_Router = tuple[Process, list[Probe]]
+"""A router, and how to know that it works."""
 
 
 class _Crew:
@@ -206,10 +211,29 @@ class _Crew:
             )
         return found
 
-    def front(self, front: Front, python: str, timeout_s: float) -> tuple[Process, list[Probe]]:
-        """Return a router and how to know that it works: each model answers through it."""
+    def routers(self, front: Front, python: str, timeout_s: float) -> list[_Router]:
+        """Return the router of an address, last, after those it needs behind it, all on one host."""
         members = [one for one in self._service.instances if one.name in front.members]
         head = self._berths[members[0].name][0]
+        urls = {one.name: self._url(one) for one in members}
+        found = []
+        for inner in inner_fronts(front, members):
+            behind = [one for one in members if one.name in inner.members]
+            found.append(self._router(inner, behind, head, urls, python, timeout_s))
+            address = _address(head) if head.node is not None else _reachable(inner.host)
+            urls |= dict.fromkeys(inner.members, f"http://{address}:{{port:{inner.name}}}")
+        return [*found, self._router(front, members, head, urls, python, timeout_s)]
+
+    def _router(  # noqa: PLR0913 - where everything is
+        self,
+        front: Front,
+        members: Sequence[Instance],
+        head: Berth,
+        urls: Mapping[str, str],
+        python: str,
+        timeout_s: float,
+    ) -> _Router:
+        """Return a router and how to know that it works: each model answers through it."""
         self._lease(front.name, front.port, head)
         self._lease(f"{front.name}-metrics", None, head)
         host = _OWN if head.node is not None and front.host in _LOOPBACK else front.host
@@ -220,7 +244,7 @@ class _Crew:
             python=python,
             host=host,
             own_url=f"http://{address}:{{port:{front.name}}}",
-            urls={one.name: self._url(one) for one in members},
+            urls=urls,
             startup_s=timeout_s,
         )
         process = Process(
@@ -351,12 +375,12 @@ def _probe(part: _Part, timeout_s: float) -> Probe:
     return replace(probe, process=instance.name if part.processes[-1].max_restarts else None)
 
 
-def _watches(heads: Sequence[_Part], fronts: Sequence[tuple[Process, list[Probe]]]) -> Iterator[Probe]:
+def _watches(heads: Sequence[_Part], routers: Sequence[_Router]) -> Iterator[Probe]:
     """Look after what can be started again: a server that hangs serves nobody, and does not end."""
     for part in heads:
         if part.processes[-1].max_restarts and part.instance.engine in ENGINES:
             yield _watch(part.instance.name, _reachable(part.instance.host), _key(part.instance))
-    for process, (probe, *_) in fronts:
+    for process, (probe, *_) in routers:
         if process.max_restarts:
             # Its `/health` fails for as long as any instance is away, and one may be loading for an hour.
             watch = _watch(process.name, urlsplit(probe.url).netloc.partition(":{")[0], {})
