@@ -56,6 +56,14 @@ def is_slow():
     return int(few) < 4
 
 
+def tell_meeting(body):
+    """Log where the halves of a request meet, if they do."""
+    meeting = {key: value for key, value in body.items() if key.startswith("bootstrap")}
+    if meeting:
+        line = "meets " + json.dumps({**meeting, "prompt": body["prompt"]})
+        print(line + "\n", end="", flush=True)  # in one piece: other threads print too
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, text, *args):
         print(text % args, flush=True)
@@ -98,6 +106,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def generate(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        tell_meeting(body)
         if body.get("max_tokens") != 1 and is_slow():
             print("took it", flush=True)
             time.sleep(2)

@@ -22,8 +22,16 @@ from flagscale_serve.hosts import Node
 from flagscale_serve.model import Model
 from flagscale_serve.placing import Berth, Need, place
 from flagscale_serve.router import ENGINE as ROUTER
-from flagscale_serve.router import LAUNCHER, inner_fronts, router_argv
-from flagscale_serve.service import Front, Instance, Service, absolute, is_composed, of_experiment
+from flagscale_serve.router import LAUNCHER, bootstrap_of, inner_fronts, parted_by, router_argv
+from flagscale_serve.service import (
+    Front,
+    Instance,
+    Service,
+    absolute,
+    is_composed,
+    of_experiment,
+    port_of,
+)
 
 if TYPE_CHECKING:
     from flagscale_config import Experiment
@@ -224,7 +232,7 @@ class _Crew:
             urls |= dict.fromkeys(inner.members, f"http://{address}:{{port:{inner.name}}}")
         return [*found, self._router(front, members, head, urls, python, timeout_s)]
 
-    def _router(  # noqa: PLR0913 - where everything is
+    def _router(
         self,
         front: Front,
         members: Sequence[Instance],
@@ -268,12 +276,15 @@ class _Crew:
         self.port_hosts[name] = berth.host
 
     def _transfer_ports(self, instance: Instance, berths: Sequence[Berth]) -> tuple[str, ...]:
-        """Lease ports for keys and values: on each host, one for each device of the instance.
+        """Lease ports for keys and values.
 
-        The engine counts on from the first one, through all hosts.
+        vLLM takes one for each device of the instance on each host, and counts on from the first one, through
+        all hosts. SGLang takes one for each prefill instance, at which decode finds all others.
         """
         if instance.role is None:
             return ()
+        if parted_by(instance.engine).names_bootstrap:
+            return self._bootstrap_port(instance, berths[0])
         count = sum(berth.count for berth in berths)
         first = None
         if count > 1:
@@ -284,6 +295,16 @@ class _Crew:
                 where = name if rank == 0 else f"{instance.name}-rank-{rank}-kv-{number}"
                 self._lease(where, None if first is None else first + number, berth)
         return tuple(f"{{port:{name}}}" for name in names)
+
+    def _bootstrap_port(self, instance: Instance, head: Berth) -> tuple[str, ...]:
+        first, *_ = [one.name for one in self._service.instances if one.role == "prefill"]
+        if instance.role != "prefill":
+            return ()
+        name, key = bootstrap_of(instance.name), "disaggregation_bootstrap_port"
+        given = port_of(instance.settled.get(key), f"{instance.name}: {key}")
+        # One number serves one instance; the others take what is free.
+        self._lease(name, given if instance.name == first else None, head)
+        return (f"{{port:{name}}}",)
 
     def _context(
         self,
@@ -371,7 +392,11 @@ def _probe(part: _Part, timeout_s: float) -> Probe:
     """Ask for one token: a server that answers `/health` may still be unable to generate."""
     instance = part.instance
     address = _reachable(instance.host) if part.berth.node is None else _address(part.berth)
-    probe = _token_probe(instance.name, address, instance, timeout_s, part.rendered.served_names[0])
+    if part.rendered.health_path is None:
+        probe = _token_probe(instance.name, address, instance, timeout_s, part.rendered.served_names[0])
+    else:
+        url = f"http://{address}:{{port:{instance.name}}}{part.rendered.health_path}"
+        probe = Probe(url=url, interval_s=0.25, timeout_s=timeout_s)
     return replace(probe, process=instance.name if part.processes[-1].max_restarts else None)
 
 

@@ -304,8 +304,8 @@ def _copies(
         )
     if one.api_key is not None:
         raise InvalidService(
-            f"{where}.engine_args.api_key: the router that parts prefill from decode does not hand a client's "
-            "key on to the engines, which would refuse everything: remove it and serve on 127.0.0.1"
+            f"{where}.engine_args.api_key: the router that parts prefill from decode does not hand a "
+            "client's key on to the engines, which would refuse everything: remove it and serve on 127.0.0.1"
         )
     halves: tuple[tuple[Literal["prefill", "decode"], int | None, str | None], ...] = (
         ("prefill", deploy.prefill_num, deploy.prefill_address),
