@@ -47,8 +47,7 @@ import httpx
 
 from flagscale_serve.bench import Measured, Workload, measure, percentile
 from flagscale_serve.chat import Server
-from flagscale_serve.router import VLLM_ROUTER
-from flagscale_serve.router import router_argv
+from flagscale_serve.router import VLLM_ROUTER, router_argv
 from flagscale_serve.service import DEFAULT_POLICY, Front, Instance
 
 SHAPES: dict[str, dict[str, Any]] = {

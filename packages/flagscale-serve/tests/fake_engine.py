@@ -65,6 +65,8 @@ def tell_meeting(body):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    wbufsize = -1  # one that is killed has sent an answer as a whole, or nothing of it
+
     def log_message(self, text, *args):
         print(text % args, flush=True)
 

@@ -22,7 +22,7 @@ from flagscale_config import load
 from flagscale_hw import Target, render_scripts
 from flagscale_hw.testing import fake_host
 from flagscale_serve import EngineMissing, InvalidService, Node, plan, router
-from flagscale_serve.checks import check_engines
+from flagscale_serve.checks import check_engines, check_router
 from flagscale_serve.hosts import check_routers, promised_nodes, targets_of
 from flagscale_serve.service import of_experiment
 
@@ -700,6 +700,19 @@ def test_a_policy_that_sglangs_router_lacks_is_refused(serve_file):
     fronts = tuple(replace(one, policy="consistent_hash") for one in service.fronts)
     with pytest.raises(InvalidService, match="sglang-router, which parts prefill from decode for sglang"):
         plan(replace(service, fronts=fronts), NVIDIA)
+
+
+def test_a_router_that_is_not_there_is_named_with_its_cure(shell, serve_file, model_dir):
+    item = f"- serve_id: a\n  engine: sglang\n  engine_args: {{model: {model_dir}}}\n"
+    service = of_experiment(load(serve_file(item, experiment=PAIR)), default_engine="vllm")
+    python = shell.env["FLAGSCALE_SERVE_PYTHON"]
+    with mock.patch.dict(os.environ, {**shell.env, "FAKE_MISSING": "vllm_router"}):
+        check_router(service, python)  # the other one is not needed
+    with (
+        mock.patch.dict(os.environ, {**shell.env, "FAKE_MISSING": "sglang_router"}),
+        pytest.raises(EngineMissing, match=r"sglang-router, .*flagscale-serve\[sglang-router\]"),
+    ):
+        check_router(service, python)
 
 
 @pytest.mark.parametrize(
