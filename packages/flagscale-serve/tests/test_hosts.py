@@ -667,6 +667,10 @@ def test_sglangs_halves_meet_at_a_port_of_the_prefill(serve_file):
         "--prefill http://127.0.0.1:{port:a-prefill-2} {port:a-prefill-2-bootstrap} "
         "--decode http://127.0.0.1:{port:a-decode-1}"
     )
+    # Its breakers would charge decode with the failures of a prefill.
+    assert "--health-check-interval-secs 1 --health-failure-threshold 2 " in words(front)
+    assert "--cb-failure-threshold 1073741824 " in words(front)
+    assert "--retry-max-retries 9 " in words(front)
     # A half is not asked by itself: it would refuse, for nobody tells it where the other half is.
     asked = [(probe.method, probe.url.partition("}")[2], probe.expect) for probe in made.probes]
     assert asked[:3] == [("GET", "/health_generate", None)] * 3

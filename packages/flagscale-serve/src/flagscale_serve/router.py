@@ -14,7 +14,7 @@ front of either would read and write every token once more for the sake of those
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.service import Front, Instance
@@ -60,6 +60,8 @@ class Router:
     """It tells both halves of a request at which port of the prefill they meet."""
     lacks: tuple[str, ...] = ()
     """Policies of the others that it does not know."""
+    when_parted: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Options that differ where prefill is apart from decode."""
 
     @property
     def install(self) -> str:
@@ -88,6 +90,13 @@ SGLANG_ROUTER = Router(
     tries_again=True,
     names_bootstrap=True,
     lacks=(_BY_HEADER,),
+    when_parted={
+        # Its breakers charge a failure to both halves of a request: a dead prefill would shut out decode, and
+        # all requests with it. Without them it tries again, for 3.8 s in all, until the dead one is left out.
+        "--cb-failure-threshold": _NEVER,
+        "--retry-max-retries": "9",
+        "--health-check-interval-secs": "1",
+    },
 )
 
 
@@ -170,7 +179,19 @@ def router_argv(  # noqa: PLR0913 - where everything is
             f"for {members[0].engine}, does not know it: use another policy"
         )
     launcher: tuple[str, ...] = ()
-    failures = "2"
+    watched = {
+        # Its own habit is to notice a dead instance after three minutes.
+        "--health-check-interval-secs": "5",
+        "--health-failure-threshold": "2",
+        # An engine answers /health when its model is there, so that one answer is enough to be used again:
+        # with its habit of two, an instance that was started again stands idle for up to ten seconds.
+        "--health-success-threshold": "1",
+        # It tries a request five times, and one that died, which has the least to do, again and again: it is
+        # to be left out before the last try (its habit is ten failures), and not for a minute.
+        "--cb-failure-threshold": "3",
+        "--cb-timeout-duration-secs": "10",
+        **(router.when_parted if front.is_parted else {}),
+    }
     if front.is_of_several_models:
         known = (f"{one.served_names[0]}={urls[one.name]}" for one in members)
         launcher = (python, f"{{run_dir}}/{LAUNCHER}", own_url, *known, "--")
@@ -184,7 +205,7 @@ def router_argv(  # noqa: PLR0913 - where everything is
                 workers += (f"{{port:{bootstrap_of(one.name)}}}",)
         if len(halves) == len({one.role for one in halves.values()}):
             # Each half has one door, and there is no other to send requests to while that one is away.
-            failures = _NEVER
+            watched["--health-failure-threshold"] = _NEVER
     else:
         workers = ("--worker-urls", *(urls[one.name] for one in members))
     return (
@@ -196,14 +217,7 @@ def router_argv(  # noqa: PLR0913 - where everything is
         *("--policy", front.policy),
         *("--worker-startup-timeout-secs", str(max(1, round(startup_s)))),
         *("--worker-startup-check-interval", "1"),
-        # Its own habit is to notice a dead instance after three minutes.
-        *("--health-check-interval-secs", "5", "--health-failure-threshold", failures),
-        # An engine answers /health when its model is there, so that one answer is enough to be used again:
-        # with its habit of two, an instance that was started again stands idle for up to ten seconds.
-        *("--health-success-threshold", "1"),
-        # It tries a request five times, and one that died, which has the least to do, again and again: it is
-        # to be left out before the last try (its habit is ten failures), and not for a minute.
-        *("--cb-failure-threshold", "3", "--cb-timeout-duration-secs", "10"),
+        *(word for option in watched.items() for word in option),
         *("--max-payload-size", str(MAX_BODY_BYTES)),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", f"{{port:{front.name}-metrics}}"),
         *workers,
