@@ -256,9 +256,10 @@ def install_all(session: nox.Session) -> None:
 
 
 ROUTER = "vllm-router>=0.1.17,<0.2"
+SGLANG_ROUTER = "sglang-router>=0.3.2,<0.4"
 ENGINES = (
     "megatron-core~=0.19.2", "psutil>=6", "einops>=0.8", "tokenizers>=0.22,<1", "numpy>=2",
-    "transformers[serving]>=5.20,<6", ROUTER,
+    "transformers[serving]>=5.20,<6", ROUTER, SGLANG_ROUTER,
 )  # fmt: skip
 
 
@@ -284,7 +285,7 @@ def megatron(session: nox.Session) -> None:
 @nox.session(python="3.12")
 def megatron017(session: nox.Session) -> None:
     """The chosen few of the engine tests on the oldest Megatron supported, which is called differently."""
-    older = [word for word in ENGINES if not word.startswith("megatron-core") and word != ROUTER]
+    older = [word for word in ENGINES if not word.startswith(("megatron-core", ROUTER, SGLANG_ROUTER))]
     ours = [*closure("train"), "convert"]  # whose weights families and adapters compute with
     session.install(TORCH, "megatron-core==0.17.1", *sources(ours), *older, "peft>=0.17,<1", *TEST_TOOLS)
     tests_of_train = "packages/flagscale-train/tests"

@@ -47,8 +47,7 @@ import httpx
 
 from flagscale_serve.bench import Measured, Workload, measure, percentile
 from flagscale_serve.chat import Server
-from flagscale_serve.router import MODULE as ROUTER
-from flagscale_serve.router import router_argv
+from flagscale_serve.router import VLLM_ROUTER, router_argv
 from flagscale_serve.service import DEFAULT_POLICY, Front, Instance
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -98,7 +97,7 @@ def main() -> int:
     parser.add_argument("--policies", type=lambda text: text.split(","), default=[DEFAULT_POLICY])
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
-    if given.only != "run" and importlib.util.find_spec(ROUTER) is None:
+    if given.only != "run" and importlib.util.find_spec(VLLM_ROUTER.module) is None:
         parser.error("vllm-router is not installed here: install it, or leave (b) out with --only run")
     with tempfile.TemporaryDirectory(prefix="flagscale-benchmark-") as name:
         found = Benchmark(given, Path(name)).run()

@@ -56,7 +56,17 @@ def is_slow():
     return int(few) < 4
 
 
+def tell_meeting(body):
+    """Log where the halves of a request meet, if they do."""
+    meeting = {key: value for key, value in body.items() if key.startswith("bootstrap")}
+    if meeting:
+        line = "meets " + json.dumps({**meeting, "prompt": body["prompt"]})
+        print(line + "\n", end="", flush=True)  # in one piece: other threads print too
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
+    wbufsize = -1  # one that is killed has sent an answer as a whole, or nothing of it
+
     def log_message(self, text, *args):
         print(text % args, flush=True)
 
@@ -98,6 +108,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def generate(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        tell_meeting(body)
         if body.get("max_tokens") != 1 and is_slow():
             print("took it", flush=True)
             time.sleep(2)

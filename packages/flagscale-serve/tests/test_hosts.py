@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -21,8 +22,10 @@ from flagscale_config import load
 from flagscale_hw import File, Plan, Process, Target, launch, render_scripts
 from flagscale_hw.cause import is_consequence
 from flagscale_hw.testing import fake_host
-from flagscale_serve import EngineMissing, InvalidService, Node, plan
+from flagscale_serve import EngineMissing, InvalidService, Node, plan, router
+from flagscale_serve.checks import check_engines, check_router
 from flagscale_serve.hosts import check_routers, promised_nodes, targets_of
+from flagscale_serve.service import of_experiment
 
 GOLDEN = Path(__file__).parent / "golden"
 HOSTS = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
@@ -499,21 +502,30 @@ def test_prefill_and_decode_on_one_host(serve_file):
         ("a-prefill-1", "0"),
         ("a-prefill-2", "1"),
         ("a-decode-1", "2"),
+        ("a-router-prefill", None),
         ("a-router", None),
     ]
-    first, _, decode, router = made.processes
+    first, _, decode, prefills, router = made.processes
     assert kv_config(first) == {"kv_connector": "NixlConnector", "kv_role": "kv_producer"}
-    assert kv_config(decode) == {"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}
+    assert kv_config(decode) == {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_consumer",
+        "kv_load_failure_policy": "recompute",
+    }
     assert first.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "{port:a-prefill-1-kv-0}"
     assert words(router).startswith("router-py -m vllm_router.launch_router --host 127.0.0.1 --port")
-    assert "--policy random" in words(router)
-    assert "--prefill http://127.0.0.1:{port:a-prefill-2}" in words(router)
-    assert "--decode http://127.0.0.1:{port:a-decode-1}" in words(router)
-    assert made.ports["a-router"] == 9000
+    # The router that parts the work tries nothing twice: the two prefills have one before them that does.
+    assert "--policy random" in words(prefills)
+    both = "--worker-urls http://127.0.0.1:{port:a-prefill-1} http://127.0.0.1:{port:a-prefill-2}"
+    assert words(prefills).endswith(both)
+    assert words(router).endswith(
+        "--prefill http://127.0.0.1:{port:a-router-prefill} --decode http://127.0.0.1:{port:a-decode-1}"
+    )
+    assert (made.ports["a-router"], made.ports["a-router-prefill"]) == (9000, None)
     # Each half generates a token by itself; the router's tells something of a half that is the only one.
     halves = ["a-prefill-1", "a-prefill-2", "a-decode-1"]
     asked = [(probe.process, probe.url.partition("{port:")[2].partition("}")[0]) for probe in made.probes]
-    through = [(name, "a-router") for name in ("a-decode-1", "a-router")]
+    through = [("a-decode-1", "a-router"), ("a-router-prefill", "a-router-prefill"), ("a-router", "a-router")]
     assert asked == [*((name, name) for name in halves), *through]
     assert {probe.expect for probe in made.probes} == {"usage.completion_tokens"}
     check_golden("disaggregated.json", made)
@@ -533,12 +545,13 @@ def test_halves_that_could_not_move_anything_are_not_started(shell, serve_file, 
 
 def test_what_the_file_says_of_the_connector_is_kept(serve_file):
     args = "kv_transfer_config: {kv_connector: NixlConnector, kv_load_failure_policy: fail}"
-    prefill = plan(served(serve_file, args, DISAGGREGATED), NVIDIA, python="py").processes[0]
-    assert kv_config(prefill) == {
-        "kv_connector": "NixlConnector",
-        "kv_role": "kv_producer",
-        "kv_load_failure_policy": "fail",
-    }
+    prefill, _, decode, *_ = plan(served(serve_file, args, DISAGGREGATED), NVIDIA, python="py").processes
+    for one, role in ((prefill, "kv_producer"), (decode, "kv_consumer")):
+        assert kv_config(one) == {
+            "kv_connector": "NixlConnector",
+            "kv_role": role,
+            "kv_load_failure_policy": "fail",
+        }
 
 
 @pytest.mark.parametrize(
@@ -561,7 +574,8 @@ def test_prefill_and_decode_on_chosen_hosts(serve_file):
         DISAGGREGATED + "    prefill_address: 10.0.0.1\n    decode_address: 10.0.0.2\n",
     )
     made = plan(experiment, NVIDIA, nodes=nodes(), python="py", router_python="router-py")
-    assert [one.host for one in made.processes] == ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.1"]
+    routers = ["10.0.0.1"] * 2
+    assert [one.host for one in made.processes] == ["10.0.0.1", "10.0.0.1", "10.0.0.2", *routers]
     decode = made.processes[2]
     assert decode.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "{own_address}"
     # Four devices count their ports on from the first, so that these are fixed, and leased.
@@ -570,10 +584,38 @@ def test_prefill_and_decode_on_chosen_hosts(serve_file):
     check_golden("disaggregated-hosts.json", made)
 
 
+def test_each_half_of_several_has_a_router_that_tries_again(serve_file):
+    experiment = DISAGGREGATED.replace("decode_num: 1", "decode_num: 2")
+    *_, prefills, decodes, router = plan(served(serve_file, "", experiment), NVIDIA).processes
+    assert [one.name for one in (prefills, decodes)] == ["a-router-prefill", "a-router-decode"]
+    assert words(router).endswith(
+        "--prefill http://127.0.0.1:{port:a-router-prefill} --decode http://127.0.0.1:{port:a-router-decode}"
+    )
+    # Nobody else could answer for a half, so that it is never left out; in a half, one that is dead is.
+    assert "--health-failure-threshold 1073741824" in words(router)
+    assert "--health-failure-threshold 2 " in words(prefills)
+
+
+def test_what_is_chosen_by_headers_is_chosen_where_they_arrive(serve_file):
+    service = of_experiment(served(serve_file, "", DISAGGREGATED), default_engine="vllm")
+    by_header = replace(
+        service, fronts=tuple(replace(one, policy="consistent_hash") for one in service.fronts)
+    )
+    *_, decode, router = plan(by_header, NVIDIA).processes
+    assert decode.name == "a-decode-1"
+    assert words(router).count("--prefill ") == 2
+    assert "--health-failure-threshold 2 " in words(router)
+
+
+def test_a_key_that_the_router_would_lose_is_refused(serve_file):
+    with pytest.raises(InvalidService, match="api_key: the router that parts prefill from decode"):
+        plan(served(serve_file, "api_key: k", DISAGGREGATED), NVIDIA)
+
+
 def test_a_half_on_two_hosts_has_its_ports_on_both(serve_file):
     """Each copy listens where keys and values are fetched, at the first port and its rank."""
     made = plan(served(serve_file, "data_parallel_size: 8", DISAGGREGATED), NVIDIA, nodes=FOUR_HOSTS[:3])
-    assert [one.host for one in made.processes] == [*HOSTS[:2], "10.0.1.1", "10.0.0.1"]
+    assert [one.host for one in made.processes] == [*HOSTS[:2], "10.0.1.1", "10.0.0.1", "10.0.0.1"]
     tight = tuple(replace(node, slots=6) for node in FOUR_HOSTS)
     file = served(
         serve_file, "data_parallel_size: 4", DISAGGREGATED.replace("prefill_num: 2", "prefill_num: 1")
@@ -622,10 +664,108 @@ def test_copies_stand_behind_a_router(serve_file):
     assert [one.get("behind") for one in made.facts["instances"]] == ["a-router", "a-router", None]
 
 
-@pytest.mark.parametrize("engine", ["transformers", "llama_cpp", "sglang"])
-def test_only_vllm_parts_prefill_from_decode(serve_file, engine):
+@pytest.mark.parametrize("engine", ["transformers", "llama_cpp"])
+def test_some_engines_do_not_part_prefill_from_decode(serve_file, engine):
     with pytest.raises(InvalidService, match="use engine `vllm`"):
         plan(served(serve_file, "", DISAGGREGATED, engine=engine), NVIDIA)
+
+
+def test_sglangs_halves_meet_at_a_port_of_the_prefill(serve_file):
+    own = SGLANG % "disaggregation_transfer_backend: nixl, disaggregation_ib_device: mlx5_0"
+    experiment = served(serve_file, "served_model_name: m", DISAGGREGATED, engine="sglang", more=own)
+    made = plan(experiment, NVIDIA, python="py", router_python="router-py")
+    first, second, decode, front = made.processes
+    names = ["a-prefill-1", "a-prefill-2", "a-decode-1", "a-router"]
+    assert [one.name for one in made.processes] == names
+    for one, port in ((first, "a-prefill-1"), (second, "a-prefill-2")):
+        assert "--disaggregation-mode prefill" in words(one)
+        assert words(one).endswith(f"--disaggregation-bootstrap-port {{port:{port}-bootstrap}}")
+        assert made.ports[f"{port}-bootstrap"] is None
+    assert "--disaggregation-mode decode" in words(decode)
+    assert "bootstrap" not in words(decode)
+    for one in (first, decode):
+        assert "--disaggregation-transfer-backend nixl" in words(one)
+        assert "--disaggregation-ib-device mlx5_0" in words(one)
+    assert words(front).startswith("router-py -m sglang_router.launch_router --host 127.0.0.1 --port")
+    # It tries again itself, so that the two prefills need no router of their own.
+    assert words(front).endswith(
+        "--pd-disaggregation "
+        "--prefill http://127.0.0.1:{port:a-prefill-1} {port:a-prefill-1-bootstrap} "
+        "--prefill http://127.0.0.1:{port:a-prefill-2} {port:a-prefill-2-bootstrap} "
+        "--decode http://127.0.0.1:{port:a-decode-1}"
+    )
+    # Its breakers would charge decode with the failures of a prefill.
+    assert "--health-check-interval-secs 1 --health-failure-threshold 2 " in words(front)
+    assert "--cb-failure-threshold 1073741824 " in words(front)
+    assert "--retry-max-retries 9 " in words(front)
+    # A half is not asked by itself: it would refuse, for nobody tells it where the other half is.
+    asked = [(probe.method, probe.url.partition("}")[2], probe.expect) for probe in made.probes]
+    assert asked[:3] == [("GET", "/health_generate", None)] * 3
+    assert {one[:2] for one in asked[3:]} == {("POST", "/v1/completions")}
+    check_golden("disaggregated-sglang.json", made)
+
+
+def test_sglangs_halves_on_chosen_hosts(serve_file):
+    chosen = "    prefill_address: 10.0.0.1\n    decode_address: 10.0.0.2\n"
+    own = SGLANG % "disaggregation_bootstrap_port: 8999"
+    file = served(serve_file, "tensor_parallel_size: 4", DISAGGREGATED + chosen, engine="sglang", more=own)
+    made = plan(file, NVIDIA, nodes=nodes(), python="py")
+    assert [one.host for one in made.processes] == ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.1"]
+    # The file's number is the first one's; two on one host cannot have the same.
+    ports = [made.ports[f"a-prefill-{number}-bootstrap"] for number in (1, 2)]
+    assert ports == [8999, None]
+    assert "a-decode-1-bootstrap" not in made.ports
+    where = "--prefill http://{address:10.0.0.1}:{port:a-prefill-1} {port:a-prefill-1-bootstrap}"
+    assert where in words(made.processes[-1])
+    assert all("--host {own_address}" in words(one) for one in made.processes)
+
+
+def test_one_half_of_sglang_said_for_both_is_refused(serve_file):
+    own = SGLANG % "disaggregation_mode: decode"
+    with pytest.raises(InvalidService, match=r"disaggregation_mode: 'decode': deploy\.prefill"):
+        plan(served(serve_file, "", PAIR, engine="sglang", more=own), NVIDIA)
+
+
+def test_a_policy_that_sglangs_router_lacks_is_refused(serve_file):
+    service = of_experiment(served(serve_file, "", PAIR, engine="sglang"), default_engine="vllm")
+    fronts = tuple(replace(one, policy="consistent_hash") for one in service.fronts)
+    with pytest.raises(InvalidService, match="sglang-router, which parts prefill from decode for sglang"):
+        plan(replace(service, fronts=fronts), NVIDIA)
+
+
+def test_a_router_that_is_not_there_is_named_with_its_cure(shell, serve_file, model_dir):
+    item = f"- serve_id: a\n  engine: sglang\n  engine_args: {{model: {model_dir}}}\n"
+    service = of_experiment(load(serve_file(item, experiment=PAIR)), default_engine="vllm")
+    python = shell.env["FLAGSCALE_SERVE_PYTHON"]
+    with mock.patch.dict(os.environ, {**shell.env, "FAKE_MISSING": "vllm_router"}):
+        check_router(service, python)  # the other one is not needed
+    with (
+        mock.patch.dict(os.environ, {**shell.env, "FAKE_MISSING": "sglang_router"}),
+        pytest.raises(EngineMissing, match=r"sglang-router, .*flagscale-serve\[sglang-router\]"),
+    ):
+        check_router(service, python)
+
+
+@pytest.mark.parametrize(
+    ("own", "missing", "said"),
+    [
+        ("", "mooncake", "has no `mooncake`, by which SGLang .*`pip install mooncake-transfer-engine`"),
+        (
+            "disaggregation_transfer_backend: nixl",
+            "nixl",
+            "has no `nixl`, by which SGLang .*`pip install nixl`",
+        ),
+    ],
+)
+def test_sglangs_halves_that_could_not_move_anything_are_not_started(
+    shell, serve_file, model_dir, own, missing, said
+):
+    shell.env["FAKE_MISSING"] = missing
+    more = (SGLANG % own) if own else ""
+    item = f"- serve_id: a\n  engine: sglang\n  engine_args: {{model: {model_dir}}}\n"
+    service = of_experiment(load(serve_file(item + more, experiment=PAIR)), default_engine="vllm")
+    with mock.patch.dict(os.environ, shell.env), pytest.raises(EngineMissing, match=said):
+        check_engines(service, shell.env["FLAGSCALE_SERVE_PYTHON"], "nvidia")
 
 
 # --- where the hosts come from ------------------------------------------------------------------------------
@@ -727,7 +867,8 @@ def far_python(tmp_path, monkeypatch) -> Path:
     for script in (ssh, python):
         script.chmod(0o755)
     monkeypatch.setenv("FLAGSCALE_SSH", str(ssh))
-    monkeypatch.setattr("flagscale_serve.hosts.DISTRIBUTION", "some-router")
+    other = replace(router.VLLM_ROUTER, distribution="some-router")
+    monkeypatch.setattr(router, "VLLM_ROUTER", other)
     return python
 
 

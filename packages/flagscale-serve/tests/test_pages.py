@@ -83,7 +83,7 @@ def test_a_model_is_asked_measured_and_tuned(shell, run_page):
 
 
 def test_several_hosts_are_planned_as_the_page_says(serve_file):
-    (block,) = re.findall(
+    block, sglang = re.findall(
         r"^```yaml\n(.*?)^```$", (PAGES / "ways.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
     )
     path = serve_file(
@@ -100,3 +100,8 @@ def test_several_hosts_are_planned_as_the_page_says(serve_file):
         "a-decode-1": "10.0.0.2",
         "a-router": "10.0.0.1",
     }
+    made = plan(load(serve_file(sglang, experiment=block)), host, nodes=nodes, python="py")
+    first, _, router = made.processes
+    assert "--disaggregation-bootstrap-port {port:model-prefill-1-bootstrap}" in " ".join(first.argv)
+    assert "sglang_router.launch_router" in router.argv
+    assert made.ports["model-router"] == 8000

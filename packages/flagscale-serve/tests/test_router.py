@@ -11,11 +11,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+
+import flagscale_hw as hw
+from flagscale_config import load
+from flagscale_hw.testing import fake_host
+from flagscale_serve import plan, router
 
 ITEM = """
 - serve_id: a
@@ -131,6 +138,89 @@ def test_one_of_two_is_killed_under_load_and_comes_back(shell, serve_file, model
     assert (other["restarts"], other["pid"]) == (0, second["pid"])
     assert "started again 1 times" in shell("status").stdout
     assert shell("stop").returncode == 0
+
+
+PARTED_ITEM = """
+- serve_id: a
+  engine: vllm
+  engine_args: {{model: {model}, served_model_name: m}}
+"""
+TWO_AND_TWO = """
+runner:
+  deploy:
+    prefill_decode_disaggregation: true
+    prefill_num: 2
+    decode_num: 2
+    prefill_decode_strategy: robin
+"""
+
+
+def check_that_a_death_costs_nothing(run: hw.Run, half: str, eventually: Callable[..., None]) -> None:
+    """Kill one of two instances under load, and let it come back."""
+    ports, is_over = run.status().ports, threading.Event()
+    url = f"http://127.0.0.1:{ports['a-router']}/v1"
+    logs = [run.dir / "logs" / f"a-{half}-{number}.log" for number in (1, 2)]
+
+    def victim() -> hw.ProcessStatus:
+        return next(one for one in run.status().processes if one.name == f"a-{half}-1")
+
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(ask_until, url, is_over) for _ in range(4)]
+        try:
+            eventually(lambda: all(log.read_text().count("POST /v1/completions HTTP") > 8 for log in logs))
+            os.kill(victim().pid, signal.SIGKILL)
+            killed_at = time.monotonic()
+            eventually(lambda: victim().restarts == 1 and run.status().state == "ready")
+        finally:
+            is_over.set()
+        asked = [one for load in loads for one in load.result()]
+    # Not even what it was answering fails, for no part of an answer was sent on yet.
+    assert [problem for *_, problem in asked if problem] == []
+    assert len([began for began, *_ in asked if began > killed_at]) > 8
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("half", ["prefill", "decode"])
+def test_a_half_that_dies_beside_another_costs_nothing(shell, serve_file, model_dir, eventually, half):
+    path = serve_file(PARTED_ITEM.format(model=model_dir), experiment=TWO_AND_TWO)
+    done = shell("run", path, "--detach", "--timeout", 120)
+    assert done.returncode == 0, done.stderr
+    check_that_a_death_costs_nothing(hw.open_run(shell.the_status()["run_dir"]), half, eventually)
+    assert shell("stop").returncode == 0
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("half", ["prefill", "decode"])
+def test_sglangs_halves_are_told_where_they_meet(shell, serve_file, model_dir, eventually, half):
+    """SGLang needs an accelerator, the plan for one does not: the engines behind sglang-router are fakes."""
+    text = PARTED_ITEM.format(model=model_dir).replace("vllm", "sglang")
+    made = plan(
+        # Drawn at random, a dead one comes up several times in a row.
+        load(serve_file(text, experiment=TWO_AND_TWO.replace("robin", "random"))),
+        fake_host("nvidia", 4),
+        python=shell.env["FLAGSCALE_SERVE_PYTHON"],
+        ready_timeout_s=120,
+    )
+    with mock.patch.dict(os.environ, shell.env):
+        run = hw.launch(made, shell.home / "outputs" / "runs" / "2-and-2")
+    assert run.wait_ready(120).state == "ready", run.status().reason
+    check_that_a_death_costs_nothing(run, half, eventually)
+
+    def told(name: str) -> list[dict]:
+        lines = (run.dir / "logs" / f"{name}.log").read_text().splitlines()
+        return [json.loads(line.split("meets ")[1]) for line in lines if "meets " in line]
+
+    # Both halves of a request are told of the same room, at the port on which its prefill listens.
+    ports = run.status().ports
+    rooms = {one["bootstrap_room"]: one for number in (1, 2) for one in told(f"a-decode-{number}")}
+    for number in (1, 2):
+        there = told(f"a-prefill-{number}")
+        assert {one["bootstrap_port"] for one in there} == {ports[f"a-prefill-{number}-bootstrap"]}
+        assert {one["bootstrap_host"] for one in there} == {"127.0.0.1"}
+        both = [(one, rooms[one["bootstrap_room"]]) for one in there if one["bootstrap_room"] in rooms]
+        assert len(both) > 4
+        assert all(prefill == decode for prefill, decode in both)
+    run.stop()
 
 
 TWO_MODELS = """
@@ -310,7 +400,7 @@ def test_slow_clients_keep_nobody_waiting(shell, serve_file, model_dir, eventual
 
 
 def test_a_router_that_is_not_there_is_named_with_its_cure(shell, serve_file, model_dir, monkeypatch):
-    monkeypatch.setattr("flagscale_serve.router.MODULE", "no_such_router")
+    monkeypatch.setattr(router, "VLLM_ROUTER", replace(router.VLLM_ROUTER, module="no_such_router"))
     done = shell("run", serve_file(ITEM.format(model=model_dir)))
     assert done.returncode == 3
     assert "pip install 'flagscale-serve[router]'" in done.stderr

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flagscale_serve import router
 from flagscale_serve.application import INSTALL, MODULES, Application
 from flagscale_serve.engines import Engine, engine_named
 from flagscale_serve.errors import EngineMissing, InvalidModel, InvalidService
 from flagscale_serve.model import Model, read_gguf_model, read_model
+from flagscale_serve.router import router_of
 from flagscale_serve.service import Front, Instance, Service
 
 __all__ = [
@@ -33,6 +33,9 @@ _TIMEOUT_S = 60.0
 _LEAST_FREE_BYTES = 64 << 20
 _NIXL = ("nixl", "nixl_rocm")
 """vLLM takes the second on AMD's platform, the first on all others."""
+_MOONCAKE = ("mooncake", "mooncake-transfer-engine")
+_BACKENDS = {"mooncake": _MOONCAKE, "mooncake_tcp": _MOONCAKE, "nixl": ("nixl", "nixl")}
+"""SGLang's transfer backends: the module that each needs, and the package that has it."""
 # Finds without importing: an import of an engine takes seconds, and can fail for reasons of the machine.
 _LOOK = """
 import importlib.metadata, importlib.util, json, sys
@@ -125,8 +128,11 @@ def check_engines(service: Service, python: str, chip: str) -> dict[str, str]:
         else _look_for_program(engine, service)
         for name, engine in engines.items()
     }
-    if any(one.role for one in service.instances):
+    parted = {one.engine: one for one in service.instances if one.role}
+    if "vllm" in parted:
         _look_for_nixl(service, python)
+    if "sglang" in parted:
+        _look_for_backend(parted["sglang"], service, python)
     if chip != "cpu" and "cpu" in found.get("vllm", ""):
         # vLLM asks its own version which platform it is for, and would leave the devices idle without a word.
         raise EngineMissing(
@@ -145,17 +151,30 @@ def _look_for_nixl(service: Service, python: str) -> None:
         )
 
 
+def _look_for_backend(half: Instance, service: Service, python: str) -> None:
+    """SGLang, too, says so only when it has loaded the model."""
+    name = half.settled.get("disaggregation_transfer_backend") or "mooncake"
+    module, package = _BACKENDS.get(str(name), ("", ""))
+    if module and _ask((*service.shell, python), service, (module,))["missing"]:
+        raise EngineMissing(
+            f"prefill apart from decode: {python} has no `{module}`, by which SGLang moves keys and values: "
+            f"install it there with `pip install {package}`, or name another "
+            "engine_args_specific.sglang.disaggregation_transfer_backend"
+        )
+
+
 def check_router(service: Service, python: str) -> None:
     """Ask the Python that should run the routers of a service whether it has them.
 
     Raises:
         EngineMissing: it has not.
     """
-    if service.fronts and _ask((python,), service, (router.MODULE,))["missing"]:
-        raise EngineMissing(
-            f"{service.fronts[0].name}: several instances behind one address need a router, which "
-            f"{python} does not have: install it there with `{router.INSTALL}`"
-        )
+    for router, front in {router_of(front, service.instances): front for front in service.fronts}.items():
+        if _ask((python,), service, (router.module,))["missing"]:
+            raise EngineMissing(
+                f"{front.name}: several instances behind one address need a router, {router.distribution}, "
+                f"which {python} does not have: install it there with `{router.install}`"
+            )
 
 
 def check_ray(application: Application, python: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import flagscale_hw as hw
 from flagscale_serve.errors import EngineMissing, InvalidService, NotServing
-from flagscale_serve.router import DISTRIBUTION, INSTALL, is_router
+from flagscale_serve.router import router_in
 from flagscale_serve.service import absolute
 
 if TYPE_CHECKING:
@@ -97,19 +97,21 @@ def check_routers(made: hw.Plan, python: str) -> None:
         EngineMissing: it has not.
         NotServing: a host cannot be reached.
     """
-    where = {process.host: process.name for process in made.processes if is_router(process.argv)}
-    targets = [target for target in made.targets if target.name in where]
-    if not targets:
-        return
-    for report in hw.survey(targets, hw.SurveyRequest(python=python, packages=(DISTRIBUTION,))):
-        host = report.target.name
-        if report.problem:
-            raise NotServing(f"{host}: {report.problem}")
-        if report.versions.get(DISTRIBUTION) is None:
-            raise EngineMissing(
-                f"{where[host]}: several instances behind one address need a router, which {python} on "
-                f"{host} does not have: install it there with `{INSTALL}`"
-            )
+    found = [(one, router) for one in made.processes if (router := router_in(one.argv)) is not None]
+    for router in dict.fromkeys(router for _, router in found):
+        where = {process.host: process.name for process, its in found if its == router}
+        targets = [target for target in made.targets if target.name in where]
+        asked = hw.SurveyRequest(python=python, packages=(router.distribution,))
+        for report in hw.survey(targets, asked) if targets else ():
+            host = report.target.name
+            if report.problem:
+                raise NotServing(f"{host}: {report.problem}")
+            if report.versions.get(router.distribution) is None:
+                raise EngineMissing(
+                    f"{where[host]}: several instances behind one address need a router, "
+                    f"{router.distribution}, which {python} on {host} does not have: install it there with "
+                    f"`{router.install}`"
+                )
 
 
 def targets_of(experiment: Experiment) -> list[tuple[hw.Target, hw.HostEntry]]:

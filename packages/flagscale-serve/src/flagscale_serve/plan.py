@@ -22,8 +22,16 @@ from flagscale_serve.hosts import Node
 from flagscale_serve.model import Model
 from flagscale_serve.placing import Berth, Need, place
 from flagscale_serve.router import ENGINE as ROUTER
-from flagscale_serve.router import LAUNCHER, router_argv
-from flagscale_serve.service import Front, Instance, Service, absolute, is_composed, of_experiment
+from flagscale_serve.router import LAUNCHER, bootstrap_of, inner_fronts, parted_by, router_argv
+from flagscale_serve.service import (
+    Front,
+    Instance,
+    Service,
+    absolute,
+    is_composed,
+    of_experiment,
+    port_of,
+)
 
 if TYPE_CHECKING:
     from flagscale_config import Experiment
@@ -96,7 +104,8 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
     _check_cpu(service.instances, berths)
     crew = _Crew(service, berths, python, versions or {}, 0 if nodes else max_restarts)
     parts = [part for instance in service.instances for part in crew.parts(instance)]
-    fronts = [crew.front(front, router_python, ready_timeout_s) for front in service.fronts]
+    doors = [crew.routers(front, router_python, ready_timeout_s) for front in service.fronts]
+    routers = [router for door in doors for router in door]
     heads = [part for part in parts if part.seat.rank == 0]
     used = {process.host for part in parts for process in part.processes}
     files = {file.path: file for part in parts for file in part.rendered.files}
@@ -109,18 +118,18 @@ def plan(  # noqa: PLR0913 - what a plan depends on, all of it
         if part.instance.name in behind and kinds.count(kind) == 1 and part.processes[-1].max_restarts:
             # The only one of its kind, started again, is ready when the router uses it. Where there are
             # others the router answers without it, which says nothing of it.
-            _, through = fronts[behind[part.instance.name]]
+            _, through = doors[behind[part.instance.name]][-1]
             mine = [one for one in through if (one.body or {}).get("model") == kind[1][0]]
             probes += [replace(one, process=part.instance.name) for one in mine]
     return Plan(
         kind="serve",
         name=service.name,
-        processes=tuple([one for part in parts for one in part.processes] + [one for one, _ in fronts]),
+        processes=tuple([one for part in parts for one in part.processes] + [one for one, _ in routers]),
         files=tuple(files.values()),
         ports=crew.ports,
         port_hosts=crew.port_hosts if nodes else {},
-        probes=(*probes, *(probe for _, through in fronts for probe in through)),
-        watches=tuple(_watches(heads, fronts)),
+        probes=(*probes, *(probe for _, through in routers for probe in through)),
+        watches=tuple(_watches(heads, routers)),
         stop=StopPolicy(grace_s=max(engine_named(i.engine).grace_s for i in service.instances)),
         facts={
             **_facts(service, machine, heads, berths, models or {}),
@@ -145,6 +154,10 @@ class _Part:
     seat: Seat
     rendered: Rendered
     processes: tuple[Process, ...]
+
+
+_Router = tuple[Process, list[Probe]]
+"""A router, and how to know that it works."""
 
 
 class _Crew:
@@ -207,10 +220,29 @@ class _Crew:
             )
         return found
 
-    def front(self, front: Front, python: str, timeout_s: float) -> tuple[Process, list[Probe]]:
-        """Return a router and how to know that it works: each model answers through it."""
+    def routers(self, front: Front, python: str, timeout_s: float) -> list[_Router]:
+        """Return the router of an address, last, after those it needs behind it, all on one host."""
         members = [one for one in self._service.instances if one.name in front.members]
         head = self._berths[members[0].name][0]
+        urls = {one.name: self._url(one) for one in members}
+        found = []
+        for inner in inner_fronts(front, members):
+            behind = [one for one in members if one.name in inner.members]
+            found.append(self._router(inner, behind, head, urls, python, timeout_s))
+            address = _address(head) if head.node is not None else _reachable(inner.host)
+            urls |= dict.fromkeys(inner.members, f"http://{address}:{{port:{inner.name}}}")
+        return [*found, self._router(front, members, head, urls, python, timeout_s)]
+
+    def _router(
+        self,
+        front: Front,
+        members: Sequence[Instance],
+        head: Berth,
+        urls: Mapping[str, str],
+        python: str,
+        timeout_s: float,
+    ) -> _Router:
+        """Return a router and how to know that it works: each model answers through it."""
         self._lease(front.name, front.port, head)
         self._lease(f"{front.name}-metrics", None, head)
         host = _OWN if head.node is not None and front.host in _LOOPBACK else front.host
@@ -221,7 +253,7 @@ class _Crew:
             python=python,
             host=host,
             own_url=f"http://{address}:{{port:{front.name}}}",
-            urls={one.name: self._url(one) for one in members},
+            urls=urls,
             startup_s=timeout_s,
         )
         process = Process(
@@ -245,12 +277,15 @@ class _Crew:
         self.port_hosts[name] = berth.host
 
     def _transfer_ports(self, instance: Instance, berths: Sequence[Berth]) -> tuple[str, ...]:
-        """Lease ports for keys and values: on each host, one for each device of the instance.
+        """Lease ports for keys and values.
 
-        The engine counts on from the first one, through all hosts.
+        vLLM takes one for each device of the instance on each host, and counts on from the first one, through
+        all hosts. SGLang takes one for each prefill instance, at which decode finds all others.
         """
         if instance.role is None:
             return ()
+        if parted_by(instance.engine).names_bootstrap:
+            return self._bootstrap_port(instance, berths[0])
         count = sum(berth.count for berth in berths)
         first = None
         if count > 1:
@@ -261,6 +296,16 @@ class _Crew:
                 where = name if rank == 0 else f"{instance.name}-rank-{rank}-kv-{number}"
                 self._lease(where, None if first is None else first + number, berth)
         return tuple(f"{{port:{name}}}" for name in names)
+
+    def _bootstrap_port(self, instance: Instance, head: Berth) -> tuple[str, ...]:
+        first, *_ = [one.name for one in self._service.instances if one.role == "prefill"]
+        if instance.role != "prefill":
+            return ()
+        name, key = bootstrap_of(instance.name), "disaggregation_bootstrap_port"
+        given = port_of(instance.settled.get(key), f"{instance.name}: {key}")
+        # One number serves one instance; the others take what is free.
+        self._lease(name, given if instance.name == first else None, head)
+        return (f"{{port:{name}}}",)
 
     def _context(
         self,
@@ -348,16 +393,20 @@ def _probe(part: _Part, timeout_s: float) -> Probe:
     """Ask for one token: a server that answers `/health` may still be unable to generate."""
     instance = part.instance
     address = _reachable(instance.host) if part.berth.node is None else _address(part.berth)
-    probe = _token_probe(instance.name, address, instance, timeout_s, part.rendered.served_names[0])
+    if part.rendered.health_path is None:
+        probe = _token_probe(instance.name, address, instance, timeout_s, part.rendered.served_names[0])
+    else:
+        url = f"http://{address}:{{port:{instance.name}}}{part.rendered.health_path}"
+        probe = Probe(url=url, interval_s=0.25, timeout_s=timeout_s)
     return replace(probe, process=instance.name if part.processes[-1].max_restarts else None)
 
 
-def _watches(heads: Sequence[_Part], fronts: Sequence[tuple[Process, list[Probe]]]) -> Iterator[Probe]:
+def _watches(heads: Sequence[_Part], routers: Sequence[_Router]) -> Iterator[Probe]:
     """Look after what can be started again: a server that hangs serves nobody, and does not end."""
     for part in heads:
         if part.processes[-1].max_restarts and part.instance.engine in ENGINES:
             yield _watch(part.instance.name, _reachable(part.instance.host), _key(part.instance))
-    for process, (probe, *_) in fronts:
+    for process, (probe, *_) in routers:
         if process.max_restarts:
             # Its `/health` fails for as long as any instance is away, and one may be loading for an hour.
             watch = _watch(process.name, urlsplit(probe.url).netloc.partition(":{")[0], {})

@@ -125,6 +125,8 @@ class Front:
     """Names of the instances behind it."""
     is_of_several_models: bool = False
     """It chooses by the `model` of a request first."""
+    is_parted: bool = False
+    """Each request goes through a prefill and a decode instance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +302,11 @@ def _copies(
             f"{where}.resources.num_replicas: {count}: prefill and decode are counted by deploy.prefill_num "
             "and deploy.decode_num: use those"
         )
+    if one.api_key is not None:
+        raise InvalidService(
+            f"{where}.engine_args.api_key: the router that parts prefill from decode does not hand a "
+            "client's key on to the engines, which would refuse everything: remove it and serve on 127.0.0.1"
+        )
     halves: tuple[tuple[Literal["prefill", "decode"], int | None, str | None], ...] = (
         ("prefill", deploy.prefill_num, deploy.prefill_address),
         ("decode", deploy.decode_num, deploy.decode_address),
@@ -384,6 +391,7 @@ def _front(one: Instance, copies: Sequence[Instance], experiment: Experiment) ->
         port=one.port,
         policy=_POLICIES[deploy.prefill_decode_strategy] if is_parted else DEFAULT_POLICY,
         members=tuple(copy.name for copy in copies),
+        is_parted=is_parted,
     )
 
 

@@ -70,7 +70,7 @@ class Context:
     """Version of the engine in that interpreter; None: not known, the newest one is meant."""
     seat: Seat = field(default_factory=Seat)
     transfer_ports: tuple[str, ...] = ()
-    """Ports for moving keys and values between prefill and decode, as placeholders, one per device."""
+    """Ports for moving keys and values between prefill and decode, as placeholders; see the engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,8 @@ class Rendered:
     """The names that this engine really answers to; the first is shown."""
     chosen: tuple[Chosen, ...] = ()
     """Where every option comes from, for `plan --explain`."""
+    health_path: str | None = None
+    """Where it answers with 200 when it generates tokens, if it cannot be asked for one by itself."""
     companions: tuple[Companion, ...] = ()
     """Processes to start beside it, with the same environment."""
 

@@ -2,7 +2,7 @@
 
 Its option table comes from its own parser (0.5.23), which reads what is rendered here; the phases come from
 the log lines of 0.5.17 and 0.5.23, the rest from its documentation (https://docs.sglang.io, "Server
-Arguments" and "Multi-Node Deployment").
+Arguments", "Multi-Node Deployment" and "PD Disaggregation").
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _SIZES = {
 }
 _OLD_WORD = "enable_dp_attention"
 """With `dp_size` it says what `attn_dp_size` says since 0.5.23."""
+_MEETING = "disaggregation_bootstrap_port"
 _OF_ONE_RANK = ("dist_init_addr", "nnodes", "node_rank")
 
 
@@ -91,11 +92,6 @@ class Sglang:
                 f"{instance.name}: engine `sglang`: needs an accelerator, and this machine has none: use "
                 "engine `vllm` or `transformers`"
             )
-        if instance.role is not None:
-            raise InvalidService(
-                f"{instance.name}: engine `sglang`: prefill and decode in separate instances are planned "
-                "for vLLM only: use engine `vllm`"
-            )
         if instance.api_key is not None:
             raise InvalidService(
                 f"{instance.name}: api_key: SGLang takes its key on the command line only, where everybody "
@@ -104,6 +100,13 @@ class Sglang:
         seat = context.seat
         self._check_ranks(instance, seat)
         defaults: dict[str, Any] = {"enable_metrics": True}
+        meeting: tuple[str, ...] = ()
+        if instance.role is not None:
+            _check_half(instance)
+            defaults["disaggregation_mode"] = instance.role
+            instance = instance.without(_MEETING)
+            if context.transfer_ports:
+                meeting = ("--disaggregation-bootstrap-port", context.transfer_ports[0])
         env = {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
         if seat.num_hosts > 1:
             defaults |= {
@@ -135,12 +138,32 @@ class Sglang:
             "--port",
             f"{{port:{instance.name}}}",
             *choice.words,
+            *meeting,
             *instance.extra_args,
         )
         warnings: tuple[str, ...] = ()
         if choice.skipped:
             warnings = (f"{instance.name}: SGLang has no use for {', '.join(choice.skipped)}: skipped",)
-        return Rendered(argv=argv, env=env, warnings=warnings, served_names=(name,), chosen=choice.chosen)
+        return Rendered(
+            argv=argv,
+            env=env,
+            warnings=warnings,
+            served_names=(name,),
+            chosen=choice.chosen,
+            # A half refuses requests that name no other half; here it makes one up, and a token with it.
+            health_path="/health_generate" if instance.role else None,
+        )
+
+
+def _check_half(instance: Instance) -> None:
+    """Refuse what is said for both halves, although it is true of one."""
+    own = instance.specific.get("sglang", {})
+    if own.get("disaggregation_mode") not in (None, "null", instance.role):
+        raise InvalidService(
+            f"{instance.name}: engine_args_specific.sglang.disaggregation_mode: "
+            f"{own['disaggregation_mode']!r}: deploy.prefill_decode_disaggregation starts both halves: "
+            "remove this"
+        )
 
 
 def _unneeded(instance: Instance) -> tuple[str, ...]:

@@ -192,4 +192,7 @@ def transfer(instance: Instance, context: Context) -> tuple[dict[str, Any], dict
         "VLLM_NIXL_SIDE_CHANNEL_HOST": context.seat.own,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": context.transfer_ports[0],
     }
+    if instance.role == "decode":
+        # Else what a prefill has computed that died before it was fetched fails the request.
+        config = {"kv_load_failure_policy": "recompute", **config}
     return {"kv_transfer_config": {**config, "kv_connector": name, "kv_role": _KV_ROLES[instance.role]}}, env
