@@ -107,6 +107,9 @@ def test_what_a_dead_instance_would_get_goes_to_the_other(shell, serve_file, mod
     os.kill(chosen["pid"], signal.SIGKILL)
     eventually(lambda: not alive(chosen["pid"]))
     assert {ask() for _ in range(8)} == {200}
+    told = Path(front["log"]).read_text()
+    assert "Router ready" in told
+    assert "selection" not in told  # a line for each request fills a disk
 
 
 @pytest.mark.transformers

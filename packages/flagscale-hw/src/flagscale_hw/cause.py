@@ -31,7 +31,7 @@ _KILLED = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: -(\d+) ", re.MULTI
 _NO_WORDS = re.compile(
     r"[\W_]*|[EWI]\d{4} .*torch/distributed/.*|.+\.py:\d+: \w*Warning: .*|\s*warnings\.warn\(.*"
 )
-"""Frames and rules, what torchrun writes about its children, and Python's warnings with the line they quote."""
+"""Frames and rules, what torchrun writes about its children, and Python's warnings with what they quote."""
 _GOES_ON = re.compile(r":$|\bvalidation errors? for \S+$")
 """A message whose first line only announces the rest, such as pydantic's."""
 _PYDANTIC_TAIL = re.compile(r" \[type=.*")

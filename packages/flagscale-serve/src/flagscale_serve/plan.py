@@ -22,7 +22,7 @@ from flagscale_serve.hosts import Node
 from flagscale_serve.model import Model
 from flagscale_serve.placing import Berth, Need, place
 from flagscale_serve.router import ENGINE as ROUTER
-from flagscale_serve.router import LAUNCHER, bootstrap_of, inner_fronts, parted_by, router_argv
+from flagscale_serve.router import LAUNCHER, bootstrap_of, inner_fronts, parted_by, router_argv, router_of
 from flagscale_serve.service import (
     Front,
     Instance,
@@ -259,6 +259,7 @@ class _Crew:
         process = Process(
             name=front.name,
             argv=argv,
+            env={"RUST_LOG": self._service.env.get("RUST_LOG", router_of(front, members).told)},
             cwd=self._service.cwd,
             host=head.host,
             max_restarts=self._max_restarts,

@@ -73,6 +73,11 @@ class Router:
         """What Python runs as a module."""
         return f"{self.module}.launch_router"
 
+    @property
+    def told(self) -> str:
+        """What its log tells, as RUST_LOG: no line for each request, as `power_of_two` would write."""
+        return f"info,{self.module}_rs::policies=warn"
+
 
 VLLM_ROUTER = Router(
     distribution="vllm-router",
