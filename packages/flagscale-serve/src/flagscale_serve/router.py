@@ -58,6 +58,8 @@ class Router:
     """It does so where prefill is apart from decode, too."""
     names_bootstrap: bool
     """It tells both halves of a request at which port of the prefill they meet."""
+    told: str
+    """What its log tells, as RUST_LOG: no line for each request."""
     lacks: tuple[str, ...] = ()
     """Policies of the others that it does not know."""
     when_parted: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -73,11 +75,6 @@ class Router:
         """What Python runs as a module."""
         return f"{self.module}.launch_router"
 
-    @property
-    def told(self) -> str:
-        """What its log tells, as RUST_LOG: no line for each request, as `power_of_two` would write."""
-        return f"info,{self.module}_rs::policies=warn"
-
 
 VLLM_ROUTER = Router(
     distribution="vllm-router",
@@ -86,6 +83,7 @@ VLLM_ROUTER = Router(
     parted="--vllm-pd-disaggregation",
     tries_again=False,
     names_bootstrap=False,
+    told="info,vllm_router_rs::policies=warn",
 )
 SGLANG_ROUTER = Router(
     distribution="sglang-router",
@@ -94,6 +92,7 @@ SGLANG_ROUTER = Router(
     parted="--pd-disaggregation",
     tries_again=True,
     names_bootstrap=True,
+    told="info,smg::request=warn,smg::response=warn",
     lacks=(_BY_HEADER,),
     when_parted={
         # Its breakers charge a failure to both halves of a request: a dead prefill would shut out decode, and
