@@ -323,14 +323,24 @@ def status(target: str | None = None, overrides: Sequence[str] = ()) -> ServiceS
 
 
 def logs(
-    target: str | None = None, overrides: Sequence[str] = (), *, follow: bool = False
+    target: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    follow: bool = False,
+    last: int | None = None,
 ) -> Iterator[hw.LogLine]:
     """Yield the log lines of every instance.
+
+    Args:
+        target: as everywhere; without one, the only service that is alive, else the latest.
+        overrides: Hydra overrides of the file.
+        follow: go on as lines are written, until the service is over.
+        last: begin with so many lines of each instance, 0 or more; None: with the first line.
 
     Raises:
         NotServing: there is no such run.
     """
-    return find_run(target, overrides).logs(follow=follow)
+    return find_run(target, overrides).logs(follow=follow, last=last)
 
 
 def stop(
