@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +71,17 @@ def until(claim: Callable[[], object], what: str, limit_s: float = PATIENCE_S) -
     while not claim():
         assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
         time.sleep(0.1)
+
+
+def free_ports(count: int) -> int:
+    """Return the first of some adjacent free ports, of those that the kernel gives to no connection."""
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        first = random.randrange(10000, max(low, 20000) - count)
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for number in range(first, first + count):
+                held.enter_context(socket.create_server(("", number)))
+            return first
 
 
 def processes() -> dict[int, int]:
@@ -355,7 +367,7 @@ class SlurmCluster:
 
     def up(self) -> None:
         host = call("hostname", "-s").strip()
-        first = 20000 + os.getpid() % 5000 * 4
+        first = free_ports(3)
         self.folder.chmod(0o755)
         munge = Path(f"/run/munge-{os.getpid()}")  # its folders must be private to it, all the way up
         munge.mkdir(mode=0o755)
@@ -384,7 +396,7 @@ class SlurmCluster:
             "ReturnToService": 2,
             "KillWait": 5,
             "MailProg": "/bin/true",
-            "SrunPortRange": f"{first + 20000}-{first + 20100}" if first < 25000 else "60001-63000",
+            "SrunPortRange": "61000-63000",
         }
         nodes = [
             f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={first + number} RealMemory=1000"
@@ -403,7 +415,15 @@ class SlurmCluster:
         self.spawn("/usr/sbin/slurmctld", "-D", "-i", "-f", str(conf))
         for number in (1, 2):
             self.spawn("/usr/sbin/slurmd", "-D", "-N", f"n{number}", "-f", str(conf))
-        until(lambda: self.ask("sinfo", "-h", "-N", "-o", "%t").split() == ["idle", "idle"], "two idle nodes")
+        until(self.has_two_idle_nodes, "two idle nodes")
+
+    def has_two_idle_nodes(self) -> bool:
+        for daemon in self.daemons:
+            if daemon.poll() is not None:
+                logs = (self.folder / "daemons.log", *(self.folder / "log").iterdir())
+                said = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs)
+                pytest.fail(f"{daemon.args} ended with {daemon.returncode}:\n{said}")
+        return self.ask("sinfo", "-h", "-N", "-o", "%t").split() == ["idle", "idle"]
 
     def spawn(self, *words: str) -> None:
         with (self.folder / "daemons.log").open("ab") as log:
