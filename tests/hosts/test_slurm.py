@@ -56,9 +56,8 @@ def test_every_node_gets_its_rank_files_ports_and_the_addresses(plain):
 
 
 def test_the_first_failure_is_told_with_its_log_line_and_the_other_node_ends(plain, tmp_path):
-    begun = (
-        tmp_path / "begun"
-    )  # a node that ends before the other one has begun leaves that one without an end
+    # A node that ends before the other one has begun leaves that one without an end.
+    begun = tmp_path / "begun"
     wait = f"until [ -e {begun} ]; do sleep 0.1; done"
     status = plain(
         f"[ {{node_rank}} = 1 ] && {{ {wait}; echo no disk; exit 7; }}; touch {begun}; sleep 600"

@@ -133,9 +133,12 @@ class Tenant:
     @property
     def held(self) -> Counter[str]:
         """Bytes that it surely holds on each host that is a CPU."""
+        counts = {one.host: one.count for one in self.berths if one.machine.chip == "cpu"}
+        if not counts:  # spares accelerators, whose memory nobody shares, a second estimate
+            return Counter()
         alone = self.fit({})
         each = alone.weights + (max(0, alone.room or 0) if self.cache is not None else 0)
-        return Counter({one.host: each * one.count for one in self.berths if one.machine.chip == "cpu"})
+        return Counter({host: each * count for host, count in counts.items()})
 
 
 def fit_together(tenants: Sequence[Tenant]) -> list[Fit]:

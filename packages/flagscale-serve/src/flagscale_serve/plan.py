@@ -299,9 +299,9 @@ class _Crew:
         return tuple(f"{{port:{name}}}" for name in names)
 
     def _bootstrap_port(self, instance: Instance, head: Berth) -> tuple[str, ...]:
-        first, *_ = [one.name for one in self._service.instances if one.role == "prefill"]
         if instance.role != "prefill":
             return ()
+        first = next(one.name for one in self._service.instances if one.role == "prefill")
         name, key = bootstrap_of(instance.name), "disaggregation_bootstrap_port"
         given = port_of(instance.settled.get(key), f"{instance.name}: {key}")
         # One number serves one instance; the others take what is free.
