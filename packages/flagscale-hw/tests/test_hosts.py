@@ -13,6 +13,8 @@ import pytest
 
 from flagscale_hw import (
     File,
+    HostEntry,
+    HostsNotReady,
     InputError,
     InvalidPlan,
     LaunchError,
@@ -21,6 +23,7 @@ from flagscale_hw import (
     Process,
     SurveyRequest,
     Target,
+    find_nodes,
     judge,
     launch,
     literal,
@@ -435,6 +438,33 @@ def test_a_survey_asks_all_hosts_and_judges_what_they_say(tmp_path, monkeypatch)
     assert "n0: /no/such/file: not there" in said
     assert "n1: no-such-package: not installed" in said
     assert list((tmp_path / "exp").iterdir()) == []
+
+
+def test_hosts_that_are_ready_become_nodes_in_the_order_of_the_hostfile(tmp_path):
+    targets = [Target(name=name, transport="local", address="127.0.0.1") for name in ("n1", "n0")]
+    listed = [
+        (target, HostEntry(name=target.name, slots=slots, type="H"))
+        for slots, target in enumerate(targets, 1)
+    ]
+    nodes = find_nodes(listed, SurveyRequest(folder=str(tmp_path)), needs_shared=True)
+    assert [(one.target.name, one.slots, one.type, one.interface) for one in nodes] == [
+        ("n1", 1, "H", "lo"),
+        ("n0", 2, "H", "lo"),
+    ]
+    assert all(one.machine.num_cpus >= 1 for one in nodes)
+
+
+def test_one_host_that_is_not_ready_stops_all_and_every_obstacle_is_named(tmp_path):
+    target = Target(name="n0", transport="local", address="127.0.0.1")
+    request = SurveyRequest(folder=str(tmp_path), paths=("/no/such/a", "/no/such/b"))
+    with pytest.raises(HostsNotReady) as caught:
+        find_nodes([(target, HostEntry(name="n0", slots=1))], request)
+    assert str(caught.value).splitlines() == [
+        "not every host is ready:",
+        "n0: /no/such/a: not there",
+        "n0: /no/such/b: not there",
+    ]
+    assert caught.value.exit_code == 3
 
 
 def test_differences_between_hosts_are_obstacles():

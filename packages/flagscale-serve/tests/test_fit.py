@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from flagscale_hw import Machine, Target
+from flagscale_hw import Machine, Node, Target
 from flagscale_hw.machine import Problem
 from flagscale_hw.testing import Faults, fake_host, faked_host
 from flagscale_serve import Fit, Instance, InvalidModel, Service, fit, plan
 from flagscale_serve.engines import Layout
 from flagscale_serve.fit import words_of
-from flagscale_serve.hosts import Node
 from flagscale_serve.model import Model, read_gguf_model, read_model
 
 GIB = 1 << 30

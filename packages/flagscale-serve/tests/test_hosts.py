@@ -19,10 +19,10 @@ from unittest import mock
 import pytest
 
 from flagscale_config import load
-from flagscale_hw import File, Plan, Process, Target, launch, render_scripts
+from flagscale_hw import File, Node, Plan, Process, Target, launch, render_scripts
 from flagscale_hw.cause import is_consequence
 from flagscale_hw.testing import fake_host
-from flagscale_serve import EngineMissing, InvalidService, Node, plan, router
+from flagscale_serve import EngineMissing, InvalidService, plan, router
 from flagscale_serve.checks import check_engines, check_router
 from flagscale_serve.hosts import check_routers, promised_nodes, targets_of
 from flagscale_serve.service import of_experiment

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from flagscale_config import load
-from flagscale_hw import Target
+from flagscale_hw import Node, Target
 from flagscale_hw.testing import fake_host
-from flagscale_serve import Node, plan
+from flagscale_serve import plan
 
 PAGES = Path(__file__).resolve().parents[3] / "docs/serve"
 pytestmark = pytest.mark.skipif(not PAGES.exists(), reason="the pages are in the repository only")

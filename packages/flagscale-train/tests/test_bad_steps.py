@@ -10,7 +10,6 @@ from flagscale_config import load
 from flagscale_train import plan
 from flagscale_train.checkpoints import choose
 from flagscale_train.findings import examine
-from flagscale_train.hosts import Node
 
 pytestmark = pytest.mark.megatron
 
@@ -136,7 +135,7 @@ def test_two_hosts_roll_back_past_the_bad_data_and_keep_the_newest_checkpoints_a
     experiment = load(write_experiment(tmp_path), words, task="train")
     # Two hosts that are this one: each has a supervisor and a torchrun of its own.
     targets = [hw.Target(name=name, transport="local", address="127.0.0.1") for name in ("one", "two")]
-    nodes = [Node(target=target, machine=hw.detect(), interface="lo") for target in targets]
+    nodes = [hw.Node(target=target, machine=hw.detect(), interface="lo") for target in targets]
     planned = plan(experiment, hw.detect(), nodes=nodes, findings=examine(experiment))
     run = hw.launch(planned, tmp_path / "run")
     ended = run.wait(timeout_s=300)

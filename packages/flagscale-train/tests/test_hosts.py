@@ -11,12 +11,12 @@ from flagscale_hw.testing import fake_host
 from flagscale_train import InvalidInput, plan
 from flagscale_train.cli import main
 from flagscale_train.findings import Findings
-from flagscale_train.hosts import Node, targets_of
+from flagscale_train.hosts import targets_of
 from flagscale_train.runs import _OWN_FAILURE, status
 
 
 def node(name, *, chip="nvidia", count=8, slots=None, kind=None, interface="eth1"):
-    return Node(
+    return hw.Node(
         target=hw.Target(name=name),
         machine=fake_host(chip, count),
         interface=interface,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flagscale_hw.environment import env
     from flagscale_hw.errors import (
         DetectError,
+        HostsNotReady,
         HwError,
         InputError,
         InvalidPlan,
@@ -33,7 +34,15 @@ if TYPE_CHECKING:
     from flagscale_hw.peaks import peak
     from flagscale_hw.placeholders import literal
     from flagscale_hw.plan import File, Plan, Probe, Process, StopPolicy
-    from flagscale_hw.preflight import HostReport, Obstacle, SurveyRequest, judge, survey
+    from flagscale_hw.preflight import (
+        HostReport,
+        Node,
+        Obstacle,
+        SurveyRequest,
+        find_nodes,
+        judge,
+        survey,
+    )
     from flagscale_hw.runs import Run, launch, list_runs, open_run
     from flagscale_hw.scripts import render_scripts
     from flagscale_hw.slurm import render_slurm, submit
@@ -48,6 +57,7 @@ __all__ = [
     "FlagOSProfile",
     "HostEntry",
     "HostReport",
+    "HostsNotReady",
     "HwError",
     "InputError",
     "InvalidPlan",
@@ -55,6 +65,7 @@ __all__ = [
     "LaunchRefused",
     "LogLine",
     "Machine",
+    "Node",
     "Obstacle",
     "Plan",
     "Pods",
@@ -71,6 +82,7 @@ __all__ = [
     "__version__",
     "detect",
     "env",
+    "find_nodes",
     "flagos_env",
     "judge",
     "killed_rank",
@@ -98,6 +110,7 @@ _HOMES = {
     "environment": ("env",),
     "errors": (
         "DetectError",
+        "HostsNotReady",
         "HwError",
         "InputError",
         "InvalidPlan",
@@ -112,7 +125,10 @@ _HOMES = {
     "plan": ("File", "Plan", "Probe", "Process", "StopPolicy"),
     "runs": ("Run", "launch", "list_runs", "open_run"),
     "status": ("ProcessStatus", "RunStatus"),
-    "preflight": ("HostReport", "Obstacle", "SurveyRequest", "judge", "survey"),
+    "preflight": (
+        *("HostReport", "Node", "Obstacle", "SurveyRequest"),
+        *("find_nodes", "judge", "survey"),
+    ),
     "hostfile": ("HostEntry", "read_hostfile"),
     "kubernetes": ("Pods", "render_kubernetes"),
     "placeholders": ("literal",),

@@ -4,6 +4,7 @@
   - InputError           an option or argument that makes no sense (exit 2)
   - InvalidPlan          a plan that cannot be run as written (exit 2)
   - DetectError          a machine that cannot be described (exit 3)
+  - HostsNotReady        a host of a run cannot be reached or used (exit 3)
   - LaunchError          the run could not be started (exit 4)
     - LaunchRefused      the port or the directory asked for cannot be had (exit 2)
   - RunNotFound          no such run, or nothing of it is left (exit 3)
@@ -11,6 +12,7 @@
 
 __all__ = [
     "DetectError",
+    "HostsNotReady",
     "HwError",
     "InputError",
     "InvalidPlan",
@@ -45,6 +47,12 @@ class InvalidPlan(HwError):
 
 class DetectError(HwError):
     """A machine cannot be described."""
+
+    exit_code = 3
+
+
+class HostsNotReady(HwError):
+    """A host of a run cannot be reached or used as it is; the message names every obstacle."""
 
     exit_code = 3
 

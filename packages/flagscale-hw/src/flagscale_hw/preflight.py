@@ -1,5 +1,9 @@
 """Look at many hosts at once, before anything starts on them, and say what stands in the way.
 
+    nodes = find_nodes(listed, SurveyRequest(folder="/exp", packages=("torch",)))
+
+or, to go on with what is there,
+
     reports = survey(targets, SurveyRequest(folder="/exp", packages=("torch",)))
     for obstacle in judge(reports): ...
 
@@ -11,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -19,12 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flagscale_hw.errors import HostsNotReady
+from flagscale_hw.hostfile import HostEntry
 from flagscale_hw.link import Link
 from flagscale_hw.machine import Machine
 from flagscale_hw.probing import wait_any
 from flagscale_hw.target import Target
 
-__all__ = ["HostReport", "Obstacle", "SurveyRequest", "judge", "survey"]
+__all__ = ["HostReport", "Node", "Obstacle", "SurveyRequest", "find_nodes", "judge", "survey"]
 
 _LIMIT_S = 120.0
 _CONNECTING = 64
@@ -78,6 +85,60 @@ class Obstacle:
 
     def __str__(self) -> str:
         return f"{self.target}: {self.text}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One host of a run, as it was found or promised."""
+
+    target: Target
+    machine: Machine
+    slots: int | None = None
+    """Processes that the hostfile allows; None: no limit but the machine's."""
+    type: str | None = None
+    """Label of its kind of device in the hostfile."""
+    interface: str | None = None
+    """Network interface by which it reaches the first host."""
+
+
+def find_nodes(
+    listed: Sequence[tuple[Target, HostEntry]],
+    request: SurveyRequest = SurveyRequest(),
+    *,
+    needs_shared: bool = False,
+) -> tuple[Node, ...]:
+    """Look at the hosts of a run; what is no obstacle is said on standard error, for people wait here.
+
+    Args:
+        listed: how each host is reached, and its line of the hostfile.
+        request: what each host must have.
+        needs_shared: the run works only where all hosts share the folder.
+
+    Returns:
+        The hosts in the given order.
+
+    Raises:
+        HostsNotReady: a host cannot be reached or used; every obstacle is named.
+    """
+    reports = survey([target for target, _ in listed], request)
+    obstacles = judge(reports, needs_shared=needs_shared)
+    for obstacle in obstacles:
+        if not obstacle.is_fatal:
+            print(f"warning: {obstacle}", file=sys.stderr)  # noqa: T201
+    fatal = [str(obstacle) for obstacle in obstacles if obstacle.is_fatal]
+    if fatal:
+        raise HostsNotReady("not every host is ready:\n" + "\n".join(fatal))
+    return tuple(
+        Node(
+            target=report.target,
+            machine=report.machine,
+            slots=entry.slots,
+            type=entry.type,
+            interface=report.interface,
+        )
+        for report, (_, entry) in zip(reports, listed, strict=True)
+        if report.machine is not None
+    )
 
 
 def survey(targets: Sequence[Target], request: SurveyRequest = SurveyRequest()) -> tuple[HostReport, ...]:

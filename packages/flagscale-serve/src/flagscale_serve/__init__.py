@@ -19,7 +19,7 @@ from flagscale_serve.errors import (
 )
 from flagscale_serve.fit import Fit, fit
 from flagscale_serve.generate import Progress, Sampling, generate
-from flagscale_serve.hosts import Node, find_nodes
+from flagscale_serve.hosts import find_nodes
 from flagscale_serve.metrics import Load
 from flagscale_serve.model import Model, read_model
 from flagscale_serve.plan import plan
@@ -51,7 +51,6 @@ __all__ = [
     "Load",
     "Measured",
     "Model",
-    "Node",
     "NotServing",
     "Options",
     "Prepared",

@@ -6,9 +6,7 @@ What does not live here: which instance runs where (`placing.py`), reaching host
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,28 +18,14 @@ from flagscale_serve.service import absolute
 if TYPE_CHECKING:
     from flagscale_config import Experiment
 
-__all__ = ["Node", "check_routers", "find_nodes", "promised_nodes", "targets_of"]
+__all__ = ["check_routers", "find_nodes", "promised_nodes", "targets_of"]
 
 _LEADER, _SIZE = "LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """One host of a service."""
-
-    target: hw.Target
-    machine: hw.Machine
-    slots: int | None = None
-    """Devices that the hostfile allows; None: all."""
-    type: str | None = None
-    """Label of its kind of device in the hostfile."""
-    interface: str | None = None
-    """Network interface by which it reaches the first host."""
-
-
 def find_nodes(
     experiment: Experiment, *, python: str | None = None, packages: Sequence[str] = ()
-) -> tuple[Node, ...]:
+) -> tuple[hw.Node, ...]:
     """Look at every host of the experiment; none where it runs on this host alone.
 
     Args:
@@ -51,39 +35,20 @@ def find_nodes(
 
     Raises:
         InvalidService: the hostfile is missing or wrong, or names too few hosts.
-        NotServing: a host cannot be reached or is not ready; every obstacle is named.
+        HostsNotReady: a host cannot be reached or is not ready; every obstacle is named.
     """
     listed = targets_of(experiment)
     if not listed:
         return ()
     models = {item.engine_args.get("model") for item in experiment.serve}
-    reports = hw.survey(
-        [target for target, _ in listed],
-        hw.SurveyRequest(
-            folder=experiment.exp_dir,
-            python=python,
-            packages=tuple(packages),
-            paths=tuple(sorted(str(absolute(model, experiment.cwd)) for model in models if model)),
-        ),
+    request = hw.SurveyRequest(
+        folder=experiment.exp_dir,
+        python=python,
+        packages=tuple(packages),
+        paths=tuple(sorted(str(absolute(model, experiment.cwd)) for model in models if model)),
     )
-    obstacles = hw.judge(reports, needs_shared=len(listed) > 1 and not experiment.runner.no_shared_fs)
-    for obstacle in obstacles:
-        if not obstacle.is_fatal:
-            print(f"warning: {obstacle}", file=sys.stderr)  # noqa: T201 - said while people wait
-    fatal = [str(obstacle) for obstacle in obstacles if obstacle.is_fatal]
-    if fatal:
-        raise NotServing("not every host is ready:\n" + "\n".join(fatal))
-    return tuple(
-        Node(
-            target=report.target,
-            machine=report.machine,
-            slots=entry.slots,
-            type=entry.type,
-            interface=report.interface,
-        )
-        for report, (_, entry) in zip(reports, listed, strict=True)
-        if report.machine is not None
-    )
+    needs_shared = len(listed) > 1 and not experiment.runner.no_shared_fs
+    return hw.find_nodes(listed, request, needs_shared=needs_shared)
 
 
 def check_routers(made: hw.Plan, python: str) -> None:
@@ -159,7 +124,7 @@ def targets_of(experiment: Experiment) -> list[tuple[hw.Target, hw.HostEntry]]:
 
 def promised_nodes(
     experiment: Experiment, machine: hw.Machine, environ: Mapping[str, str] = os.environ
-) -> tuple[Node, ...]:
+) -> tuple[hw.Node, ...]:
     """Return the pods of a LeaderWorkerSet, which the cluster chooses and nobody can look at beforehand.
 
     Args:
@@ -180,7 +145,7 @@ def promised_nodes(
     count = experiment.runner.nproc_per_node
     leader = environ.get(_LEADER) or experiment.runner.master_addr or ""
     return tuple(
-        Node(
+        hw.Node(
             target=hw.Target(name=f"pod-{rank}", address=leader if rank == 0 else ""),
             machine=machine,
             slots=count,

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flagscale_hw import Device, Machine
 from flagscale_serve.errors import InvalidService
-from flagscale_serve.hosts import Node
 from flagscale_serve.service import Instance
+
+if TYPE_CHECKING:
+    from flagscale_hw import Node
 
 __all__ = ["Berth", "Need", "place"]
 

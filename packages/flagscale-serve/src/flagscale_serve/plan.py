@@ -18,7 +18,6 @@ from flagscale_serve.engines import ENGINES, Context, Rendered, Seat, default_en
 from flagscale_serve.engines.adapter import text_of
 from flagscale_serve.errors import InvalidService
 from flagscale_serve.fit import Fit, Tenant, fit_together
-from flagscale_serve.hosts import Node
 from flagscale_serve.model import Model
 from flagscale_serve.placing import Berth, Need, place
 from flagscale_serve.router import ENGINE as ROUTER
@@ -35,6 +34,7 @@ from flagscale_serve.service import (
 
 if TYPE_CHECKING:
     from flagscale_config import Experiment
+    from flagscale_hw import Node
 
 __all__ = ["MAX_RESTARTS", "READY_TIMEOUT_S", "plan"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import flagscale_hw as hw
 from flagscale_serve.engines import default_engine, engine_named
 from flagscale_serve.errors import InvalidService, NotServing
-from flagscale_serve.hosts import Node, find_nodes, promised_nodes
+from flagscale_serve.hosts import find_nodes, promised_nodes
 from flagscale_serve.service import Service, absolute, is_composed, of_experiment, of_model, served_name
 from flagscale_serve.state import list_runs
 
@@ -124,7 +124,7 @@ class Target:
         """Tell whether a cluster chooses the hosts."""
         return self.experiment is not None and self.experiment.runner.type == "cloud"
 
-    def nodes(self, machine: hw.Machine) -> tuple[Node, ...]:
+    def nodes(self, machine: hw.Machine) -> tuple[hw.Node, ...]:
         """Look at the hosts; none where everything runs here."""
         if self.experiment is None:
             return ()

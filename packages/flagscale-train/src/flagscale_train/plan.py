@@ -25,7 +25,7 @@ from flagscale_train.findings import Findings
 
 if TYPE_CHECKING:
     from flagscale_config import Experiment, Train
-    from flagscale_train.hosts import Node
+    from flagscale_hw import Node
 
 __all__ = ["Layout", "checkpoint_dir", "lay_out", "options_for", "plan", "process_for"]
 
