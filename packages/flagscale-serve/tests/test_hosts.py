@@ -1,6 +1,6 @@
 """Plans over several hosts, all of them faked: one instance on many hosts, copies, prefill apart from decode.
 
-`FLAGSCALE_WRITE_GOLDEN=1 pytest test_hosts.py` writes the golden files anew; read what has changed.
+`FLAGSCALE_UPDATE_GOLDEN=1 pytest test_hosts.py` writes the golden files anew; read what has changed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def check_golden(name: str, made) -> None:
         process["cwd"] = "."
     text = json.dumps(data, indent=2, sort_keys=True) + "\n"
     path = GOLDEN / name
-    if os.environ.get("FLAGSCALE_WRITE_GOLDEN") == "1":
+    if os.environ.get("FLAGSCALE_UPDATE_GOLDEN") == "1":
         path.write_text(text)
     assert text == path.read_text()
 

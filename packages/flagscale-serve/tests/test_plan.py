@@ -1,6 +1,6 @@
 """Plans: pure, the same for the same input, and equal to the golden files under `golden/`.
 
-`FLAGSCALE_WRITE_GOLDEN=1 pytest test_plan.py` writes the golden files anew; read what has changed.
+`FLAGSCALE_UPDATE_GOLDEN=1 pytest test_plan.py` writes the golden files anew; read what has changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def model_service(engine: str) -> Service:
 
 def check_golden(name: str, text: str) -> None:
     path = GOLDEN / name
-    if os.environ.get("FLAGSCALE_WRITE_GOLDEN") == "1":
+    if os.environ.get("FLAGSCALE_UPDATE_GOLDEN") == "1":
         path.write_text(text)
     assert text == path.read_text()
 

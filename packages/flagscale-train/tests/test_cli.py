@@ -9,6 +9,7 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
+from flagscale_hw.testing import Faults, faked_host
 from flagscale_train import findings
 from flagscale_train.cli import main, parser
 from flagscale_train.findings import examine
@@ -53,6 +54,15 @@ def test_plan_shows_what_would_run_and_starts_nothing(experiment_file, tmp_path,
     assert "--num-layers 2" in out
     assert "-m flagscale_train.worker" in out
     assert not (tmp_path / "exp").exists()
+
+
+def test_what_the_chips_tool_did_not_say_is_a_warning(experiment_file, capsys, monkeypatch):
+    monkeypatch.setenv("FLAGSCALE_HW_TIMEOUT", "0.5")
+    with faked_host("nvidia", 8, faults=Faults(hang=True)):
+        assert main(["plan", str(experiment_file), "--json"]) == 0
+    out, err = said(capsys)
+    assert err.startswith("warning: nvidia: nvidia-smi: no answer within 0.5 s; it was killed")
+    assert err == f"warning: {json.loads(out)['facts']['warnings'][0]}\n"
 
 
 def test_plan_as_json_is_the_plan(experiment_file, capsys):

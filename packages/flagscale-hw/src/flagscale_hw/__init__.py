@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from flagscale_hw.hostfile import HostEntry, read_hostfile
     from flagscale_hw.kubernetes import Pods, render_kubernetes
     from flagscale_hw.logs import LogLine
-    from flagscale_hw.machine import Device, Machine
+    from flagscale_hw.machine import Device, Machine, unknowns
     from flagscale_hw.peaks import peak
     from flagscale_hw.placeholders import literal
     from flagscale_hw.plan import File, Plan, Probe, Process, StopPolicy
@@ -99,6 +99,7 @@ __all__ = [
     "submit",
     "survey",
     "transport_to",
+    "unknowns",
 ]
 
 # No home may bear the name of something in it: importing the submodule would put the module in the name's
@@ -120,7 +121,7 @@ _HOMES = {
     ),
     "flagos": ("FlagOSProfile", "flagos_env"),
     "logs": ("LogLine",),
-    "machine": ("Device", "Machine"),
+    "machine": ("Device", "Machine", "unknowns"),
     "peaks": ("peak",),
     "plan": ("File", "Plan", "Probe", "Process", "StopPolicy"),
     "runs": ("Run", "launch", "list_runs", "open_run"),

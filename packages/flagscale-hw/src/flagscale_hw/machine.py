@@ -10,8 +10,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from flagscale_hw.errors import InputError
+from flagscale_hw.target import LOCAL
 
-__all__ = ["Device", "DeviceProcess", "Health", "Machine", "Presence", "Problem", "Slice", "Vendor"]
+__all__ = [
+    "Device",
+    "DeviceProcess",
+    "Health",
+    "Machine",
+    "Presence",
+    "Problem",
+    "Slice",
+    "Vendor",
+    "unknowns",
+]
 
 Health = Literal["ok", "degraded", "bad", "unresponsive"]
 Presence = Literal["none", "bus_only", "usable"]
@@ -203,3 +214,18 @@ _PARTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "problems": lambda part: Problem(**part),
     "vendors": lambda part: Vendor(**part),
 }
+
+
+def unknowns(machines: Mapping[str, Machine]) -> tuple[str, ...]:
+    """Say what could not be found out, in one line for all hosts of which the same is not known.
+
+    A plan made without it looks like that of a smaller machine, so whoever plans says this.
+
+    Args:
+        machines: by the host's name; this host (`local`) is not named.
+    """
+    hosts: dict[str, list[str]] = {}
+    for host, machine in machines.items():
+        for problem in dict.fromkeys(map(str, machine.problems)):
+            hosts.setdefault(problem, []).append(host)
+    return tuple(text if names == [LOCAL] else f"{', '.join(names)}: {text}" for text, names in hosts.items())

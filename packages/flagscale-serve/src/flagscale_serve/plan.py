@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from flagscale_hw import File, Machine, Plan, Probe, Process, StopPolicy, env, runtime
+from flagscale_hw import File, Machine, Plan, Probe, Process, StopPolicy, env, runtime, unknowns
 from flagscale_serve.application import compose, plan_application
 from flagscale_serve.engines import ENGINES, Context, Rendered, Seat, default_engine, engine_named
 from flagscale_serve.engines.adapter import text_of
@@ -398,7 +398,7 @@ def _probe(part: _Part, timeout_s: float) -> Probe:
         probe = _token_probe(instance.name, address, instance, timeout_s, part.rendered.served_names[0])
     else:
         url = f"http://{address}:{{port:{instance.name}}}{part.rendered.health_path}"
-        probe = Probe(url=url, interval_s=0.25, timeout_s=timeout_s)
+        probe = Probe(url=url, interval_s=_READY_INTERVAL_S, timeout_s=timeout_s)
     return replace(probe, process=instance.name if part.processes[-1].max_restarts else None)
 
 
@@ -463,7 +463,7 @@ def _facts(
 ) -> Mapping[str, Any]:
     warnings = [
         *service.notes,
-        *_unknown(berths),
+        *unknowns({one.host: one.machine for all_of in berths.values() for one in all_of}),
         *(text for part in heads for text in part.rendered.warnings),
     ]
     behind = {name: front for front in service.fronts for name in front.members}
@@ -525,17 +525,6 @@ def _cache_on_cpu(part: _Part) -> Any:
     counts = {one.option: one.value for one in part.rendered.chosen if not one.fate}
     gib = part.processes[-1].env.get("VLLM_CPU_KVCACHE_SPACE") if part.instance.engine == "vllm" else None
     return f"{gib}G" if gib else counts.get("kv_cache_memory_bytes")
-
-
-def _unknown(berths: Mapping[str, tuple[Berth, ...]]) -> Iterator[str]:
-    """Yield what the hosts could not be asked: a plan without it looks like that of a smaller machine."""
-    hosts: dict[str, list[str]] = {}
-    for berth in (one for all_of in berths.values() for one in all_of):
-        for problem in berth.machine.problems:
-            names = hosts.setdefault(str(problem), [])
-            names += [] if berth.host in names else [berth.host]
-    for text, names in hosts.items():
-        yield text if names == ["local"] else f"{', '.join(names)}: {text}"
 
 
 def _devices_per_host(berths: Mapping[str, tuple[Berth, ...]]) -> int:

@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,6 +202,7 @@ def _plan(given: argparse.Namespace) -> int:
 
     chip = None if given.form in {"text", "scripts"} and given.chip is None else _chip(given)
     planned = make_plan(given.source, given.overrides, chip=chip)
+    _warn(planned.facts)
     if given.json:
         print(planned.to_json(), end="")
         return 0
@@ -222,6 +223,11 @@ def _plan(given: argparse.Namespace) -> int:
         print(f"directory\n  {process.cwd}\ncommand")
         print("  " + _wrapped(process.argv))
     return 0
+
+
+def _warn(facts: Mapping[str, Any]) -> None:
+    for warning in facts["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _chip(given: argparse.Namespace) -> str:
@@ -280,6 +286,7 @@ def _run(given: argparse.Namespace) -> int:
         return 0
     slurm = Slurm(chip=_chip(given), options=_slurm_options(given)) if given.on == "slurm" else None
     started = run(given.source, given.overrides, detach=given.detach, slurm=slurm)
+    _warn(json.loads((started.dir / "plan.json").read_text())["facts"])
     if given.detach or slurm is not None:
         print(started.dir)
         where = shlex.quote(str(started.dir))

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from flagscale_hw import Machine, Plan, Process, StopPolicy, literal, peak, runtime
+from flagscale_hw import Machine, Plan, Process, StopPolicy, literal, peak, runtime, unknowns
 from flagscale_hw import env as device_env
+from flagscale_hw.target import LOCAL
 from flagscale_train import documents, fine_tuning
 from flagscale_train.chips import conflicts, defaults
 from flagscale_train.chips import environment as chip_environment
@@ -102,7 +103,10 @@ def plan(
         name=experiment.name,
         processes=processes,
         stop=_STOP,
-        facts=_facts(experiment, machine, layout, options),
+        facts={
+            **_facts(experiment, machine, layout, options),
+            "warnings": list(unknowns({one.target.name: one.machine for one in nodes} or {LOCAL: machine})),
+        },
         secrets=tuple(sorted({name for one in processes for name in one.env if _SECRET.search(name)})),
         targets=tuple(node.target for node in nodes),
         ports={"rendezvous": experiment.runner.master_port} if len(nodes) > 1 else {},
