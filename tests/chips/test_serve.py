@@ -5,8 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 from flagscale_config import load
-from flagscale_hw import Target, runtime
-from flagscale_serve import InvalidService, Node, plan
+from flagscale_hw import Node, Target, runtime
+from flagscale_serve import InvalidService, plan
 
 TWO = Path(__file__).with_name("two_services.yaml")
 OURS = (
