@@ -25,7 +25,7 @@ from flagscale_serve.metrics import parse
 
 pytestmark = pytest.mark.vllm
 READY_S = 400
-STREAMS = 8
+STREAMS, TOKENS = 8, 150
 FILE = """
 - serve_id: tiny
   engine: vllm
@@ -63,14 +63,19 @@ def shell(module_service, real_model, vllm_python, tmp_path_factory):
     return shell
 
 
-def stream(url: str, prompt: str, tokens: int, begun: Callable[[], object] = lambda: None) -> Streamed:
-    """Ask once, without retries, and count the pieces; what is not ended by [DONE] is not whole."""
+def stream(
+    url: str, prompt: str, tokens: int, heard: Callable[[str, int], object] = lambda _name, _pieces: None
+) -> Streamed:
+    """Ask once, without retries; what is not ended by [DONE] is not whole.
+
+    `heard` is told the name of the request and the number of pieces so far, with each piece.
+    """
     body = {
         "model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     name = uuid.uuid4().hex
-    began, count, problem = time.monotonic(), 0, "not ended by [DONE]"
+    began, count, pieces, problem = time.monotonic(), 0, 0, "not ended by [DONE]"
     try:
         with (
             httpx.Client(timeout=300, trust_env=False) as client,
@@ -82,8 +87,8 @@ def stream(url: str, prompt: str, tokens: int, begun: Callable[[], object] = lam
                 if line == "data: [DONE]":
                     problem = ""
                 elif line.startswith("data: "):
-                    if not count:
-                        begun()
+                    pieces += 1
+                    heard(name, pieces)
                     piece = json.loads(line.removeprefix("data: "))
                     count = (piece.get("usage") or {}).get("completion_tokens", max(count, 1))
     except httpx.HTTPError as error:
@@ -97,12 +102,18 @@ def metrics(instance: dict) -> dict[str, float]:
 
 
 def keep_asking(
-    url: str, name: int, tell: Callable[[Streamed], object], is_over: threading.Event, pause_s: float = 0
+    url: str,
+    number: int,
+    tell: Callable[[Streamed], object],
+    is_over: threading.Event,
+    *,
+    pause_s: float = 0,
+    heard: Callable[[str, int], object] = lambda _name, _pieces: None,
 ) -> None:
     count = 0
     while not is_over.is_set():
         # Prompts that have nothing in common, so that the router spreads them by load.
-        tell(stream(url, f"{name} {count} " * 4, 150))
+        tell(stream(url, f"{number} {count} " * 4, TOKENS, heard))
         count += 1
         is_over.wait(pause_s)
 
@@ -120,7 +131,7 @@ def test_bad_requests_are_answered_and_harm_no_other(shell):
     host, _, port = url.removeprefix("http://").removesuffix("/v1").partition(":")
     with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
         streaming = threading.Event()
-        other = pool.submit(stream, url, "another", 1000, streaming.set)
+        other = pool.submit(stream, url, "another", 1000, lambda *_: streaming.set())
         assert streaming.wait(60)
         body = {"model": "tiny", "prompt": "x", "max_tokens": 4}
         check_error(client.post("/completions", json={**body, "model": "no-such"}), 404, "no-such")
@@ -144,15 +155,23 @@ def test_bad_requests_are_answered_and_harm_no_other(shell):
 def test_one_of_two_is_killed_under_load_and_takes_requests_again(shell, eventually, alive):
     first, second, front = shell.the_status()["instances"]
     asked: list[Streamed] = []
+    heard: dict[str, int] = {}
     is_calm, is_over = threading.Event(), threading.Event()
+
+    def is_answering(instance: dict) -> bool:
+        """Whether it is in the middle of an answer, whose rest cannot come from anybody else."""
+        log = Path(instance["log"]).read_text()
+        return any(pieces < TOKENS / 3 and f"cmpl-{name}" in log for name, pieces in tuple(heard.items()))
+
     with ThreadPoolExecutor(2 * STREAMS + 1) as pool:
         # One goes on while the killed one starts, which takes longer the more there is to do.
-        loads = [pool.submit(keep_asking, front["url"], 99, asked.append, is_over, 1)]
+        loads = [pool.submit(keep_asking, front["url"], 99, asked.append, is_over, pause_s=1)]
         loads += [
-            pool.submit(keep_asking, front["url"], number, asked.append, is_calm) for number in range(STREAMS)
+            pool.submit(keep_asking, front["url"], number, asked.append, is_calm, heard=heard.__setitem__)
+            for number in range(STREAMS)
         ]
         try:
-            eventually(lambda: all(metrics(one)["vllm:num_requests_running"] > 1 for one in (first, second)))
+            eventually(lambda: is_answering(second) and is_answering(first))
             killing_at = time.monotonic()
             os.kill(first["pid"], signal.SIGKILL)
             eventually(lambda: not alive(first["pid"]))
@@ -174,7 +193,7 @@ def test_one_of_two_is_killed_under_load_and_takes_requests_again(shell, eventua
     for load in loads:
         load.result()
     under_way = [one for one in asked if one.began <= killed_at and killing_at <= one.ended]
-    failed = [one for one in asked if one.problem or one.tokens != 150]
+    failed = [one for one in asked if one.problem or one.tokens != TOKENS]
     assert [one for one in failed if one not in under_way] == []
     killed_log, other_log = (Path(one["log"]).read_text() for one in (first, second))
     on_the_other = [one for one in under_way if f"cmpl-{one.name}" in other_log]
@@ -193,7 +212,7 @@ def test_a_stop_lets_streams_end_and_leaves_nothing(shell, alive, everybody):
     begun = [threading.Event() for _ in range(STREAMS)]
     with ThreadPoolExecutor(STREAMS) as pool:
         answers: list[Future[Streamed]] = [
-            pool.submit(stream, front["url"], f"{number} " * 4, 1000, one.set)
+            pool.submit(stream, front["url"], f"{number} " * 4, 1000, lambda *_, one=one: one.set())
             for number, one in enumerate(begun)
         ]
         for one in begun:
