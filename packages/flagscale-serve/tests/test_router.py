@@ -116,7 +116,9 @@ def test_what_a_dead_instance_would_get_goes_to_the_other(shell, serve_file, mod
 def test_one_of_two_is_killed_under_load_and_comes_back(shell, serve_file, model_dir, eventually, alive):
     done = shell("run", serve_file(SHORT_ITEM.format(model=model_dir)), "--detach", "--timeout", 120)
     assert done.returncode == 0, done.stderr
-    first, second, front = shell.the_status()["instances"]
+    status = shell.the_status()
+    run = hw.open_run(status["run_dir"])
+    first, second, front = status["instances"]
     is_over = threading.Event()
     with ThreadPoolExecutor(4) as pool:
         loads = [pool.submit(ask_until, front["url"], is_over) for _ in range(4)]
@@ -127,8 +129,8 @@ def test_one_of_two_is_killed_under_load_and_comes_back(shell, serve_file, model
             os.kill(first["pid"], signal.SIGKILL)
             eventually(lambda: not alive(first["pid"]))
             killed_at = time.monotonic()
-            eventually(lambda: not shell.the_status()["is_ready"])
-            assert "killed by signal 9" in shell.the_status()["reason"]
+            # It is away for a second or two, too short for the command to be sure to see it.
+            eventually(lambda: "killed by signal 9" in run.status().reason)
             eventually(lambda: shell.the_status()["is_ready"])
         finally:
             is_over.set()
