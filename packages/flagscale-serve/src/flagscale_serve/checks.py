@@ -39,10 +39,8 @@ _BACKENDS = {"mooncake": _MOONCAKE, "mooncake_tcp": _MOONCAKE, "nixl": ("nixl", 
 # Finds without importing: an import of an engine takes seconds, and can fail for reasons of the machine. The
 # folder that pip leaves tells the version in a third of the time that the import of importlib.metadata takes.
 _LOOK = """
-import json, os, sys
+import importlib.util, json, os, sys
 wanted = json.loads(sys.argv[1])
-def is_here(name):
-    return name in sys.modules or any(finder.find_spec(name, None) for finder in sys.meta_path)
 def version(name):
     for folder in sys.path:
         try:
@@ -60,7 +58,7 @@ def version(name):
         return None
 print(json.dumps({
     "python": sys.version.split()[0],
-    "missing": [name for name in wanted["modules"] if not is_here(name)],
+    "missing": [name for name in wanted["modules"] if importlib.util.find_spec(name) is None],
     "versions": {name: version(name) for name in wanted["distributions"]},
 }))
 """

@@ -286,7 +286,7 @@ def _run(given: argparse.Namespace) -> int:
         return 0
     slurm = Slurm(chip=_chip(given), options=_slurm_options(given)) if given.on == "slurm" else None
     started = run(given.source, given.overrides, detach=given.detach, slurm=slurm)
-    _warn(json.loads((started.dir / "plan.json").read_text())["facts"])
+    _warn(json.loads((started.dir / "plan.json").read_text(encoding="utf-8"))["facts"])
     if given.detach or slurm is not None:
         print(started.dir)
         where = shlex.quote(str(started.dir))

@@ -103,10 +103,7 @@ def plan(
         name=experiment.name,
         processes=processes,
         stop=_STOP,
-        facts={
-            **_facts(experiment, machine, layout, options),
-            "warnings": list(unknowns({one.target.name: one.machine for one in nodes} or {LOCAL: machine})),
-        },
+        facts=_facts(experiment, machine, nodes, layout, options),
         secrets=tuple(sorted({name for one in processes for name in one.env if _SECRET.search(name)})),
         targets=tuple(node.target for node in nodes),
         ports={"rendezvous": experiment.runner.master_port} if len(nodes) > 1 else {},
@@ -485,7 +482,11 @@ def _peak_flops(machine: Machine, options: Mapping[str, Any]) -> float | None:
 
 
 def _facts(
-    experiment: Experiment, machine: Machine, layout: Layout, options: Mapping[str, Any]
+    experiment: Experiment,
+    machine: Machine,
+    nodes: Sequence[Node],
+    layout: Layout,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     described = experiment.model_dump(mode="json")
     described["envs"] = _masked(experiment.envs)
@@ -509,6 +510,7 @@ def _facts(
         },
         "checkpoints": checkpoint_dir(experiment),
         "events": FILE_NAME,
+        "warnings": list(unknowns({one.target.name: one.machine for one in nodes} or {LOCAL: machine})),
     }
 
 
